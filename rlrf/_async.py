@@ -1,0 +1,115 @@
+"""The bridge between sync and async: one background loop, and threads that may be abandoned."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import queue
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def background_loop() -> asyncio.AbstractEventLoop:
+    """The event loop of a daemon thread, started on first use; every sync face runs on it."""
+    global _loop
+    with _lock:
+        if _loop is None or _loop.is_closed():
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="rlrf-loop", daemon=True).start()
+        return _loop
+
+
+def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end from sync code, also where a loop already runs (notebooks).
+
+    Raises:
+        RuntimeError: called on the background loop itself, where waiting would never end.
+    """
+    loop = background_loop()
+    try:
+        inside = asyncio.get_running_loop() is loop
+    except RuntimeError:
+        inside = False
+    if inside:
+        coroutine.close()
+        raise RuntimeError(
+            "a sync method of rlrf was called from an async hook; call its async twin "
+            "(areset, astep, agrade, arollout) there"
+        )
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()  # Ctrl-C in the caller must reach the coroutine too
+        raise
+
+
+class _DaemonThreads:
+    """Threads for plain-``def`` hooks.
+
+    Not ``asyncio.to_thread``: its pool is small, shared, and joined at exit, so one stuck hook
+    would hold up its neighbours and the interpreter. Here idle threads are reused, a busy one is
+    never waited for, and all are daemons.
+    """
+
+    def __init__(self) -> None:
+        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._lock = threading.Lock()
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+        context = contextvars.copy_context()
+
+        def deliver(setter: Callable[[Any], None], value: Any) -> None:
+            if not future.done():
+                setter(value)
+
+        def job() -> None:
+            setter: Callable[[Any], None] = future.set_result
+            value: Any
+            try:
+                value = context.run(function, *args)
+            except StopIteration as error:  # may not be set on a future
+                setter, value = future.set_exception, RuntimeError(f"hook raised {error!r}")
+            except BaseException as error:
+                setter, value = future.set_exception, error
+            try:
+                loop.call_soon_threadsafe(deliver, setter, value)
+            except RuntimeError:
+                return  # the loop has closed: nobody waits any more
+
+        with self._lock:
+            inbox = self._idle.pop() if self._idle else None
+        if inbox is None:
+            inbox = queue.SimpleQueue()
+            threading.Thread(
+                target=self._work, args=(inbox,), name="rlrf-hook", daemon=True
+            ).start()
+        inbox.put(job)
+        return await future
+
+    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+        while True:
+            inbox.get()()
+            with self._lock:
+                self._idle.append(inbox)
+
+
+_threads = _DaemonThreads()
+
+
+async def call_hook(function: Callable[..., Any], *args: Any) -> Any:
+    """Call an author's hook: awaited if it is ``async def``, else in a daemon thread."""
+    if inspect.iscoroutinefunction(function):
+        return await function(*args)
+    result = await _threads.run(function, *args)
+    # A plain function may still hand back an awaitable (functools.partial, decorators).
+    return await result if isinstance(result, Awaitable) else result

@@ -1,0 +1,580 @@
+"""Environments: a Gymnasium face over async, re-entrant episodes.
+
+An :class:`Env` holds what is shared (tasks, sandboxes, judges); an :class:`Episode` holds what is
+not. The Gymnasium methods (``reset``, ``step``) drive one built-in episode; the rollout collector
+opens as many as it likes on the same object. Every sync method has an async twin.
+
+Authors subclass :class:`SingleTurnEnv` (``load_tasks``, ``grade``) or :class:`MultiTurnEnv`
+(``load_tasks``, ``start``, ``respond``). Hooks may be ``def`` (they run in a thread) or
+``async def``.
+"""
+
+from __future__ import annotations
+
+import abc
+import functools
+import inspect
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, overload
+
+import gymnasium
+import numpy as np
+
+from rlrf._async import call_hook, run_sync
+from rlrf.errors import UnknownIdError, UsageError
+from rlrf.feedback import Feedback, Level
+from rlrf.messages import Action, Message, Messages, action_message, action_text, as_messages
+from rlrf.spaces import Chat
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        id: unique within the environment.
+        messages: the chat that poses it (a string becomes one user message).
+        metadata: what anyone may know: difficulty, source, date.
+        hidden: what only the grader may know: answers, tests, references. It is left out of
+            ``repr``, of equality, and of every task that :meth:`Env.tasks` hands out.
+    """
+
+    id: str
+    messages: Messages
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    hidden: Any = field(default=None, repr=False, compare=False)
+    _stripped: bool = field(default=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not self.id or not isinstance(self.id, str):
+            raise UsageError(f"Task.id is {self.id!r}; it must be a non-empty string")
+        object.__setattr__(self, "messages", as_messages(self.messages))
+
+    def public(self) -> Task:
+        """The task without what is hidden."""
+        return replace(self, hidden=None, _stripped=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A grader's answer; unpacks to ``reward, feedback``.
+
+    Attributes:
+        reward: what the *policy* earned; finite. When the machinery failed, raise
+            :class:`rlrf.InfraError` instead.
+        feedback: why; empty when there is nothing to say.
+        metrics: named numbers beside the reward, e.g. the fraction of tests passed.
+
+    Raises:
+        UsageError: the reward is not a finite number.
+    """
+
+    reward: float
+    feedback: Feedback = field(default_factory=Feedback)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_reward(self.reward)
+        object.__setattr__(self, "reward", float(self.reward))
+
+    def __iter__(self) -> Iterator[Any]:
+        yield self.reward
+        yield self.feedback
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An environment's answer to one action.
+
+    Attributes:
+        messages: the new chat messages the policy gets to see.
+        reward: reward of this step; finite.
+        feedback: why; belongs to this step, also when it is the last.
+        terminated: the task has ended (solved, failed, given up).
+        truncated: the episode was cut short (turn limit).
+        metrics: named numbers.
+    """
+
+    messages: Messages = ()
+    reward: float = 0.0
+    feedback: Feedback = field(default_factory=Feedback)
+    terminated: bool = False
+    truncated: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_reward(self.reward)
+        object.__setattr__(self, "reward", float(self.reward))
+        object.__setattr__(self, "messages", as_messages(self.messages))
+
+
+def _check_reward(reward: Any) -> None:
+    if not isinstance(reward, (int, float, np.number)) or not math.isfinite(reward):
+        raise UsageError(
+            f"reward is {reward!r}; it must be a finite number. If the grader could not decide, "
+            "raise rlrf.InfraError: the rollout is then retried or left unscored"
+        )
+
+
+class StepResult(NamedTuple):
+    """Gymnasium's five-tuple, with names."""
+
+    observation: Messages
+    reward: float
+    terminated: bool
+    truncated: bool
+    info: dict[str, Any]
+
+
+class TaskSequence(Sequence[Task]):
+    """The tasks of one split, loaded on first use; also looks tasks up by id.
+
+    Args:
+        load: gives the tasks, hidden data included.
+        public: whether to strip hidden data from what is handed out.
+    """
+
+    def __init__(self, load: Callable[[], Sequence[Task]], *, public: bool = True) -> None:
+        self._load, self._public = load, public
+        self._items: Sequence[Task] | None = None
+        self._index: dict[str, int] | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def _tasks(self) -> Sequence[Task]:
+        if self._items is None:
+            with self._lock:
+                if self._items is None:
+                    self._items = self._load()
+        return self._items
+
+    @overload
+    def __getitem__(self, index: int) -> Task: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Task]: ...
+    def __getitem__(self, index: int | slice) -> Task | list[Task]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        task = self._tasks[index]
+        return task.public() if self._public else task
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        loaded = "not loaded" if self._items is None else f"{len(self)} tasks"
+        return f"TaskSequence({loaded})"
+
+    def ids(self) -> list[str]:
+        """The ids, in order."""
+        return list(self._by_id())
+
+    def get(self, task_id: str) -> Task | None:
+        """The task of that id, or None."""
+        i = self._by_id().get(task_id)
+        return None if i is None else self[i]
+
+    def _by_id(self) -> dict[str, int]:
+        if self._index is None:
+            index: dict[str, int] = {}
+            for i, task in enumerate(self._tasks):
+                if task.id in index:
+                    raise UsageError(
+                        f"two tasks have the id {task.id!r} (positions {index[task.id]} and {i}); "
+                        "ids must be unique"
+                    )
+                index[task.id] = i
+            self._index = index
+        return self._index
+
+
+class Episode:
+    """One run of one task; made by :meth:`Env.aepisode`.
+
+    Attributes:
+        task: the task, hidden data stripped.
+        messages: the opening messages.
+        done: whether the episode has ended.
+    """
+
+    def __init__(self, env: Env, task: Task, state: Any, rng: np.random.Generator) -> None:
+        self._env, self._task, self._state, self._rng = env, task, state, rng
+        self.task = task.public()
+        self.messages: Messages = tuple(_copy(m) for m in task.messages)
+        self.done = False
+
+    async def astep(self, action: Action) -> StepResult:
+        """Act once.
+
+        Raises:
+            UsageError: the episode has ended, or the action is no chat action.
+            InfraError: the machinery failed; the step has no reward.
+        """
+        if self.done:
+            raise UsageError(f"the episode of task {self.task.id!r} has ended; call reset() first")
+        action_message(action)  # rejects what is no action, before anything runs
+        turn = await self._env._advance(self._task, self._state, action, self._rng)
+        self.done = turn.terminated or turn.truncated
+        return StepResult(
+            tuple(_copy(m) for m in turn.messages),
+            turn.reward,
+            turn.terminated,
+            turn.truncated,
+            self._env._info(self._task, self._env._shown(turn.feedback), turn.metrics),
+        )
+
+
+def _copy(message: Message) -> Message:
+    # Callers append to and edit what they get; the task must not change under them.
+    return message.copy()
+
+
+class Env(gymnasium.Env[Any, Any], abc.ABC):
+    """Base of all environments. Subclass :class:`SingleTurnEnv` or :class:`MultiTurnEnv`.
+
+    Args:
+        feedback: how much feedback to show, a :class:`rlrf.Level` or its name; None for the
+            class's default.
+        split: the split that :meth:`reset` draws from.
+        tokenizer: when given, every step's info also holds ``"feedback_tokens"``.
+        max_feedback_tokens: budget of ``"feedback_tokens"``.
+
+    Class attributes an author may set: ``splits``, ``default_feedback_level``, ``reward_range``
+    (lowest and highest reward of a task), ``success_threshold`` (a reward at or above it counts
+    as solved).
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium's own attribute
+    splits: ClassVar[tuple[str, ...]] = ("train", "eval")
+    default_feedback_level: ClassVar[str] = "explained"
+    reward_range: tuple[float, float] = (0.0, 1.0)
+    success_threshold: float = 1.0
+    render_mode: str | None = None
+
+    def __init__(
+        self,
+        *,
+        feedback: Level | str | None = None,
+        split: str = "train",
+        tokenizer: Any = None,
+        max_feedback_tokens: int = 2048,
+    ) -> None:
+        self.feedback_level = Level.parse(
+            self.default_feedback_level if feedback is None else feedback
+        )
+        self.split = self._check_split(split)
+        self.tokenizer = tokenizer
+        self.max_feedback_tokens = max_feedback_tokens
+        self.observation_space = Chat("observation")
+        self.action_space = Chat("action")
+        self._episode: Episode | None = None
+        self._task_cache: dict[str, TaskSequence] = {}
+
+    # --- what an author gives -------------------------------------------------------------
+
+    @abc.abstractmethod
+    def load_tasks(self, split: str) -> Sequence[Task]:
+        """The tasks of ``split``, hidden data included. Called once per split."""
+
+    @abc.abstractmethod
+    async def _start(self, task: Task, rng: np.random.Generator) -> Any:
+        """The state of a new episode."""
+
+    @abc.abstractmethod
+    async def _advance(
+        self, task: Task, state: Any, action: Action, rng: np.random.Generator
+    ) -> Turn:
+        """What the environment answers to ``action``, with feedback at every level."""
+
+    def reference_solution(self, task: Task) -> str | None:
+        """A completion that earns the highest reward, or None if the author has none."""
+        return None
+
+    # --- tasks ----------------------------------------------------------------------------
+
+    def _check_split(self, split: str) -> str:
+        if split not in self.splits:
+            raise UsageError(
+                f"unknown split {split!r} of {type(self).__name__}; splits are "
+                + ", ".join(map(repr, self.splits))
+            )
+        return split
+
+    def tasks(self, split: str | None = None) -> TaskSequence:
+        """The tasks of ``split`` (the environment's own by default), hidden data stripped."""
+        full = self._full_tasks(split)
+        return TaskSequence(lambda: full._tasks)
+
+    def _full_tasks(self, split: str | None = None) -> TaskSequence:
+        split = self._check_split(split or self.split)
+        if split not in self._task_cache:
+            self._task_cache[split] = TaskSequence(lambda: self._load(split), public=False)
+        return self._task_cache[split]
+
+    def _load(self, split: str) -> Sequence[Task]:
+        tasks = self.load_tasks(split)
+        if not len(tasks):
+            raise UsageError(
+                f"{type(self).__name__} has no task in split {split!r}; "
+                "check the data source, the filters, or choose another split"
+            )
+        return tasks
+
+    def _find_task(self, task: str | Task) -> Task:
+        """The full task of an id, whichever split it is in (the environment's own first)."""
+        if isinstance(task, Task) and not task._stripped:
+            return task
+        task_id = task if isinstance(task, str) else task.id
+        for split in dict.fromkeys((self.split, *self.splits)):
+            found = self._full_tasks(split).get(task_id)
+            if found is not None:
+                return found
+        raise UnknownIdError("task", task_id, self._full_tasks().ids()[:2000])
+
+    # --- episodes -------------------------------------------------------------------------
+
+    async def aepisode(self, task: str | Task, *, seed: int | None = None) -> Episode:
+        """Open an episode of ``task``; any number may run at once.
+
+        Args:
+            task: a task or its id.
+            seed: seed of the episode's own random generator.
+        """
+        return await self._open(self._find_task(task), np.random.default_rng(seed))
+
+    async def _open(self, task: Task, rng: np.random.Generator) -> Episode:
+        return Episode(self, task, await self._start(task, rng), rng)
+
+    async def areset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Messages, dict[str, Any]]:
+        """Async twin of :meth:`reset`."""
+        super().reset(seed=seed)
+        options = dict(options or {})
+        unknown = set(options) - {"task_id", "split"}
+        if unknown:
+            raise UsageError(
+                f"unknown reset option {sorted(unknown)[0]!r}; options are 'task_id', 'split'"
+            )
+        if options.get("task_id") is not None:
+            task = self._find_task(options["task_id"])
+        else:
+            tasks = self._full_tasks(options.get("split"))
+            task = tasks[int(self.np_random.integers(len(tasks)))]
+        rng = np.random.default_rng(int(self.np_random.integers(2**63)))
+        self._episode = await self._open(task, rng)
+        return self._episode.messages, self._info(task, Feedback(), {})
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Messages, dict[str, Any]]:
+        """Start an episode.
+
+        Args:
+            seed: seeds the choice of the task and the episode.
+            options: ``task_id`` picks the task, ``split`` the split to draw from.
+
+        Returns:
+            The opening chat messages, and an info with ``task_id``, ``feedback`` (empty) and
+            ``metrics``.
+
+        Raises:
+            UnknownIdError: no task has that id.
+            UsageError: an unknown option, or no tasks.
+        """
+        return run_sync(self.areset(seed=seed, options=options))
+
+    async def astep(self, action: Action) -> StepResult:
+        """Async twin of :meth:`step`."""
+        if self._episode is None:
+            raise UsageError("step() was called before reset()")
+        return await self._episode.astep(action)
+
+    def step(self, action: Action) -> StepResult:
+        """Act once: ``observation, reward, terminated, truncated, info``.
+
+        ``observation`` holds only the new messages; ``info["feedback"]`` is always there.
+
+        Raises:
+            UsageError: before :meth:`reset`, after the end, or no chat action.
+            InfraError: the machinery failed; there is no reward.
+        """
+        return run_sync(self.astep(action))
+
+    def _shown(self, feedback: Feedback) -> Feedback:
+        return feedback.at_level(self.feedback_level)
+
+    def _info(self, task: Task, feedback: Feedback, metrics: Mapping[str, float]) -> dict[str, Any]:
+        info: dict[str, Any] = {
+            "task_id": task.id,
+            "feedback": feedback,
+            "metrics": dict(metrics),
+        }
+        if self.tokenizer is not None:
+            info["feedback_tokens"] = feedback.tokenize(self.tokenizer, self.max_feedback_tokens)
+        return info
+
+    # --- the end --------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Free what the environment holds; may be called twice. Authors extend it."""
+
+    async def aclose(self) -> None:
+        """Async twin of :meth:`close`."""
+        await call_hook(self.close)
+
+    def __repr__(self) -> str:
+        name = self.spec.id if self.spec is not None else type(self).__name__
+        return f"<{name} feedback={self.feedback_level.name} split={self.split}>"
+
+    __str__ = __repr__
+
+
+class SingleTurnEnv(Env):
+    """One prompt, one completion, one grade. An author writes ``load_tasks`` and ``grade``.
+
+    Example::
+
+        class Echo(SingleTurnEnv):
+            def load_tasks(self, split):
+                return [Task(w, f"Say {w}.", hidden=w) for w in ("yes", "no")]
+
+            def grade(self, task, completion):
+                if completion == task.hidden:
+                    return Outcome(1.0)
+                return Outcome(0.0, Feedback.of("wrong_answer", "Say the word alone."))
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hook = cls.__dict__.get("grade")
+        if inspect.isfunction(hook):
+            cls.grade = _two_faced(hook)  # type: ignore[assignment]  # see _two_faced
+
+    def grade(self, task: Any, completion: Any) -> Any:
+        """Grade a completion.
+
+        Authors override it as ``grade(self, task: Task, completion: str) -> Outcome`` (or
+        ``async def``). Users call it with a task's id (or a public task) and get an
+        :class:`Outcome` at the environment's feedback level: ``reward, feedback = env.grade(id,
+        text)``; no episode is needed and none is touched.
+
+        Raises:
+            UnknownIdError: no task has that id.
+            InfraError: the machinery failed; there is no grade.
+        """
+        raise TypeError(f"{type(self).__name__} must define grade(self, task, completion)")
+
+    async def agrade(self, task: str | Task, completion: Action) -> Outcome:
+        """Async twin of :meth:`grade` as users call it."""
+        outcome = await self._grade(self._find_task(task), completion)
+        return replace(outcome, feedback=self._shown(outcome.feedback))
+
+    async def _grade(self, task: Task, completion: Action) -> Outcome:
+        """The author's grade, at full feedback."""
+        hook = getattr(self.grade, "hook", None)
+        if hook is None:
+            raise TypeError(f"{type(self).__name__} must define grade(self, task, completion)")
+        outcome = await call_hook(hook, task, action_text(action_message(completion)))
+        if not isinstance(outcome, Outcome):
+            raise UsageError(
+                f"{type(self).__name__}.grade returned {outcome!r}; return rlrf.Outcome(reward, "
+                "feedback)"
+            )
+        return outcome
+
+    async def _start(self, task: Task, rng: np.random.Generator) -> Any:
+        return None
+
+    async def _advance(
+        self, task: Task, state: Any, action: Action, rng: np.random.Generator
+    ) -> Turn:
+        outcome = await self._grade(task, action)
+        return Turn(
+            reward=outcome.reward,
+            feedback=outcome.feedback,
+            terminated=True,
+            metrics=outcome.metrics,
+        )
+
+
+class _two_faced:  # a descriptor, used like a function
+    """Lets one name, ``grade``, be both the author's hook and the user's method.
+
+    The author's function is called directly with a full :class:`Task` (by rlrf, or by a subclass
+    through ``super().grade``). With an id or a public task it is the user's face: it finds the
+    task, runs the hook wherever it belongs, and masks the feedback.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+        functools.update_wrapper(self, hook)  # type: ignore[arg-type]  # any callable will do
+
+    def __get__(self, env: SingleTurnEnv | None, owner: type) -> Any:
+        if env is None:
+            return self
+        hook = self.hook.__get__(env, owner)
+
+        def grade(task: Any, completion: Any) -> Any:
+            if isinstance(task, Task) and not task._stripped:
+                return hook(task, completion)
+            return run_sync(env.agrade(task, completion))
+
+        grade.hook = hook  # type: ignore[attr-defined]  # read back by _grade
+        return grade
+
+
+class MultiTurnEnv(Env):
+    """A conversation. An author writes ``load_tasks``, ``start`` and ``respond``.
+
+    Args:
+        max_turns: actions after which an episode is truncated; None for no limit.
+        kwargs: see :class:`Env`.
+    """
+
+    def __init__(self, *, max_turns: int | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if max_turns is not None and max_turns < 1:
+            raise UsageError(f"max_turns is {max_turns}; it must be >= 1 or None")
+        self.max_turns = max_turns
+        self._start_takes_rng = "rng" in inspect.signature(self.start).parameters
+
+    def start(self, task: Task) -> Any:
+        """A fresh state for an episode of ``task``.
+
+        Take a second parameter named ``rng`` to get the episode's own
+        :class:`numpy.random.Generator`. May be ``async def``.
+        """
+        raise TypeError(f"{type(self).__name__} must define start(self, task)")
+
+    def respond(self, state: Any, action: Message) -> Any:
+        """Answer an assistant message with a :class:`Turn`. May be ``async def``."""
+        raise TypeError(f"{type(self).__name__} must define respond(self, state, action)")
+
+    async def _start(self, task: Task, rng: np.random.Generator) -> Any:
+        args = (task, rng) if self._start_takes_rng else (task,)
+        return _Counted(await call_hook(self.start, *args))
+
+    async def _advance(
+        self, task: Task, state: Any, action: Action, rng: np.random.Generator
+    ) -> Turn:
+        turn = await call_hook(self.respond, state.inner, action_message(action))
+        if not isinstance(turn, Turn):
+            raise UsageError(
+                f"{type(self).__name__}.respond returned {turn!r}; return rlrf.Turn(...)"
+            )
+        state.turns += 1
+        if self.max_turns is not None and state.turns >= self.max_turns and not turn.terminated:
+            turn = replace(turn, truncated=True)
+        return turn
+
+
+@dataclass
+class _Counted:
+    """An author's state with the number of actions taken."""
+
+    inner: Any
+    turns: int = 0

@@ -1,0 +1,104 @@
+"""The errors of rlrf, in one place.
+
+Two families, and the difference between them is the most important line in the package:
+
+- :class:`UsageError` and its children: the caller gave something wrong. The message names the
+  thing, the value and the remedy. Nothing is retried.
+- :class:`InfraError`: the machinery failed (a sandbox died, a judge did not answer, a deadline
+  struck). The *policy* did not cause it, so it is never a reward: :func:`rlrf.rollout` retries
+  it and, when it persists, returns the rollout unscored.
+
+What a policy causes (its program loops, its JSON does not parse) is no error at all: it is a
+reward with feedback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RlrfError(Exception):
+    """Base of every error rlrf raises on purpose."""
+
+
+class UsageError(RlrfError, ValueError):
+    """The caller gave a wrong id, value or combination; the message says what to do instead."""
+
+
+class UnknownIdError(UsageError, LookupError):
+    """A name that is not registered.
+
+    Args:
+        what: the noun, e.g. ``"environment"``.
+        name: what was asked for.
+        known: the names that exist; near matches are listed in the message.
+        remedy: one more sentence on what to do.
+    """
+
+    def __init__(self, what: str, name: str, known: Iterable[str], remedy: str = "") -> None:
+        self.what, self.name, self.known = what, name, sorted(known)
+        near = difflib.get_close_matches(name, self.known, n=3, cutoff=0.5)
+        if near:
+            hint = "Did you mean " + " or ".join(repr(n) for n in near) + "?"
+        elif self.known:
+            hint = "Known: " + ", ".join(self.known) + "."
+        else:
+            hint = f"No {what} is registered."
+        super().__init__(" ".join(s for s in (f"unknown {what} {name!r}.", hint, remedy) if s))
+
+
+class ConfigError(UsageError):
+    """A wrong configuration key or value; names the key, the value and what is accepted."""
+
+
+class MissingDependencyError(UsageError, ImportError):
+    """A feature needs a package that is not installed.
+
+    Args:
+        feature: what was asked for.
+        package: the module that could not be imported.
+        extra: the extra of rlrf that brings it.
+    """
+
+    def __init__(self, feature: str, package: str, extra: str) -> None:
+        self.feature, self.package, self.extra = feature, package, extra
+        super().__init__(
+            f"{feature} needs the package {package!r}, which is not installed. "
+            f"Install it with: pip install 'rlrf[{extra}]'"
+        )
+
+
+class PromptTooLongError(UsageError):
+    """A prompt leaves no room for a completion in the policy's context.
+
+    Args:
+        length: tokens of the prompt.
+        max_tokens: tokens asked for.
+        context: tokens the policy can attend to.
+    """
+
+    def __init__(self, length: int, max_tokens: int, context: int) -> None:
+        self.length, self.max_tokens, self.context = length, max_tokens, context
+        super().__init__(
+            f"the prompt has {length} tokens and {max_tokens} more were asked for, but the "
+            f"policy's context is {context}; shorten the task, lower max_tokens, or use a model "
+            "with a longer context"
+        )
+
+
+class InfraError(RlrfError, RuntimeError):
+    """The infrastructure failed; no reward may be drawn from it.
+
+    Args:
+        message: what failed.
+        kind: a short, low-cardinality name for counting, e.g. ``sandbox_died``, ``deadline``,
+            ``judge_unavailable``, ``policy_error``.
+        retryable: False when trying again cannot help.
+    """
+
+    def __init__(
+        self, message: str, *, kind: str = "infrastructure", retryable: bool = True
+    ) -> None:
+        self.kind, self.retryable = kind, retryable
+        super().__init__(message)

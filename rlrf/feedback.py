@@ -1,0 +1,494 @@
+"""Feedback: why an attempt failed, as typed, tokenizable text.
+
+An environment answers every step with a reward and a :class:`Feedback`: an immutable tuple of
+:class:`Segment`. A segment says what kind of fault it reports, how much of the hidden answer it
+gives away (``reveals``), and which characters of the attempt it blames (``span``). From that,
+everything downstream follows without parsing text: :meth:`Feedback.at_level` masks what a level
+must not show, :meth:`Feedback.tokenize` gives ids with a segment index for each, and
+:func:`span_to_tokens` maps a blamed span to the sampled tokens.
+
+Text in feedback may be the output of an attacker's program. It is made safe when a segment is
+built (control, ANSI and bidirectional characters go, length is capped at head and tail) and once
+more when it meets a tokenizer (special tokens are never produced).
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol, get_args, overload
+
+from rlrf.errors import UsageError
+
+Kind = Literal[
+    "compile_error",
+    "runtime_error",
+    "wrong_answer",
+    "time_limit",
+    "memory_limit",
+    "output_limit",
+    "format_error",
+    "truncated_attempt",
+    "tool_error",
+    "state_mismatch",
+    "critique",
+    "rubric",
+    "lint",
+    "hint",
+    "reference",
+]
+Severity = Literal["error", "warning", "info"]
+Reveals = Literal["nothing", "location", "expected", "reference"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+SEVERITIES: tuple[str, ...] = get_args(Severity)
+REVEALS: tuple[str, ...] = get_args(Reveals)
+
+MAX_SEGMENT_CHARS = 8192
+"""A segment longer than this keeps its head and tail; the middle becomes a truncation mark."""
+
+
+class Level(enum.IntEnum):
+    """How much of the feedback is shown, from nothing to the reference solution.
+
+    ``none`` shows nothing; ``binary`` that the attempt failed; ``category`` the kinds of fault;
+    ``located`` adds where; ``explained`` the full text, short of hidden answers; ``expected``
+    adds expected values; ``reference`` adds reference solutions.
+    """
+
+    none = 0
+    binary = 1
+    category = 2
+    located = 3
+    explained = 4
+    expected = 5
+    reference = 6
+
+    @classmethod
+    def parse(cls, value: Level | str | int) -> Level:
+        """The level named by ``value``.
+
+        Raises:
+            UsageError: no level has that name or number.
+        """
+        try:
+            return cls[value] if isinstance(value, str) else cls(value)
+        except (KeyError, ValueError):
+            raise UsageError(
+                f"unknown feedback level {value!r}; levels are {', '.join(m.name for m in cls)}"
+            ) from None
+
+
+# The lowest level at which a segment's own text is shown.
+_SHOWN_FROM: dict[str, Level] = {
+    "location": Level.located,
+    "nothing": Level.explained,
+    "expected": Level.expected,
+    "reference": Level.reference,
+}
+
+_TITLES: dict[str, str] = {
+    "compile_error": "The program does not compile.",
+    "runtime_error": "The program raised an error.",
+    "wrong_answer": "The answer is wrong.",
+    "time_limit": "The time limit was exceeded.",
+    "memory_limit": "The memory limit was exceeded.",
+    "output_limit": "The output limit was exceeded.",
+    "format_error": "The format of the reply is wrong.",
+    "truncated_attempt": "The attempt was cut off before its end.",
+    "tool_error": "A tool call failed.",
+    "state_mismatch": "The final state is not the one asked for.",
+    "critique": "A reviewer found a fault.",
+    "rubric": "A criterion is not met.",
+    "lint": "The code has a style fault.",
+    "hint": "There is a hint.",
+    "reference": "There is a reference solution.",
+}
+
+_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+
+
+def clean_text(text: str, max_chars: int = MAX_SEGMENT_CHARS) -> str:
+    """Make untrusted program output plain: no ANSI, control, bidi or zero-width characters.
+
+    Line ends become newlines; lone surrogates become U+FFFD. Text over ``max_chars`` keeps its head
+    and its tail around a mark that says how many characters are gone.
+    """
+    text = _ANSI.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+    # Cc control, Cf format (bidi, zero-width), Cs lone surrogates: none may reach a prompt.
+    if not text.isascii() or any(c < " " and c not in "\n\t" for c in text) or "\x7f" in text:
+        kept = []
+        for c in text:
+            category = unicodedata.category(c)
+            if category == "Cs":
+                kept.append("�")
+            elif c in "\n\t" or category not in ("Cc", "Cf"):
+                kept.append(c)
+        text = "".join(kept)
+    return shorten(text, max_chars)
+
+
+def shorten(text: str, max_chars: int) -> str:
+    """Keep the head and the tail of ``text`` within ``max_chars`` (the end says most: 2/3 tail)."""
+    if len(text) <= max_chars:
+        return text
+    mark = f"\n[... {len(text) - max_chars} characters cut ...]\n"
+    room = max(0, max_chars - len(mark))
+    head = room // 3
+    tail = room - head
+    return text[:head] + mark + (text[len(text) - tail :] if tail else "")
+
+
+class Tokenizer(Protocol):
+    """What rlrf asks of a tokenizer; Hugging Face tokenizers fit."""
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The texts of the special tokens."""
+        ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = ...) -> list[int]:
+        """Text to ids."""
+        ...
+
+
+def special_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """Every text that ``tokenizer`` would turn into a special or added control token."""
+    found = set(getattr(tokenizer, "all_special_tokens", ()))
+    for token in getattr(tokenizer, "added_tokens_decoder", {}).values():
+        # Qwen's <tool_call> is added and not "special", yet a template reads it as markup.
+        found.add(str(token))
+    return tuple(sorted((t for t in found if t.strip()), key=lambda t: (-len(t), t)))
+
+
+def defuse(text: str, tokenizer: Any) -> str:
+    """Break every special token of ``tokenizer`` that stands in ``text`` with a space.
+
+    ``<|im_end|>`` becomes ``< |im_end|>``: still readable, never a control token.
+    """
+    tokens = special_tokens(tokenizer)
+    if not any(t in text for t in tokens):
+        return text
+    pattern = re.compile("|".join(re.escape(t) for t in tokens))
+    previous = None
+    while previous != text:  # breaking one token may uncover a shorter one inside it
+        previous = text
+        text = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], text)
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One thing the environment has to say about an attempt.
+
+    Attributes:
+        kind: what sort of fault (one of :data:`KINDS`).
+        text: the words; cleaned and capped when the segment is built.
+        severity: ``error`` (the attempt failed for this), ``warning`` or ``info``.
+        source: who says so: ``"checker"``, ``"compiler"``, ``"judge:gpt"``, a tool's name.
+        reveals: how much of the hidden answer the text gives away. ``location`` marks a text that
+            says only *where* the fault is; ``nothing`` an explanation that needs no hidden data.
+        span: ``(start, end)`` characters of the attempt that are to blame, half open.
+        priority: what to keep when there is no room for all; higher stays longer.
+        untrusted: the text quotes what the attempt produced (its output, its traceback).
+
+    Raises:
+        UsageError: an unknown kind, severity or reveals; a span that is no range.
+    """
+
+    kind: Kind
+    text: str
+    severity: Severity = "error"
+    source: str = "environment"
+    reveals: Reveals = "nothing"
+    span: tuple[int, int] | None = None
+    priority: int = 0
+    untrusted: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("kind", self.kind, KINDS),
+            ("severity", self.severity, SEVERITIES),
+            ("reveals", self.reveals, REVEALS),
+        ):
+            if value not in known:
+                raise UsageError(
+                    f"Segment.{name} is {value!r}; it must be one of {', '.join(known)}"
+                )
+        if self.span is not None:
+            start, end = self.span
+            if not 0 <= start <= end:
+                raise UsageError(
+                    f"Segment.span is {self.span!r}; it must be (start, end) with 0 <= start <= end"
+                )
+            object.__setattr__(self, "span", (int(start), int(end)))
+        object.__setattr__(self, "text", clean_text(self.text))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The segment as JSON data; :meth:`from_dict` reads it back."""
+        return {
+            "kind": self.kind,
+            "text": self.text,
+            "severity": self.severity,
+            "source": self.source,
+            "reveals": self.reveals,
+            "span": list(self.span) if self.span else None,
+            "priority": self.priority,
+            "untrusted": self.untrusted,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Segment:
+        """The segment that :meth:`to_dict` wrote."""
+        span = data.get("span")
+        return cls(**{**data, "span": tuple(span) if span else None})
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedFeedback:
+    """Feedback as token ids.
+
+    Attributes:
+        input_ids: ``[n]`` token ids of the rendered text; no special token among them.
+        segment_ids: ``[n]`` index of the segment each token belongs to.
+        offsets: ``[n]`` ``(start, end)`` characters of each token in :attr:`text`.
+        truncated: whether something had to go to stay within ``max_tokens``.
+        text: the rendered text that was tokenized.
+    """
+
+    input_ids: tuple[int, ...]
+    segment_ids: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
+    truncated: bool
+    text: str = ""
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback(Sequence[Segment]):
+    """An immutable tuple of segments; empty when there is nothing to say (and then falsy)."""
+
+    segments: tuple[Segment, ...] = field(default=())
+
+    def __init__(self, segments: Iterable[Segment] | Segment = ()) -> None:
+        items = (segments,) if isinstance(segments, Segment) else tuple(segments)
+        for item in items:
+            if not isinstance(item, Segment):
+                raise UsageError(
+                    f"Feedback holds Segments, got {item!r}; "
+                    "write Segment(kind, text) or Feedback.of(kind, text)"
+                )
+        object.__setattr__(self, "segments", items)
+
+    @classmethod
+    def of(cls, kind: Kind, text: str, **fields: Any) -> Feedback:
+        """Feedback of one segment."""
+        return cls((Segment(kind, text, **fields),))
+
+    @overload
+    def __getitem__(self, index: int) -> Segment: ...
+    @overload
+    def __getitem__(self, index: slice) -> Feedback: ...
+    def __getitem__(self, index: int | slice) -> Segment | Feedback:
+        if isinstance(index, slice):
+            return Feedback(self.segments[index])
+        return self.segments[index]
+
+    def __len__(self) -> int:
+        return len(self.segments)
+
+    def __iter__(self) -> Iterator[Segment]:
+        return iter(self.segments)
+
+    def __add__(self, other: Iterable[Segment]) -> Feedback:
+        return Feedback((*self.segments, *other))
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def text(self) -> str:
+        """The segments' texts in order, a blank line between them."""
+        return _SEPARATOR.join(s.text for s in self.segments if s.text)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that occur, each once, in order."""
+        return tuple(dict.fromkeys(s.kind for s in self.segments))
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """The blamed character ranges of the attempt, in order."""
+        return tuple(s.span for s in self.segments if s.span is not None)
+
+    def at_level(self, level: Level | str | int) -> Feedback:
+        """The feedback as ``level`` shows it.
+
+        A segment whose text is above the level is not dropped silently: below ``explained`` each
+        *kind* of error is still named (``category``) and located (``located``). Idempotent, and
+        ``f.at_level(a).at_level(b)`` equals ``f.at_level(min(a, b))`` in what it reveals.
+        """
+        level = Level.parse(level)
+        if level is Level.none or not self.segments:
+            return Feedback()
+        if level >= Level.explained:
+            return Feedback(s for s in self.segments if _SHOWN_FROM[s.reveals] <= level)
+        # What would only appear above `explained` must not even be hinted at below it, unless it
+        # is an error: then its kind is no secret.
+        errors = [s for s in self.segments if s.severity == "error" and s.kind != "reference"]
+        if not errors:
+            return Feedback()
+        if level is Level.binary:
+            return Feedback.of(errors[0].kind, _BINARY, source=errors[0].source)
+        shown: list[Segment] = []
+        for kind in dict.fromkeys(s.kind for s in errors):
+            of_kind = [s for s in errors if s.kind == kind]
+            title = Segment(
+                of_kind[0].kind,
+                _TITLES[kind],
+                source=of_kind[0].source,
+                priority=max(s.priority for s in of_kind),
+            )
+            if level is Level.category:
+                shown.append(title)
+                continue
+            own = [s for s in of_kind if s.reveals == "location"]
+            spans = [s.span for s in of_kind if s.span is not None]
+            if not own and spans:
+                start, end = spans[0]
+                where = f" At characters {start} to {end} of the attempt."
+                title = replace(title, text=title.text + where, span=(start, end))
+            shown += [title, *own]
+        return Feedback(shown)
+
+    def render(self, max_chars: int | None = None) -> str:
+        """The text, cut to ``max_chars`` at the cost of the segments that matter least."""
+        return self.text if max_chars is None else shorten(self.text, max_chars)
+
+    def tokenize(self, tokenizer: Any, max_tokens: int | None = None) -> TokenizedFeedback:
+        """Token ids with the segment each belongs to; never a special token.
+
+        Segments are taken by descending priority until ``max_tokens`` is used up. The first that
+        does not fit keeps its head and tail around a mark; the rest are dropped. They are then
+        set in their original order.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer (a fast one also gives character offsets that are
+                exact; a slow one offsets by decoding).
+            max_tokens: the budget; None for no limit.
+
+        Raises:
+            UsageError: ``max_tokens`` is negative.
+        """
+        if max_tokens is not None and max_tokens < 0:
+            raise UsageError(f"max_tokens is {max_tokens}; it must be >= 0 or None")
+        texts = {i: defuse(s.text, tokenizer) for i, s in enumerate(self.segments) if s.text}
+        encoded, truncated = _fit(texts, self.segments, tokenizer, max_tokens)
+        ids: list[int] = []
+        segment_ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        text = ""
+        for i in sorted(encoded):
+            piece, piece_ids, piece_offsets = encoded[i]
+            base = len(text)
+            text += piece
+            ids += piece_ids
+            segment_ids += [i] * len(piece_ids)
+            offsets += [(base + a, base + b) for a, b in piece_offsets]
+        return TokenizedFeedback(tuple(ids), tuple(segment_ids), tuple(offsets), truncated, text)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """The segments as JSON data; :meth:`from_dicts` reads them back."""
+        return [s.to_dict() for s in self.segments]
+
+    @classmethod
+    def from_dicts(cls, data: Iterable[Mapping[str, Any]]) -> Feedback:
+        """The feedback that :meth:`to_dicts` wrote."""
+        return cls(Segment.from_dict(d) for d in data)
+
+
+_SEPARATOR = "\n\n"
+_BINARY = "The attempt is not correct."
+_MARK = "\n[... cut ...]\n"
+
+_Piece = tuple[str, list[int], list[tuple[int, int]]]
+
+
+def _fit(
+    texts: Mapping[int, str],
+    segments: Sequence[Segment],
+    tokenizer: Any,
+    max_tokens: int | None,
+) -> tuple[dict[int, _Piece], bool]:
+    """Encode the segments that fit, the most important first; see :meth:`Feedback.tokenize`."""
+    left = max_tokens
+    chosen: dict[int, _Piece] = {}
+    last = max(texts, default=-1)
+    for i in sorted(texts, key=lambda i: (-segments[i].priority, i)):
+        # The separator belongs to the segment before it, so that ids concatenate to the text.
+        tail = "" if i == last else _SEPARATOR
+        piece = _encode(tokenizer, texts[i] + tail)
+        if left is None or len(piece[1]) <= left:
+            chosen[i] = piece
+            left = None if left is None else left - len(piece[1])
+            continue
+        cut = _cut_middle(tokenizer, texts[i], left)
+        if cut[1]:
+            chosen[i] = cut
+        return chosen, True
+    return chosen, False
+
+
+def _cut_middle(tokenizer: Any, text: str, budget: int) -> _Piece:
+    """The longest head + mark + tail of ``text`` that encodes to at most ``budget`` tokens."""
+    best: _Piece = ("", [], [])
+    low, high = 1, len(text)
+    while low <= high:
+        keep = (low + high) // 2
+        head = keep // 3
+        piece = _encode(tokenizer, text[:head] + _MARK + text[len(text) - (keep - head) :])
+        if len(piece[1]) <= budget:
+            best, low = piece, keep + 1
+        else:
+            high = keep - 1
+    return best
+
+
+def _encode(tokenizer: Any, text: str) -> _Piece:
+    """Ids and character offsets of ``text``, without special tokens."""
+    if getattr(tokenizer, "is_fast", False):
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return text, list(out["input_ids"]), [(int(a), int(b)) for a, b in out["offset_mapping"]]
+    ids = list(tokenizer.encode(text, add_special_tokens=False))
+    return text, ids, token_offsets(tokenizer, ids)
+
+
+def token_offsets(tokenizer: Any, token_ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Characters of the decoded text that each token stands for, ``[n]`` pairs, half open.
+
+    Decoding a growing prefix is the only rule that holds for every tokenizer; a token that ends
+    inside a multi-byte character gets an empty range until the character is complete.
+    """
+    ends: list[int] = []
+    for n in range(1, len(token_ids) + 1):
+        text = tokenizer.decode(list(token_ids[:n]), skip_special_tokens=False)
+        end = len(text.rstrip("�"))
+        ends.append(max(end, ends[-1] if ends else 0))
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def span_to_tokens(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The half-open range of tokens that overlap the character range ``span``.
+
+    Args:
+        span: characters of the attempt, e.g. :attr:`Segment.span`.
+        offsets: characters of each sampled token, e.g. from :func:`token_offsets`.
+    """
+    start, end = span
+    hit = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
+    return (hit[0], hit[-1] + 1) if hit else (0, 0)

@@ -1,0 +1,518 @@
+"""Collecting rollouts: an environment, a policy, groups, and nothing lost.
+
+What holds for every rollout that comes back:
+
+- its token ids are the sampler's; environment turns are appended, nothing is rendered twice;
+- its reward is what the *policy* caused, or it is unscored and :attr:`Rollout.failure` says why;
+- its feedback is there for every step, the last one included;
+- a stuck environment costs that rollout its own deadline and nobody else's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlrf._async import call_hook, run_sync
+from rlrf.env import Env, Episode, StepResult, Task
+from rlrf.errors import InfraError, PromptTooLongError, RlrfError, UsageError
+from rlrf.feedback import Feedback, span_to_tokens
+from rlrf.messages import Message, Messages
+from rlrf.policy import Completion, Policy, Prompt, SamplingParams
+
+log = logging.getLogger("rlrf.rollout")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One episode, as a trainer needs it.
+
+    Attributes:
+        task_id: the task.
+        group_id: rollouts of equal ``group_id`` are samples of one task in one batch.
+        prompt_ids: ids the first completion continues.
+        completion_ids: everything after that: sampled turns and, between them, what the
+            environment said.
+        completion_mask: 1 where the policy sampled the token, 0 where the environment put it.
+        logprobs: sampled log-probability of each completion token (0.0 where the mask is 0), or
+            empty when the policy does not report them.
+        messages: the whole chat, replies included.
+        reward: sum of the step rewards; None when unscored.
+        feedback: one :class:`Feedback` per step, the last step included.
+        metrics: the environment's named numbers (of the last step that has each).
+        finish_reason: ``terminated``, ``truncated``, ``length`` (the last reply was cut off) or
+            ``failed``.
+        failure: why it is unscored: ``kind: message``; None when scored.
+        spans: per step, the completion-token range ``(start, end)`` of each segment's blamed
+            characters, or None where it blames none.
+        solved: whether the reward reached the environment's success threshold.
+    """
+
+    task_id: str
+    group_id: str
+    prompt_ids: tuple[int, ...] = ()
+    completion_ids: tuple[int, ...] = ()
+    completion_mask: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    messages: Messages = ()
+    reward: float | None = None
+    feedback: tuple[Feedback, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    finish_reason: str = "terminated"
+    failure: str | None = None
+    spans: tuple[tuple[tuple[int, int] | None, ...], ...] = ()
+    solved: bool = False
+
+    @property
+    def scored(self) -> bool:
+        """Whether :attr:`reward` is there; no trainer may read an unscored rollout as 0."""
+        return self.reward is not None
+
+    @property
+    def text(self) -> str:
+        """The last reply of the policy."""
+        for message in reversed(self.messages):
+            if message["role"] == "assistant":
+                return message["content"] or ""
+        return ""
+
+    @property
+    def last_feedback(self) -> Feedback:
+        """Feedback of the last step that had something to say; empty if none had."""
+        for feedback in reversed(self.feedback):
+            if feedback:
+                return feedback
+        return Feedback()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The rollout as JSON data; :meth:`from_dict` reads it back."""
+        return {
+            "task_id": self.task_id,
+            "group_id": self.group_id,
+            "prompt_ids": list(self.prompt_ids),
+            "completion_ids": list(self.completion_ids),
+            "completion_mask": list(self.completion_mask),
+            "logprobs": list(self.logprobs),
+            "messages": [dict(m) for m in self.messages],
+            "reward": self.reward,
+            "feedback": [f.to_dicts() for f in self.feedback],
+            "metrics": dict(self.metrics),
+            "finish_reason": self.finish_reason,
+            "failure": self.failure,
+            "spans": [[list(s) if s else None for s in step] for step in self.spans],
+            "solved": self.solved,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Rollout:
+        """The rollout :meth:`to_dict` wrote."""
+        fields = dict(data)
+        for name in ("prompt_ids", "completion_ids", "completion_mask", "logprobs", "messages"):
+            fields[name] = tuple(fields[name])
+        fields["feedback"] = tuple(Feedback.from_dicts(f) for f in fields["feedback"])
+        fields["spans"] = tuple(
+            tuple(tuple(s) if s else None for s in step) for step in fields["spans"]
+        )
+        return cls(**fields)
+
+
+async def arollout(
+    env: Env,
+    policy: Policy,
+    tasks: Iterable[str | Task] | None = None,
+    *,
+    group_size: int = 1,
+    max_concurrency: int = 64,
+    params: SamplingParams | None = None,
+    deadline_s: float | None = 120.0,
+    retries: int = 2,
+    seed: int = 0,
+    on_rollout: Callable[[Rollout], None] | None = None,
+) -> list[Rollout]:
+    """Async twin of :func:`rollout`."""
+    if group_size < 1 or max_concurrency < 1 or retries < 0:
+        raise UsageError(
+            f"group_size={group_size}, max_concurrency={max_concurrency}, retries={retries}: "
+            "the first two must be >= 1, retries >= 0"
+        )
+    chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
+    if not len(chosen):
+        raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
+    batcher = _Batcher(policy, params or SamplingParams(), seed)
+    slots = asyncio.Semaphore(max_concurrency)
+    collector = _Collector(env, batcher, deadline_s, retries)
+
+    async def one(position: int, task: Task, sample: int) -> Rollout:
+        async with slots, batcher.episode():
+            rollout = await collector.collect(
+                task, f"{position}:{task.id}", seed + position * group_size + sample
+            )
+        if on_rollout is not None:
+            on_rollout(rollout)
+        return rollout
+
+    found = [env._find_task(task) for task in chosen]
+    jobs = [
+        asyncio.ensure_future(one(i, task, k))
+        for i, task in enumerate(found)
+        for k in range(group_size)
+    ]
+    try:
+        return list(await asyncio.gather(*jobs))
+    except BaseException:
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        raise
+
+
+def rollout(
+    env: Env,
+    policy: Policy,
+    tasks: Iterable[str | Task] | None = None,
+    *,
+    group_size: int = 1,
+    max_concurrency: int = 64,
+    params: SamplingParams | None = None,
+    deadline_s: float | None = 120.0,
+    retries: int = 2,
+    seed: int = 0,
+    on_rollout: Callable[[Rollout], None] | None = None,
+) -> list[Rollout]:
+    """Run ``group_size`` episodes of every task.
+
+    Args:
+        env: the environment; its episodes run concurrently on the one object.
+        policy: what replies.
+        tasks: ids or tasks; None for the whole split. A task given twice makes two groups.
+        group_size: samples per task.
+        max_concurrency: episodes under way at once.
+        params: how to sample.
+        deadline_s: seconds of *environment* time an episode may use (time spent waiting for the
+            policy does not count); None for no limit. A rollout that runs into it is unscored.
+        retries: fresh attempts after an infrastructure failure, before a rollout is unscored.
+        seed: seeds sampling and episodes.
+        on_rollout: called with each rollout as it finishes, e.g. for progress.
+
+    Returns:
+        ``len(tasks) * group_size`` rollouts, in the order of the tasks, samples of a task
+        together. None is ever missing: what failed is there, unscored.
+
+    Raises:
+        UsageError: no tasks, or the policy or environment was used wrongly.
+        UnknownIdError: no task has a given id.
+    """
+    return run_sync(
+        arollout(
+            env,
+            policy,
+            tasks,
+            group_size=group_size,
+            max_concurrency=max_concurrency,
+            params=params,
+            deadline_s=deadline_s,
+            retries=retries,
+            seed=seed,
+            on_rollout=on_rollout,
+        )
+    )
+
+
+class _Collector:
+    """Runs one episode to its end, again after infrastructure failures."""
+
+    def __init__(self, env: Env, batcher: _Batcher, deadline_s: float | None, retries: int) -> None:
+        self.env, self.batcher = env, batcher
+        self.deadline_s, self.retries = deadline_s, retries
+
+    async def collect(self, task: Task, group_id: str, seed: int) -> Rollout:
+        for attempt in range(self.retries + 1):
+            draft = _Draft(task.id, group_id)
+            try:
+                return await self._run(task, seed, draft)
+            except InfraError as error:
+                failure = f"{error.kind}: {error}"
+                if not error.retryable or attempt == self.retries:
+                    break
+                log.info("retrying %s after %s", task.id, failure)
+            except PromptTooLongError as error:
+                warnings.warn(f"task {task.id!r} is left unscored: {error}", stacklevel=2)
+                failure = f"prompt_too_long: {error}"
+                break
+            except RlrfError:
+                raise  # the caller's mistake, and the same for every rollout: say so at once
+            except Exception as error:  # a bug in the environment: this rollout's, not the batch's
+                failure = f"env_error: {type(error).__name__}: {error}"
+                log.warning("task %s: the environment raised", task.id, exc_info=True)
+                break
+        return draft.failed(failure)
+
+    async def _run(self, task: Task, seed: int, draft: _Draft) -> Rollout:
+        clock = _Clock(self.deadline_s, task.id)
+        episode: Episode = await clock.run(self.env.aepisode(task, seed=seed))
+        draft.messages = list(episode.messages)
+        new: Messages = ()
+        while not episode.done:
+            prompt = Prompt(
+                tuple(draft.messages), draft.prefix_ids(), new, _tools(self.env), draft.group_id
+            )
+            try:
+                completion = await self.batcher.generate(prompt)
+            except PromptTooLongError:
+                if not draft.steps:
+                    raise
+                return draft.out_of_context(self.env)
+            draft.add_completion(completion)
+            result: StepResult = await clock.run(episode.astep(completion.assistant_message))
+            draft.add_step(result, completion)
+            new = result.observation
+        return draft.scored(self.env)
+
+
+def _tools(env: Env) -> tuple[dict[str, Any], ...]:
+    return tuple(getattr(env, "tools", ()) or ())
+
+
+class _Clock:
+    """The environment time an episode has left."""
+
+    def __init__(self, seconds: float | None, task_id: str) -> None:
+        self.left, self.total, self.task_id = seconds, seconds, task_id
+
+    async def run(self, work: Any) -> Any:
+        if self.left is None:
+            return await work
+        loop = asyncio.get_running_loop()
+        start = loop.time()
+        try:
+            return await asyncio.wait_for(work, max(self.left, 0.0))
+        except TimeoutError:
+            raise InfraError(
+                f"the environment took more than {self.total:g} s for task {self.task_id!r}",
+                kind="deadline",
+                retryable=False,
+            ) from None
+        finally:
+            self.left -= loop.time() - start
+
+
+class _Draft:
+    """A rollout in the making."""
+
+    def __init__(self, task_id: str, group_id: str) -> None:
+        self.task_id, self.group_id = task_id, group_id
+        self.messages: list[Message] = []
+        self.prompt_ids: tuple[int, ...] = ()
+        self.ids: list[int] = []
+        self.mask: list[int] = []
+        self.logprobs: list[float] = []
+        self.has_logprobs = True
+        self.steps: list[StepResult] = []
+        self.spans: list[tuple[tuple[int, int] | None, ...]] = []
+        self.finish_reason = "terminated"
+        self._turn_start = 0
+
+    def prefix_ids(self) -> tuple[int, ...] | None:
+        return (*self.prompt_ids, *self.ids) if self.steps else None
+
+    def add_completion(self, completion: Completion) -> None:
+        before = self.prefix_ids()
+        if before is None:
+            self.prompt_ids = tuple(completion.prompt_ids)
+        else:
+            if completion.prompt_ids[: len(before)] != before:
+                raise UsageError(
+                    "the policy rewrote earlier tokens: Completion.prompt_ids must start with "
+                    "Prompt.prefix_ids, or training would see tokens that were never sampled"
+                )
+            self._append(completion.prompt_ids[len(before) :], 0, ())
+        self._turn_start = len(self.ids)
+        self._append(completion.token_ids, 1, completion.logprobs)
+        self.messages.append(completion.assistant_message)
+        self.finish_reason = completion.finish_reason
+
+    def _append(self, ids: Sequence[int], mask: int, logprobs: Sequence[float]) -> None:
+        self.ids += ids
+        self.mask += [mask] * len(ids)
+        if mask and len(logprobs) != len(ids):
+            self.has_logprobs = False
+        self.logprobs += logprobs if mask and self.has_logprobs else [0.0] * len(ids)
+
+    def add_step(self, result: StepResult, completion: Completion) -> None:
+        self.steps.append(result)
+        self.messages += result.observation
+        spans: list[tuple[int, int] | None] = []
+        for segment in result.info["feedback"]:
+            if segment.span is None or not completion.offsets:
+                spans.append(None)
+                continue
+            start, end = span_to_tokens(segment.span, completion.offsets)
+            spans.append((self._turn_start + start, self._turn_start + end))
+        self.spans.append(tuple(spans))
+
+    def scored(self, env: Env) -> Rollout:
+        reward = sum(s.reward for s in self.steps)
+        metrics: dict[str, float] = {}
+        for step in self.steps:
+            metrics.update(step.info["metrics"])
+        if self.finish_reason != "length":
+            self.finish_reason = "truncated" if self.steps[-1].truncated else "terminated"
+        return replace(
+            self._rollout(),
+            reward=reward,
+            metrics=metrics,
+            solved=reward >= env.success_threshold,
+        )
+
+    def out_of_context(self, env: Env) -> Rollout:
+        """The policy filled its own context: that is its doing, so it is scored, and told."""
+        told = Feedback.of(
+            "truncated_attempt", "The conversation grew beyond the context; be briefer."
+        ).at_level(env.feedback_level)
+        rollout = self.scored(env)
+        return replace(
+            rollout,
+            feedback=(*rollout.feedback[:-1], rollout.feedback[-1] + told),
+            spans=(*rollout.spans[:-1], rollout.spans[-1] + (None,) * len(told)),
+            finish_reason="truncated",
+        )
+
+    def failed(self, failure: str) -> Rollout:
+        return replace(self._rollout(), finish_reason="failed", failure=failure)
+
+    def _rollout(self) -> Rollout:
+        return Rollout(
+            task_id=self.task_id,
+            group_id=self.group_id,
+            prompt_ids=self.prompt_ids,
+            completion_ids=tuple(self.ids),
+            completion_mask=tuple(self.mask),
+            logprobs=tuple(self.logprobs) if self.has_logprobs else (),
+            messages=tuple(self.messages),
+            feedback=tuple(s.info["feedback"] for s in self.steps),
+            finish_reason=self.finish_reason,
+            spans=tuple(self.spans),
+        )
+
+
+class _Batcher:
+    """Gathers the prompts of concurrent episodes into calls of ``policy.generate``.
+
+    A local policy (one with ``max_batch_size``) gets one call at a time, as full as it can be: a
+    call starts when every running episode waits for a reply, or a batch is full. Only when an
+    environment keeps the others waiting longer than ``linger_s`` does a call start without it.
+    So for environments that answer fast the batches, and with them the samples, depend on the
+    seed alone.
+    """
+
+    linger_s = 0.2
+
+    def __init__(self, policy: Policy, params: SamplingParams, seed: int) -> None:
+        self.policy, self.params = policy, params
+        self.seed = params.seed if params.seed is not None else seed
+        self.limit: int | None = getattr(policy, "max_batch_size", None)
+        self.waiting: list[tuple[Prompt, asyncio.Future[Completion]]] = []
+        self.running = 0
+        self.calls = 0
+        self.busy = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.work: set[asyncio.Task[None]] = set()
+
+    @contextlib.asynccontextmanager
+    async def episode(self) -> Any:
+        self.running += 1
+        # Let every other episode that can start do so before the first call is made up.
+        await asyncio.sleep(0)
+        try:
+            yield
+        finally:
+            self.running -= 1
+            self._consider()
+
+    async def generate(self, prompt: Prompt) -> Completion:
+        if self.limit is None:
+            return (await self._call([prompt]))[0]
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self.waiting.append((prompt, future))
+        self._consider()
+        return await future
+
+    def _consider(self, late: bool = False) -> None:
+        self.waiting = [w for w in self.waiting if not w[1].done()]
+        if self.limit is None or self.busy or not self.waiting:
+            return
+        if len(self.waiting) < min(self.limit, self.running) and not late:
+            if self.timer is None:
+                loop = asyncio.get_running_loop()
+                self.timer = loop.call_later(self.linger_s, self._consider, True)
+            return
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        batch, self.waiting = self.waiting[: self.limit], self.waiting[self.limit :]
+        self.busy = True
+        task = asyncio.ensure_future(self._serve(batch))
+        self.work.add(task)
+        task.add_done_callback(self.work.discard)
+
+    async def _serve(self, batch: list[tuple[Prompt, asyncio.Future[Completion]]]) -> None:
+        try:
+            await self._deliver(batch)
+        finally:
+            self.busy = False
+            self._consider()
+
+    async def _deliver(self, batch: list[tuple[Prompt, asyncio.Future[Completion]]]) -> None:
+        try:
+            completions = await self._call([p for p, _ in batch])
+        except PromptTooLongError as error:
+            if len(batch) == 1:
+                self._fail(batch, error)
+            else:  # one prompt is at fault; the others must not suffer for it
+                for item in batch:
+                    await self._deliver([item])
+        except Exception as error:
+            self._fail(batch, error)
+        else:
+            for (_, future), completion in zip(batch, completions, strict=True):
+                if not future.done():
+                    future.set_result(completion)
+
+    @staticmethod
+    def _fail(batch: list[tuple[Prompt, asyncio.Future[Completion]]], error: Exception) -> None:
+        for _, future in batch:
+            if not future.done():
+                future.set_exception(error)
+
+    async def _call(self, prompts: list[Prompt]) -> list[Completion]:
+        params = replace(self.params, seed=_mix(self.seed, self.calls))
+        self.calls += 1
+        try:
+            completions: list[Completion]
+            if inspect.iscoroutinefunction(self.policy.generate):
+                completions = await self.policy.generate(prompts, params)
+            else:
+                completions = await call_hook(self.policy.generate, prompts, params)
+        except RlrfError:
+            raise
+        except Exception as error:
+            raise InfraError(
+                f"the policy failed: {type(error).__name__}: {error}", kind="policy_error"
+            ) from error
+        if len(completions) != len(prompts):
+            raise UsageError(
+                f"the policy gave {len(completions)} completions for {len(prompts)} prompts; "
+                "generate() must return one per prompt, in order"
+            )
+        return completions
+
+
+def _mix(seed: int, call: int) -> int:
+    """A seed for one call; far apart for neighbouring seeds and calls."""
+    return (seed * 1_000_003 + call * 7_919 + 12_345) % (2**31)

@@ -1,0 +1,78 @@
+"""Trainers: what turns rollouts with feedback into a better policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from rlrf.plugins import Registry
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training run leaves behind.
+
+    Attributes:
+        history: one mapping of metrics per step, in order; the same lines as ``metrics.jsonl``.
+        run_dir: the run directory, or None if nothing was written.
+        model_dir: where the trained model lies, or None.
+    """
+
+    history: list[dict[str, float]] = field(default_factory=list)
+    run_dir: Path | None = None
+    model_dir: Path | None = None
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """What a trainer is: built from (model, env, config), then :meth:`train`.
+
+    Register yours with the entry-point group ``rlrf.trainers`` (or
+    ``rlrf.trainers.register("mine", Mine)``) and ``rlrf train --trainer mine`` finds it. A class
+    may declare ``config_class``, a pydantic model: configuration files and ``--set`` are then
+    validated against it.
+    """
+
+    def train(self) -> TrainResult:
+        """Run to the end and return the history."""
+        ...
+
+
+trainers = Registry("rlrf.trainers", "trainer")
+
+
+def make_trainer(
+    name: str,
+    *,
+    model: Any,
+    env: Any,
+    config: Any = None,
+    **kwargs: Any,
+) -> Trainer:
+    """A trainer by name.
+
+    Args:
+        name: ``"sdpo"``, ``"grpo"`` or a registered one.
+        model: a model folder or name, or a policy that is already loaded.
+        env: an :class:`rlrf.Env` or an id for :func:`rlrf.make`.
+        config: the trainer's config object, a mapping of its fields, or None for the defaults.
+        kwargs: passed on, e.g. ``run_dir``, ``eval_env``.
+
+    Raises:
+        UnknownIdError: no such trainer.
+        ConfigError: a wrong key or value in ``config``.
+        MissingDependencyError: the ``train`` extra is not installed.
+    """
+    from rlrf.config import build_config
+    from rlrf.registry import make
+
+    cls = trainers.load(name)
+    config_class = getattr(cls, "config_class", None)
+    if config_class is not None and (config is None or isinstance(config, Mapping)):
+        config = build_config(config_class, dict(config or {}))
+    if isinstance(env, str):
+        env = make(env)
+    trainer: Trainer = cls(model, env, config, **kwargs)
+    return trainer
