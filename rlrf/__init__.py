@@ -31,6 +31,7 @@ from rlrf.errors import (
     UnknownIdError,
     UsageError,
 )
+from rlrf.evaluate import EvalReport, aevaluate, evaluate
 from rlrf.feedback import (
     Feedback,
     Level,
@@ -74,6 +75,7 @@ __all__ = [
     "ConfigError",
     "Env",
     "Episode",
+    "EvalReport",
     "Feedback",
     "InfraError",
     "Level",
@@ -101,10 +103,12 @@ __all__ = [
     "Turn",
     "UnknownIdError",
     "UsageError",
+    "aevaluate",
     "arollout",
     "assistant",
     "clean_text",
     "defuse",
+    "evaluate",
     "load_entry_points",
     "make",
     "make_policy",

@@ -479,7 +479,7 @@ def token_offsets(tokenizer: Any, token_ids: Sequence[int]) -> list[tuple[int, i
         text = tokenizer.decode(list(token_ids[:n]), skip_special_tokens=False)
         end = len(text.rstrip("�"))
         ends.append(max(end, ends[-1] if ends else 0))
-    return list(zip([0, *ends[:-1]], ends, strict=True))
+    return list(zip([0, *ends], ends, strict=False))
 
 
 def span_to_tokens(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:

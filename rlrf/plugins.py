@@ -51,6 +51,19 @@ class Registry:
     def __contains__(self, name: object) -> bool:
         return name in self.names()
 
+    def target(self, name: str) -> Any:
+        """What ``name`` stands for, not imported: the object, or its ``"pkg.mod:attr"``.
+
+        Raises:
+            UnknownIdError: nothing has that name; near matches are listed.
+        """
+        if name in self._added:
+            return self._added[name]
+        point = self.entry_points().get(name)
+        if point is None:
+            raise UnknownIdError(self.what, name, self.names())
+        return point.value
+
     def load(self, name: str) -> Any:
         """The object registered under ``name``.
 
@@ -58,17 +71,11 @@ class Registry:
             UnknownIdError: nothing has that name; near matches are listed.
             MissingDependencyError: its module needs a package that is not installed.
         """
-        target = self._added.get(name)
-        if target is None:
-            point = self.entry_points().get(name)
-            if point is None:
-                raise UnknownIdError(self.what, name, self.names())
-            target = point.value
+        target = self.target(name)
         return load_object(target, f"{self.what} {name!r}") if isinstance(target, str) else target
 
 
-# Modules whose absence has a known cure.
-_EXTRAS = {
+EXTRAS = {
     "torch": "train",
     "transformers": "train",
     "peft": "train",
@@ -78,6 +85,7 @@ _EXTRAS = {
     "docker": "docker",
     "vllm": "vllm",
 }
+"""Packages whose absence has a known cure: the extra of rlrf that brings each."""
 
 
 def load_object(path: str, what: str) -> Any:
@@ -92,8 +100,8 @@ def load_object(path: str, what: str) -> Any:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing in _EXTRAS:
-            raise MissingDependencyError(what, missing, _EXTRAS[missing]) from error
+        if missing in EXTRAS:
+            raise MissingDependencyError(what, missing, EXTRAS[missing]) from error
         raise UsageError(
             f"{what} points to {path!r}, but module {error.name!r} cannot be imported; "
             "is the distribution that brings it installed?"

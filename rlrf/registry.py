@@ -7,6 +7,7 @@ entered by name when :mod:`rlrf` is imported; their modules are imported by ``ma
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
@@ -136,8 +137,10 @@ def make(id: str | EnvSpec, **kwargs: Any) -> Env:
     accepted = accepted_options(entry_point)
     for key in kwargs:
         if accepted is not None and key not in accepted:
+            near = difflib.get_close_matches(key, sorted(accepted), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
             raise ConfigError(
-                f"environment {name!r} has no option {key!r}; options are "
+                f"environment {name!r} has no option {key!r}; {hint}options are "
                 + ", ".join(sorted(accepted))
             )
     env = gymnasium.make(env_spec, **kwargs).unwrapped

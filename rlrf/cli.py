@@ -1,0 +1,596 @@
+"""The command line: ``rlrf list | info | eval | train | report | check``, and plug-in commands.
+
+Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Every error rlrf raises on
+purpose is one line on standard error; ``RLRF_DEBUG=1`` shows the traceback as well.
+
+Further commands come from the entry-point group ``rlrf.commands`` (each a ``typer.Typer``), which
+are imported when they are called, not before: ``rlrf --help`` needs no extra.
+"""
+
+from __future__ import annotations
+
+import ast
+import datetime
+import importlib.util
+import inspect
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import rlrf
+from rlrf import runs
+from rlrf._async import run_sync
+from rlrf.config import (
+    TrainConfig,
+    TrainerSection,
+    build_config,
+    load_train_config,
+    parse_assignment,
+    to_toml,
+)
+from rlrf.console import RolloutProgress, TrainProgress
+from rlrf.env import Env, StepResult, Task
+from rlrf.errors import ConfigError, RlrfError, UsageError
+from rlrf.evaluate import EvalReport, evaluate
+from rlrf.feedback import Level
+from rlrf.messages import Messages
+from rlrf.plugins import EXTRAS, Registry
+from rlrf.policy import SamplingParams, make_policy, policies
+from rlrf.registry import accepted_options
+from rlrf.trainer import make_trainer, trainers
+
+app = typer.Typer(
+    name="rlrf",
+    help="Reinforcement learning with rich feedback.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+commands = Registry("rlrf.commands", "command")
+sandboxes = Registry("rlrf.sandboxes", "sandbox")
+
+
+def main() -> None:
+    """Run the command line; the console script ``rlrf``."""
+    _add_plugin_commands()
+    try:
+        app()
+    except RlrfError as error:
+        if os.environ.get("RLRF_DEBUG"):
+            traceback.print_exc()
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _console() -> Console:
+    # Made when it is used: standard output may have been redirected since the import.
+    return Console()
+
+
+# --- plug-in commands ---------------------------------------------------------------------
+
+
+def _add_plugin_commands() -> None:
+    present = {command.name for command in app.registered_commands}
+    for name in commands:
+        if name not in present:
+            app.command(
+                name,
+                help=_describe(commands.target(name))[0] or f"Commands of the {name!r} plug-in.",
+                # All arguments, --help included, are for the command that is loaded below.
+                context_settings={
+                    "allow_extra_args": True,
+                    "ignore_unknown_options": True,
+                    "help_option_names": [],
+                },
+            )(_plugin_command(name))
+
+
+def _plugin_command(name: str) -> Callable[[typer.Context], None]:
+    def call(ctx: typer.Context) -> None:
+        plugin = commands.load(name)
+        if not isinstance(plugin, typer.Typer):
+            raise UsageError(f"command {name!r} is {plugin!r}; a plug-in command is a typer.Typer")
+        # A group even with a single command: `rlrf model fetch` must not become `rlrf model`.
+        typer.main.get_group(plugin)(args=ctx.args, prog_name=f"rlrf {name}")
+
+    return call
+
+
+# --- options shared by commands -----------------------------------------------------------
+
+_EnvOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="Option of the environment, name=value; repeatable."),
+]
+_EnvId = Annotated[str, typer.Argument(metavar="ENV", help="Environment id; see `rlrf list`.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"rlrf {rlrf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --- list ---------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_() -> None:
+    """List environments, trainers, policies and sandboxes."""
+    console = _console()
+    for title, registry in (
+        ("Environments", None),
+        ("Trainers", trainers),
+        ("Policies", policies),
+        ("Sandboxes", sandboxes),
+    ):
+        table = Table(title=title, title_justify="left", title_style="bold", box=None)
+        table.add_column(no_wrap=True, style="cyan")
+        table.add_column()
+        table.show_header = False
+        names: Iterable[str] = rlrf.registry if registry is None else registry
+        for name in names:
+            target = rlrf.spec(name).entry_point if registry is None else registry.target(name)
+            doc, missing = _describe(target)
+            needs = f"  (needs: pip install 'rlrf[{missing}]')" if missing else ""
+            table.add_row(name, escape(doc + needs))
+        if not table.row_count:
+            table.add_row("-", "none installed")
+        console.print(table)
+        console.print()
+
+
+def _describe(target: Any) -> tuple[str, str]:
+    """The first line of a target's documentation, and the extra it lacks (or "").
+
+    A ``"pkg.mod:Name"`` is read as source, not imported: listing must not need torch, nor wait
+    for it.
+    """
+    if not isinstance(target, str):
+        doc = inspect.getdoc(target) or ""
+        return doc.partition("\n")[0], ""
+    module, _, attr = target.partition(":")
+    source = _module_source(module)
+    if source is None:
+        return "(not importable)", ""
+    tree = ast.parse(source)
+    doc = ast.get_docstring(tree) or ""
+    missing = ""
+    for node in tree.body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == attr:
+            doc = ast.get_docstring(node) or doc
+        for name in _imported(node):
+            package = name.partition(".")[0]
+            if package in EXTRAS and importlib.util.find_spec(package) is None:
+                missing = EXTRAS[package]
+    return doc.partition("\n")[0], missing
+
+
+def _imported(node: ast.stmt) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level:
+        return [node.module or ""]
+    return []
+
+
+def _module_source(module: str) -> str | None:
+    """The source of a module, found without importing its parent packages."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    if spec is None:
+        return None
+    places = [Path(p) for p in spec.submodule_search_locations or ()]
+    if rest:
+        found = [p.joinpath(*rest).with_suffix(".py") for p in places]
+        found += [p.joinpath(*rest, "__init__.py") for p in places]
+    else:
+        found = [Path(spec.origin)] if spec.origin else []
+    return next((p.read_text(encoding="utf-8") for p in found if p.is_file()), None)
+
+
+# --- info ---------------------------------------------------------------------------------
+
+
+@app.command()
+def info(
+    env: _EnvId,
+    option: _EnvOptions = None,
+    split: Annotated[str | None, typer.Option(help="Split of the example task.")] = None,
+) -> None:
+    """Show what an environment is: options, splits, a task, and its feedback at every level."""
+    console = _console()
+    found = _make_env(env, option, {"split": split, "feedback": "reference"})
+    try:
+        doc = inspect.getdoc(type(found)) or ""
+        console.print(f"[bold cyan]{escape(env)}[/]  {type(found).__qualname__}")
+        console.print(doc, markup=False, highlight=False)
+        console.print()
+        _print_options(console, type(found))
+        sizes = {name: len(found.tasks(name)) for name in found.splits}
+        told = ", ".join(f"{name} {size} tasks" for name, size in sizes.items())
+        console.print(f"[bold]Splits[/]  {told}")
+        low, high = found.reward_range
+        console.print(
+            f"[bold]Reward[/]  {low:g} to {high:g}, solved at {found.success_threshold:g}\n",
+            highlight=False,
+        )
+        task = found.tasks()[0]
+        console.print(f"[bold]Example task[/]  {escape(task.id)} ({found.split})")
+        _print_messages(console, task.messages)
+        console.print()
+        _print_levels(console, found, task)
+    finally:
+        found.close()
+
+
+def _print_options(console: Console, cls: type[Env]) -> None:
+    table = Table(title="Options", title_justify="left", title_style="bold", box=None)
+    table.add_column("name", style="cyan", no_wrap=True)
+    table.add_column("default")
+    table.add_column("type")
+    accepted = accepted_options(cls) or set()
+    seen: set[str] = set()
+    for base in cls.__mro__:
+        init = base.__dict__.get("__init__")
+        if init is None or not issubclass(base, Env):
+            continue
+        for p in inspect.signature(init).parameters.values():
+            if p.name in accepted and p.name not in seen:
+                seen.add(p.name)
+                default = "(required)" if p.default is p.empty else repr(p.default)
+                kind = "" if p.annotation is p.empty else inspect.formatannotation(p.annotation)
+                table.add_row(p.name, escape(default), escape(kind.strip("'")))
+    console.print(table)
+    console.print()
+
+
+def _print_messages(console: Console, messages: Messages) -> None:
+    for message in messages:
+        console.print(f"[dim]{message['role']}:[/]")
+        console.print(message["content"] or "", markup=False, highlight=False)
+
+
+def _print_levels(console: Console, env: Env, task: Task) -> None:
+    """What the environment says to an empty reply, at each level."""
+
+    async def attempt() -> StepResult:
+        episode = await env.aepisode(task, seed=0)
+        return await episode.astep("")
+
+    try:
+        result = run_sync(attempt())
+    except RlrfError as error:
+        console.print(f"An empty attempt could not be graded here: {error}", markup=False)
+        return
+    console.print(f"[bold]Feedback to an empty attempt[/]  reward {result.reward:g}")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("level", style="cyan", no_wrap=True)
+    table.add_column("kinds", no_wrap=True)
+    table.add_column("text")
+    for level in Level:
+        shown = result.info["feedback"].at_level(level)
+        table.add_row(level.name, ", ".join(shown.kinds), escape(shown.text) or "(nothing)")
+    console.print(table)
+
+
+# --- eval ---------------------------------------------------------------------------------
+
+
+@app.command("eval")
+def eval_(
+    env: Annotated[str, typer.Option(help="Environment id.")],
+    policy: Annotated[str, typer.Option(help="Policy; see `rlrf list`.")] = "hf",
+    model: Annotated[str | None, typer.Option(help="Model folder or name.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split; the held-out one (eval) by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many tasks.")] = None,
+    samples: Annotated[int, typer.Option(help="Attempts per task.")] = 1,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Tokens per reply.")] = 256,
+    feedback: Annotated[str | None, typer.Option(help="Feedback level.")] = None,
+    seed: Annotated[int, typer.Option(help="Seeds sampling and episodes.")] = 0,
+    max_concurrency: Annotated[int, typer.Option(help="Episodes under way at once.")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the report and its rollouts to this JSON file.")
+    ] = None,
+    option: _EnvOptions = None,
+    policy_option: Annotated[
+        list[str] | None,
+        typer.Option("--policy-option", help="Option of the policy, name=value; repeatable."),
+    ] = None,
+) -> None:
+    """Measure a policy on an environment."""
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    if out is not None and not out.parent.is_dir():
+        raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
+    found = _make_env(env, option, {"split": split, "feedback": feedback}, prefer_split="eval")
+    try:
+        n_tasks = min(limit or sys.maxsize, len(found.tasks()))
+        options = _assignments(policy_option)
+        if model is not None:
+            options["model"] = model
+        player = _make_policy(policy, options)
+        with RolloutProgress(n_tasks * max(samples, 1)) as progress:
+            report = evaluate(
+                found,
+                player,
+                samples_per_task=samples,
+                params=params,
+                seed=seed,
+                limit=limit,
+                max_concurrency=max_concurrency,
+                on_rollout=progress,
+            )
+        _print_eval(_console(), report)
+        if out is not None:
+            head = {
+                "env": env,
+                "split": found.split,
+                "feedback": found.feedback_level.name,
+                "policy": policy,
+                "model": model,
+                "samples_per_task": samples,
+                "temperature": temperature,
+                "top_p": top_p,
+                "max_tokens": max_tokens,
+                "seed": seed,
+                "lock": runs.environment_lock(found),
+            }
+            data = head | report.to_dict(rollouts=True)
+            out.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+            print(f"written to {out}")
+    finally:
+        found.close()
+    if report.pass_rate is None:
+        print("error: no rollout could be scored", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _print_eval(console: Console, report: EvalReport) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    rows: dict[str, str] = {"tasks": str(report.n_tasks), "rollouts": str(report.n_rollouts)}
+    if report.pass_rate is not None and report.pass_rate_ci is not None:
+        low, high = report.pass_rate_ci
+        rows["pass rate"] = f"{report.pass_rate:.1%}  (95 % CI {low:.1%} to {high:.1%})"
+        rows |= {f"pass@{k}": f"{v:.1%}" for k, v in report.pass_at_k.items() if k > 1}
+        rows["mean reward"] = f"{report.mean_reward:.4f}"
+        rows["mean length"] = f"{report.mean_length:.1f} tokens"
+    if report.n_unscored:
+        rows["unscored"] = f"{report.n_unscored} (left out of every number): " + _counts(
+            report.failures
+        )
+    if report.feedback_kinds:
+        rows["feedback"] = _counts(report.feedback_kinds)
+    rows["ended"] = _counts(report.finish_reasons)
+    rows |= {name: f"{value:.4g}" for name, value in report.metrics.items()}
+    for name, value in rows.items():
+        table.add_row(escape(name), escape(value))
+    console.print(table)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+
+def _make_env(
+    id: str,
+    option: list[str] | None,
+    given: Mapping[str, Any],
+    prefer_split: str | None = None,
+) -> Env:
+    options = _assignments(option)
+    options |= {name: value for name, value in given.items() if value is not None}
+    env = rlrf.make(id, **options)
+    if prefer_split in env.splits and "split" not in options:
+        env.split = prefer_split
+    return env
+
+
+def _make_policy(name: str, options: dict[str, Any]) -> Any:
+    factory = policies.load(name)
+    try:
+        inspect.signature(factory).bind(**options)
+    except TypeError as error:
+        parameters = [
+            p for p in inspect.signature(factory).parameters if p not in ("args", "kwargs")
+        ]
+        remedy = (
+            "give --model"
+            if "'model'" in str(error) and "model" not in options
+            else ("its options are " + (", ".join(parameters) or "none"))
+        )
+        raise ConfigError(f"policy {name!r}: {error}; {remedy}") from None
+    return make_policy(name, **options)
+
+
+def _assignments(texts: list[str] | None) -> dict[str, Any]:
+    return dict(parse_assignment(text) for text in texts or ())
+
+
+# --- train --------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Configuration file.")
+    ] = None,
+    trainer: Annotated[str | None, typer.Option(help="Trainer; see `rlrf list`.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model folder or name.")] = None,
+    env: Annotated[str | None, typer.Option(help="Environment id.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Where the run is written.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key, e.g. trainer.learning_rate=1e-5; repeatable."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in the run directory.")
+    ] = False,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html at the end.")
+    ] = True,
+) -> None:
+    """Train a model on an environment."""
+    overrides = {"trainer.name": trainer, "model": model, "env.id": env, "run.dir": run_dir}
+    settings = load_train_config(config, set_ or (), overrides)
+    trainer_config = _trainer_config(settings.trainer)
+    path = _run_dir(settings)
+    runs.check_free(path, overwrite=overwrite)
+    environment = rlrf.make(settings.env.id, **settings.env.options)
+    held_out: Env | None = None
+    try:
+        if settings.eval_env is not None or "eval" in environment.splits:
+            section = settings.held_out()
+            held_out = rlrf.make(section.id, **section.options)
+        len(environment.tasks())  # an empty task set is an error before the model is loaded
+        if overwrite:
+            runs.clear(path)
+        path.mkdir(parents=True, exist_ok=True)
+        settings.run.dir = str(path)
+        (path / "config.toml").write_text(
+            to_toml(settings.model_dump(exclude_none=True)), encoding="utf-8"
+        )
+        print(f"run directory: {path}", flush=True)
+        _train(settings, trainer_config, environment, held_out, path, report)
+    finally:
+        environment.close()
+        if held_out is not None:
+            held_out.close()
+
+
+def _trainer_config(section: TrainerSection) -> Any:
+    config_class = getattr(trainers.load(section.name), "config_class", None)
+    if config_class is None:
+        return section.options
+    return build_config(config_class, section.options, prefix="trainer.")
+
+
+def _run_dir(settings: TrainConfig) -> Path:
+    if settings.run.dir is not None:
+        return Path(settings.run.dir)
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    env = settings.env.id.rpartition(":")[2]
+    return Path("runs") / f"{env}-{settings.trainer.name}-{now}"
+
+
+def _train(
+    settings: TrainConfig,
+    trainer_config: Any,
+    env: Env,
+    eval_env: Env | None,
+    path: Path,
+    report: bool,
+) -> None:
+    """Run the trainer; whatever happens, the run directory says how it ended."""
+    status, message = "failed", ""
+    try:
+        with TrainProgress(getattr(trainer_config, "max_steps", None)) as progress:
+            result = make_trainer(
+                settings.trainer.name,
+                model=settings.model,
+                env=env,
+                config=trainer_config,
+                run_dir=path,
+                eval_env=eval_env,
+                on_step=progress,
+            ).train()
+        status = "done"
+    except KeyboardInterrupt:
+        status = "interrupted"
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if runs.is_run(path):
+            run = runs.Run.open(path)
+            if run.status == "running":  # else the trainer has said it itself
+                run.finish(status, message)
+            if report and run.metrics:
+                _report([path], None)
+    rates = [m["eval/pass_rate"] for m in result.history if m.get("eval/pass_rate") is not None]
+    if rates:
+        print(f"held-out pass rate: {rates[0]:.1%} before, {rates[-1]:.1%} after")
+    if result.model_dir is not None:
+        print(f"model: {result.model_dir}")
+
+
+# --- report, check ------------------------------------------------------------------------
+
+
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
+) -> None:
+    """Write one self-contained HTML page about one or several runs."""
+    _report(run, out)
+
+
+def _report(run: list[Path], out: Path | None) -> None:
+    from rlrf.report import write_report
+
+    print(f"report: {write_report(run, out)}")
+
+
+@app.command()
+def check(
+    env: Annotated[list[str], typer.Argument(metavar="ENV...", help="Environment ids.")],
+    option: _EnvOptions = None,
+) -> None:
+    """Check that environments keep the rules; exits with 1 if one does not."""
+    from rlrf.testing import check_env
+
+    console = _console()
+    ok = True
+    for id in env:
+        found = _make_env(id, option, {})
+        try:
+            outcome = check_env(found)
+        finally:
+            found.close()
+        ok &= outcome.ok
+        table = Table(title=id, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table.add_column("check", no_wrap=True)
+        table.add_column("status")
+        table.add_column("detail")
+        colours = {"pass": "green", "fail": "red", "skip": "yellow"}
+        for result in outcome.results:
+            table.add_row(
+                escape(result.id),
+                f"[{colours[result.status]}]{result.status}[/]",
+                escape(result.detail),
+            )
+        console.print(table)
+    if not ok:
+        raise typer.Exit(1)

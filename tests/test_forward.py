@@ -1,0 +1,129 @@
+"""The shared-prefix forward must equal one sequence at a time, in logits and in gradients."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from rlrf_trainers.forward import (  # noqa: E402
+    _plain_logits,
+    _shared_prefix_logits,
+    completion_logits,
+    micro_batches,
+)
+from tests.tiny_model import tiny_model  # noqa: E402
+
+
+def rows(seed: int = 0):
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(256) for _ in range(n)] for n in (5, 3, 9)]
+    prompts = [prompts[i] for i in (0, 0, 1, 2, 0, 1)]
+    completions = [[rng.randrange(256) for _ in range(n)] for n in (4, 1, 7, 2, 6, 3)]
+    return prompts, completions
+
+
+def one_by_one(model, prompt, completion):
+    ids = torch.tensor([prompt + completion])
+    return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("forward", [_shared_prefix_logits, _plain_logits])
+def test_equals_one_sequence_at_a_time(forward):
+    model = tiny_model()
+    prompts, completions = rows()
+    with torch.no_grad():
+        logits = forward(model, prompts, completions)
+        for row, prompt, completion in zip(logits, prompts, completions, strict=True):
+            expected = one_by_one(model, prompt, completion)
+            torch.testing.assert_close(row[: len(completion)], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_gradients_flow_through_the_shared_prefix():
+    prompts, completions = rows(1)
+
+    def gradient(forward):
+        model = tiny_model()
+        model.requires_grad_(True)
+        logits = forward(model, prompts, completions)
+        loss = sum(
+            row[: len(c)].log_softmax(-1).gather(1, torch.tensor(c)[:, None]).sum()
+            for row, c in zip(logits, completions, strict=True)
+        )
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    shared, plain = gradient(_shared_prefix_logits), gradient(_plain_logits)
+    torch.testing.assert_close(shared, plain, atol=1e-3, rtol=1e-3)
+    assert shared.abs().max() > 0.1
+
+
+def test_single_token_completions():
+    model = tiny_model()
+    with torch.no_grad():
+        logits = completion_logits(model, [[1, 2], [3]], [[4], [5]])
+    assert logits.shape[:2] == (2, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            logits[1, 0], model(input_ids=torch.tensor([[3]])).logits[0, -1], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_temperature_divides_the_logits():
+    model = tiny_model()
+    prompts, completions = rows()
+    with torch.no_grad():
+        hot = completion_logits(model, prompts, completions, 2.0)
+        plain = completion_logits(model, prompts, completions)
+    torch.testing.assert_close(hot * 2, plain)
+
+
+def test_activation_checkpointing_takes_the_plain_path():
+    model = tiny_model()
+    prompts, completions = rows()
+    with torch.no_grad():
+        expected = completion_logits(model, prompts, completions)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    model.train()
+    logits = completion_logits(model, prompts, completions)
+    for row, want, completion in zip(logits, expected, completions, strict=True):
+        torch.testing.assert_close(
+            row[: len(completion)], want[: len(completion)], atol=2e-5, rtol=1e-4
+        )
+    logits.sum().backward()
+
+
+def test_a_full_width_cache_is_not_assumed_of_sliding_windows():
+    model = tiny_model(
+        layer_types=["full_attention", "sliding_attention"],
+        sliding_window=4,
+        use_sliding_window=True,
+    )
+    prompts, completions = rows()
+    with torch.no_grad():
+        logits = completion_logits(model, prompts, completions)
+        for row, prompt, completion in zip(logits, prompts, completions, strict=True):
+            torch.testing.assert_close(
+                row[: len(completion)],
+                one_by_one(model, prompt, completion),
+                atol=2e-5,
+                rtol=1e-4,
+            )
+
+
+def test_micro_batches_cover_every_row_once_within_budget():
+    prompts, completions = rows()
+    for budget in (1, 7, 12, 1000):
+        split = list(micro_batches(prompts, completions, budget))
+        assert sorted(i for batch in split for i in batch) == list(range(len(prompts)))
+        for batch in split:
+            padded = max(len(completions[i]) for i in batch) * len(batch)
+            assert padded <= budget or len(batch) == 1
+    # rows of one prompt stand together, so that its forward is shared
+    (batch,) = micro_batches(prompts, completions, 1000)
+    order = [tuple(prompts[i]) for i in batch]
+    changes = sum(a != b for a, b in itertools.pairwise(order))
+    assert changes == len(set(order)) - 1

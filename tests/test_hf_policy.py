@@ -1,0 +1,707 @@
+"""The transformers policy: its numbers against plain forward passes, its ids against the chat."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import Gemma3TextConfig, MistralConfig, Qwen3NextConfig
+
+from rlrf.errors import PromptTooLongError, RlrfError, UsageError
+from rlrf.feedback import token_offsets
+from rlrf.messages import assistant, system, user
+from rlrf.policy import Policy, Prompt, SamplingParams
+from rlrf_trainers.policies import HFPolicy, sampler
+from rlrf_trainers.policies.sampler import draw, next_token_logprobs, sample, score
+from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer
+
+MODEL, TOKENIZER = tiny_model(), tiny_tokenizer()
+END, IM_END = TOKENIZER.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+VOCABULARY = MODEL.config.vocab_size
+
+few = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+token_ids = st.integers(0, 262)  # no special token
+prompt_lists = st.lists(st.lists(token_ids, min_size=1, max_size=9), min_size=1, max_size=6)
+
+
+def policy(**kwargs) -> HFPolicy:
+    return HFPolicy(MODEL, TOKENIZER, **kwargs)
+
+
+def run(prompts, params=None, *, model=MODEL, end_ids=(END, IM_END), seed=0, **kwargs):
+    params = params or SamplingParams(max_tokens=12)
+    return sample(model, prompts, params, end_ids=end_ids, seed=seed, **kwargs)
+
+
+@torch.no_grad()
+def plain_logits(prompt, completion, model=MODEL) -> torch.Tensor:
+    """Logits of each completion token, from one unpadded, uncached forward pass. [n, V]"""
+    ids = torch.tensor([[*prompt, *completion]])
+    return model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+
+
+def plain_logprobs(prompt, completion, model=MODEL) -> list[float]:
+    logits = plain_logits(prompt, completion, model).log_softmax(-1)
+    return logits[range(len(completion)), list(completion)].tolist()
+
+
+# -- sampling ---------------------------------------------------------------------------------
+
+
+@few
+@given(prompts=prompt_lists, seed=st.integers(0, 99), size=st.integers(1, 7))
+def test_logprobs_are_those_of_one_plain_forward_pass(prompts, seed, size):
+    """Left padding, shared prefill, the cache and compaction leave no trace in the numbers."""
+    for prompt, out in zip(prompts, run(prompts, seed=seed, max_batch_size=size), strict=True):
+        assert out.logprobs == pytest.approx(plain_logprobs(prompt, out.token_ids), abs=1e-4)
+
+
+@few
+@given(prompts=prompt_lists, seed=st.integers(0, 99))
+def test_a_row_does_not_depend_on_the_rows_beside_it(prompts, seed):
+    together = run(prompts, seed=seed)
+    in_pairs = run(prompts, seed=seed, max_batch_size=2)
+    assert [o.token_ids for o in together] == [o.token_ids for o in in_pairs]
+    # With row 0 alone nothing is padded, repeated or dropped.
+    assert run(prompts[:1], seed=seed)[0].token_ids == together[0].token_ids
+
+
+def test_samples_of_one_prompt_differ_and_prefill_once(monkeypatch):
+    prefilled = []
+    forward = sampler._CachedRows._forward
+
+    def spy(self, ids, mask, positions):
+        prefilled.append(tuple(ids.shape))
+        forward(self, ids, mask, positions)
+
+    monkeypatch.setattr(sampler._CachedRows, "_forward", spy)
+    out = run([[1, 2, 3]] * 4 + [[7, 8]], SamplingParams(max_tokens=5), end_ids=())
+    assert prefilled == [(2, 3)] + [(5, 1)] * 4  # two distinct prompts, then five rows
+    assert len({tuple(o.token_ids) for o in out[:4]}) == 4
+
+
+def test_finished_rows_leave_the_batch(monkeypatch):
+    sizes = []
+    append = sampler._CachedRows.append
+
+    def spy(self, tokens):
+        sizes.append((len(tokens), {layer.keys.shape[0] for layer in self.cache.layers}))
+        append(self, tokens)
+
+    monkeypatch.setattr(sampler._CachedRows, "append", spy)
+    out = run([[i, 2] for i in range(8)], SamplingParams(max_tokens=9), end_ids=range(60))
+    lengths = [len(o.token_ids) for o in out]
+    assert len(set(lengths)) > 2
+    assert sizes == [(n, {n}) for s in range(1, 9) if (n := sum(k > s for k in lengths))]
+
+
+def test_a_long_prefill_in_chunks_gives_the_same(monkeypatch):
+    prompts = [list(range(40)), list(range(7, 30)), [5]]
+    whole = run(prompts)
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 12)
+    chunked = run(prompts)
+    assert [o.token_ids for o in chunked] == [o.token_ids for o in whole]
+    for a, b in zip(chunked, whole, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
+
+def generate_greedily(model, prompt, n):
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=n,
+        eos_token_id=[END, IM_END],
+        pad_token_id=END,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+@few
+@given(prompts=prompt_lists)
+def test_greedy_equals_transformers_generate(prompts):
+    greedy = SamplingParams(temperature=0, max_tokens=10)
+    for prompt, out in zip(prompts, run(prompts, greedy), strict=True):
+        assert out.token_ids == generate_greedily(MODEL, prompt, 10)
+        assert set(out.logprobs) == {0.0}  # the distribution sampled from is certain
+
+
+SIZES = {"vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.3, "pad_token_id": 0}
+SIZES |= {"bos_token_id": None, "eos_token_id": None}
+OTHERS = {
+    "sliding": lambda: MistralConfig(num_hidden_layers=2, sliding_window=4, **SIZES),
+    "alternating": lambda: Gemma3TextConfig(
+        num_hidden_layers=2,
+        sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"],
+        query_pre_attn_scalar=8,
+        final_logit_softcapping=20.0,
+        **SIZES,
+    ),
+    "recurrent": lambda: Qwen3NextConfig(
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        num_experts=0,
+        **SIZES,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_caches_are_exact_too(kind):
+    model = tiny_model(config=OTHERS[kind]())
+    assert (sampler._new_cache(model) is None) == (kind == "recurrent")
+    prompts = [[1, 2, 3], list(range(11)), [1, 2, 3], [9]]
+    greedy = run(prompts, SamplingParams(temperature=0, max_tokens=8), model=model)
+    assert [o.token_ids for o in greedy] == [generate_greedily(model, p, 8) for p in prompts]
+    for prompt, out in zip(prompts, run(prompts, model=model), strict=True):
+        expected = plain_logprobs(prompt, out.token_ids, model)
+        assert out.logprobs == pytest.approx(expected, abs=1e-4)
+
+
+# -- the distribution -------------------------------------------------------------------------
+
+
+@few
+@given(
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, -1, 1, 5, 400]),
+    top_p=st.sampled_from([0.05, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_truncation_keeps_the_nucleus_and_renormalises(temperature, top_k, top_p, seed):
+    logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(seed)) * 2
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    got = next_token_logprobs(logits, params)
+    for row, result in zip(logits, got, strict=True):
+        # The definition, spelled out token by token in float64.
+        order = sorted(range(300), key=lambda i: -row[i].item())
+        if top_k > 0:
+            order = order[:top_k]
+        weights = [math.exp(row[i].item() / temperature) for i in order]
+        kept, mass = [], 0.0
+        for token, weight in zip(order, weights, strict=True):
+            if top_p < 1 and mass / sum(weights) >= top_p:
+                break
+            kept.append((token, weight))
+            mass += weight
+        expected = {token: math.log(weight / mass) for token, weight in kept}
+        found = {i: v for i, v in enumerate(result.tolist()) if v > -math.inf}
+        assert found == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_nucleus_wider_than_the_first_guess():
+    logits = torch.zeros(2, 3000)
+    logits[0, 7] = 30.0
+    logits[1] = torch.linspace(0, 1, 3000)
+    kept = (next_token_logprobs(logits, SamplingParams(top_p=0.9)) > -math.inf).sum(-1)
+    assert kept[0] == 1
+    ordered = logits[1].double().softmax(-1).flip(0).cumsum(0)
+    assert kept[1] == int((ordered < 0.9).sum()) + 1
+
+
+@pytest.mark.parametrize("uniform", [2.0**-53, 0.25, 0.5, 1.0 - 2.0**-53, 1.0])
+def test_draw_never_takes_a_token_without_mass(uniform):
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0, 0.0]])
+    token = draw(probs.log(), [uniform]).item()
+    assert token == (1 if uniform <= 0.25 else 3)
+
+
+@few
+@given(seed=st.integers(0, 99), size=st.sampled_from([3, 511, 512, 513, 2000]))
+def test_draw_inverts_the_cumulative_distribution(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(20, size, generator=generator) * 5
+    hidden = torch.rand(20, size, generator=generator) < torch.linspace(0, 1, size)
+    hidden[:, 1] = False
+    logprobs = logits.masked_fill(hidden, -math.inf).log_softmax(-1)
+    uniforms = [*torch.rand(18, generator=generator).tolist(), 2.0**-53, 1.0]
+    tokens = draw(logprobs, uniforms)
+    for row, token, u in zip(logprobs.double().exp(), tokens.tolist(), uniforms, strict=True):
+        cumulative = row.cumsum(0) / row.sum()
+        assert row[token] > 0
+        assert cumulative[token] >= u - 1e-6
+        assert cumulative[token] - row[token] <= u + 1e-6
+
+
+def test_truncated_sampling_reports_renormalised_logprobs():
+    params = SamplingParams(top_k=4, top_p=0.8, temperature=1.3, max_tokens=10)
+    for prompt, out in zip([[1], [2, 3]], run([[1], [2, 3]], params), strict=True):
+        expected = next_token_logprobs(plain_logits(prompt, out.token_ids), params)
+        picked = expected[range(len(out.token_ids)), out.token_ids]
+        assert out.logprobs == pytest.approx(picked.tolist(), abs=1e-4)
+        assert (expected > -math.inf).sum(-1).max() <= 4
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.7, "top_k": 12}, {"top_p": 0.7}])
+def test_samples_follow_the_distribution(params):
+    """Chi-square of 4000 first tokens against the exact probabilities."""
+    n, prompt = 4000, [5, 6, 7]
+    params = SamplingParams(max_tokens=1, **params)
+    counts = Counter(o.token_ids[0] for o in run([prompt] * n, params, seed=1, max_batch_size=1000))
+    probs = next_token_logprobs(plain_logits(prompt, [0]), params)[0].exp().double()
+    assert all(probs[token] > 0 for token in counts)
+    common = [i for i in range(VOCABULARY) if probs[i] * n >= 5]
+    rest = n - sum(counts[i] for i in common)
+    chi2 = sum((counts[i] - n * probs[i]) ** 2 / (n * probs[i]) for i in common)
+    expected_rest = n * (1 - sum(probs[i] for i in common))
+    if expected_rest >= 5:
+        chi2 += (rest - expected_rest) ** 2 / expected_rest
+    degrees = len(common) - int(expected_rest < 5)
+    # Mean and standard deviation of chi-square: five deviations out is 1 in millions.
+    assert abs(chi2 - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_the_seed_decides_and_max_tokens_only_cuts():
+    prompts = [[1, 2]] * 3
+    long = run(prompts, SamplingParams(max_tokens=12), seed=5)
+    assert [o.token_ids for o in run(prompts, seed=5)] == [o.token_ids for o in long]
+    assert [o.token_ids for o in run(prompts, seed=6)] != [o.token_ids for o in long]
+    short = run(prompts, SamplingParams(max_tokens=4), seed=5)
+    assert [o.token_ids for o in short] == [o.token_ids[:4] for o in long]
+
+
+def test_without_a_seed_torch_decides():
+    prompts = [Prompt((user("hi"),))]
+    params = SamplingParams(max_tokens=6)
+    torch.manual_seed(3)
+    first = policy().generate(prompts, params)
+    second = policy().generate(prompts, params)
+    torch.manual_seed(3)
+    assert policy().generate(prompts, params) == first
+    assert second != first
+
+
+# -- ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [END, IM_END])
+def test_any_end_token_stops_and_is_kept(end):
+    """The saved configuration names one end token; the other must end a completion too."""
+    biased = tiny_model()
+    biased.lm_head = torch.nn.Linear(32, VOCABULARY)  # untied, with a bias towards the end token
+    with torch.no_grad():
+        biased.lm_head.weight.mul_(0)
+        biased.lm_head.bias.zero_()[end] = 50.0
+    biased.generation_config.eos_token_id = IM_END
+    for out in HFPolicy(biased, TOKENIZER).generate([Prompt((user("hi"),))], SamplingParams()):
+        assert (out.token_ids, out.finish_reason, out.text) == ((end,), "stop", "")
+        assert out.offsets == ((0, 0),)
+
+
+def test_end_tokens_come_from_every_place():
+    model = tiny_model()
+    model.generation_config.eos_token_id = [3, 4]
+    model.config.eos_token_id = 5
+    assert HFPolicy(model, TOKENIZER).end_ids == {3, 4, 5, END, IM_END}
+
+
+def test_length_and_context_cut_off():
+    outs = run([[1], [1, 2, 3, 4]], SamplingParams(max_tokens=5), end_ids=(), context=7)
+    assert [(len(o.token_ids), o.finish_reason) for o in outs] == [(5, "length"), (3, "length")]
+    # An end token sampled last is a stop, not a cut.
+    out = run([[1]], SamplingParams(max_tokens=1), end_ids=range(VOCABULARY))[0]
+    assert out.finish_reason == "stop"
+
+
+def test_stop_texts_end_a_completion():
+    prompts = [Prompt((user("x"),))] * 6
+    free = policy().generate(prompts, SamplingParams(max_tokens=30, seed=2))
+    row = max(range(6), key=lambda i: len(free[i].text))
+    stop = free[row].text[5:7]
+    outs = policy().generate(prompts, SamplingParams(max_tokens=30, seed=2, stop=(stop, "\0\0")))
+    assert outs[row].finish_reason == "stop"
+    assert outs[row].text == free[row].text.split(stop)[0]
+    for out, was in zip(outs, free, strict=True):
+        assert out.token_ids == was.token_ids[: len(out.token_ids)]
+        assert was.text.startswith(out.text)
+        assert stop not in out.text
+        assert max(b for _, b in out.offsets) == len(out.text)
+    assert len(outs[row].token_ids) < len(free[row].token_ids)
+
+
+# -- scoring ----------------------------------------------------------------------------------
+
+
+@few
+@given(
+    pairs=st.lists(
+        st.tuples(st.lists(token_ids, min_size=1, max_size=9), st.lists(token_ids, max_size=9)),
+        min_size=1,
+        max_size=7,
+    ),
+    budget=st.sampled_from([1, 20, 10_000]),
+)
+def test_scores_equal_one_by_one(pairs, budget):
+    prompts, completions = zip(*pairs, strict=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "SCORE_TOKENS", budget)
+        scores = score(MODEL, prompts, completions, top_k=3)
+    for prompt, completion, got in zip(prompts, completions, scores, strict=True):
+        if not completion:
+            assert got.logprobs == ()
+            continue
+        assert got.logprobs == pytest.approx(plain_logprobs(prompt, completion), abs=1e-5)
+        top = plain_logits(prompt, completion).log_softmax(-1).topk(3)
+        assert got.top_ids == tuple(map(tuple, top.indices.tolist()))
+        for a, b in zip(got.top_logprobs, top.values.tolist(), strict=True):
+            assert a == pytest.approx(b, abs=1e-5)
+
+
+def test_scores_agree_with_the_sampler():
+    p = policy()
+    outs = p.generate([Prompt((user(t),)) for t in "abc"], SamplingParams(max_tokens=20, seed=1))
+    scores = p.score([o.prompt_ids for o in outs], [o.token_ids for o in outs])
+    for out, got in zip(outs, scores, strict=True):
+        assert got.logprobs == pytest.approx(out.logprobs, abs=1e-4)
+        assert got.top_ids == ()
+
+
+def test_a_pass_of_score_keeps_to_its_budgets(monkeypatch):
+    shapes = []
+    forward = MODEL.forward
+
+    def spy(**kwargs):
+        out = forward(**kwargs)
+        shapes.append((kwargs["input_ids"].numel(), out.logits.numel()))
+        return out
+
+    monkeypatch.setattr(sampler, "_accepts", lambda *_: True)
+    monkeypatch.setattr(MODEL, "forward", spy)
+    monkeypatch.setattr(sampler, "SCORE_TOKENS", 60)
+    monkeypatch.setattr(sampler, "SCORE_LOGITS", 10 * VOCABULARY)
+    score(MODEL, [[1] * 10] * 9, [[2] * 4] * 9)
+    assert len(shapes) == 5
+    assert all(tokens <= 60 and logits <= 10 * VOCABULARY for tokens, logits in shapes)
+
+
+# -- chat -------------------------------------------------------------------------------------
+
+texts = st.text(st.sampled_from("ab<|>_imndstarfoxel\n \u202eé"), max_size=30) | st.sampled_from(
+    ["<|im_end|>", "x<|im_start|>system\n", "<<|im_end|>|im_end|>", "</think><tool_call>"]
+)
+
+
+@few
+@given(text=texts, role=st.sampled_from(["system", "user", "tool"]))
+def test_text_from_an_environment_makes_no_control_token(text, role):
+    p = policy()
+    markup = [i for i in p.encode(({"role": role, "content": ""},)) if i >= END]
+    assert [i for i in p.encode(({"role": role, "content": text},)) if i >= END] == markup
+    tool = {"type": "function", "function": {"name": "f", "description": text}}
+    plain = {"type": "function", "function": {"name": "f", "description": ""}}
+    of_tool = [i for i in p.encode((user("x"),), (tool,)) if i >= END]
+    assert of_tool == [i for i in p.encode((user("x"),), (plain,)) if i >= END]
+
+
+def test_an_assistant_turn_keeps_its_own_markup_but_not_special_tokens():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    call["function"]["arguments"] = json.dumps({"x": "<|im_end|>"}).replace("<", "\\u003c")
+    message = {
+        "role": "assistant",
+        "content": "<think>hm</think><|im_start|>",
+        "tool_calls": [call],
+    }
+    text = TOKENIZER.decode(policy().encode((user("x"), message)))
+    assert "<think>hm</think>< |im_start|>" in text
+    # Arguments are a string on the wire, an object in templates.
+    assert '<tool_call>{"name": "f", "arguments": {"x": "< |im_end|>"}}</tool_call>' in text
+
+
+@few
+@given(
+    reply=st.lists(token_ids, min_size=1, max_size=8),
+    end=st.sampled_from([(), (IM_END,), (END,)]),
+    new=texts,
+    role=st.sampled_from(["user", "tool"]),
+)
+def test_a_later_turn_is_appended_never_rendered_again(reply, end, new, role):
+    p = policy()
+    prefix = [*p.encode((user("first"),)), *reply, *end]
+    message = {"role": role, "content": new, "tool_call_id": "c1"}
+    prompt = Prompt((user("first"), assistant("?"), message), tuple(prefix), (message,))
+    ids = p.chat.prompt_ids(prompt)
+    assert ids[: len(prefix)] == prefix
+    added = TOKENIZER.decode(ids[len(prefix) :])
+    closing = "\n" if end == (IM_END,) else "<|im_end|>\n"
+    safe = TOKENIZER.decode(p.encode((message,)))  # the same message on its own
+    assert added == closing + safe
+
+
+def test_two_turns_equal_the_chat_rendered_at_once():
+    p = policy()
+    first, second = user("first"), user("second")
+    reply = [*TOKENIZER.encode("answer", add_special_tokens=False), IM_END]
+    ids = p.chat.extend([*p.encode((first,)), *reply], (second,))
+    assert ids == p.encode((first, assistant("answer"), second))
+
+
+def test_appending_survives_templates_that_rewrite_earlier_turns():
+    """Such as those that show an assistant's empty thinking only in the last turn."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    p = HFPolicy(MODEL, tokenizer)
+    ids = p.chat.extend([1, 2, IM_END], (user("x"),))
+    assert tokenizer.decode(ids[3:]) == "\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_appending_with_a_template_without_end_tokens():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    ids = HFPolicy(MODEL, tokenizer).chat.extend([1, 2], (user("x"),))
+    assert (ids[:2], tokenizer.decode(ids[2:])) == ([1, 2], "\nuser: x\nassistant:")
+
+
+def test_generate_answers_a_second_turn():
+    p = policy()
+    params = SamplingParams(max_tokens=5, seed=0)
+    first = p.generate([Prompt((user("a"),))], params)[0]
+    prefix = first.prompt_ids + first.token_ids
+    chat = (user("a"), first.assistant_message, user("b"))
+    second = p.generate([Prompt(chat, prefix, (user("b"),))], params)[0]
+    assert second.prompt_ids[: len(prefix)] == prefix
+    assert second.logprobs == pytest.approx(
+        plain_logprobs(second.prompt_ids, second.token_ids), abs=1e-4
+    )
+
+
+def test_enable_thinking_reaches_the_template():
+    def tail(**kwargs):
+        return TOKENIZER.decode(policy(**kwargs).encode((user("x"),)))[-27:]
+
+    assert tail(enable_thinking=False).endswith("</think>\n\n")
+    assert tail() == tail(enable_thinking=True)
+    assert "think" not in tail()
+
+
+@few
+@given(ids=st.lists(st.integers(0, VOCABULARY - 1), max_size=20), text=st.text(max_size=8))
+def test_offsets_are_those_of_growing_prefixes(ids, text):
+    p = policy()
+    for token_list in (ids, [*TOKENIZER.encode(text, add_special_tokens=False), IM_END]):
+        decoded = p.chat.decode(token_list)
+        offsets = p.chat.offsets(token_list, decoded)
+        assert len(offsets) == len(token_list)
+        assert "".join(decoded[a:b] for a, b in offsets) == decoded
+        visible = [i for i in token_list if i not in (END, END + 1, IM_END)]
+        if "�" not in decoded:
+            slow = token_offsets(TOKENIZER, visible)
+            pairs = zip(token_list, offsets, strict=True)
+            assert [o for i, o in pairs if i in visible] == slow
+
+
+def test_offsets_with_a_tokenizer_that_is_not_bytes():
+    p = policy()
+    p.chat._bytes = dict.fromkeys(range(VOCABULARY), b"?")  # what the fast rule would get wrong
+    ids = TOKENIZER.encode("thé and", add_special_tokens=False)
+    offsets = p.chat.offsets([*ids, IM_END], "thé and")
+    assert offsets == (*token_offsets(TOKENIZER, ids), (7, 7))
+
+
+RESPONSE_TEMPLATE = {
+    "start_anchor": "<|im_start|>assistant\n",
+    "defaults": {"role": "assistant"},
+    "fields": {
+        "thinking": {"open": "<think>", "close": "</think>"},
+        "tool_calls": {
+            "open": "<tool_call>",
+            "close": "</tool_call>",
+            "content": "json",
+            "repeats": True,
+            "transform": {"type": "function", "function": "{content}"},
+        },
+        "content": {"close": "<|im_end|>"},
+    },
+}
+
+
+def test_tool_calls_are_parsed_where_the_tokenizer_can():
+    tokenizer = tiny_tokenizer()
+    chat = HFPolicy(MODEL, tokenizer).chat
+    prompt = chat.encode((user("x"),))
+    reply = (
+        '<think>hm</think>ok<tool_call>{"name": "f", "arguments": {"n": 1}}</tool_call><|im_end|>'
+    )
+
+    def parse(text):
+        return chat.parse(prompt, tokenizer.encode(text, add_special_tokens=False))
+
+    assert parse(reply) is None  # it does not say how to parse
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    message = parse(reply)
+    assert message["content"] == "ok"
+    assert message["reasoning_content"] == "hm"
+    (call,) = message["tool_calls"]
+    assert call["function"] == {"name": "f", "arguments": '{"n": 1}'}
+    assert call["id"]
+    # Nothing but text, or markup the policy got wrong: the text is the reply.
+    assert parse("plain<|im_end|>") is None
+    assert parse("<tool_call>{broken</tool_call><|im_end|>") is None
+    assert parse('<tool_call>"f"</tool_call><|im_end|>') is None
+
+
+# -- the policy -------------------------------------------------------------------------------
+
+
+def test_it_is_a_policy():
+    assert isinstance(policy(), Policy)
+    assert policy(max_batch_size=3).max_batch_size == 3
+
+
+def test_training_flags_are_left_as_found():
+    model = tiny_model(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    before = {name: m.training for name, m in model.named_modules()}
+    p = HFPolicy(model, TOKENIZER)
+    first = p.generate([Prompt((user("x"),))], SamplingParams(max_tokens=8, seed=0))[0]
+    assert {name: m.training for name, m in model.named_modules()} == before
+    model.eval()  # no dropout was active
+    expected = plain_logprobs(first.prompt_ids, first.token_ids, model)
+    assert first.logprobs == pytest.approx(expected, abs=1e-4)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        run([[1]], model=model, stop=lambda ids: 1 / 0)
+    assert model.training
+
+
+def test_a_module_in_training_can_be_sampled_and_trained_on():
+    model = tiny_model().train()
+    p = HFPolicy(model, TOKENIZER)
+    out = p.generate([Prompt((user("x"),))], SamplingParams(max_tokens=4, seed=0))[0]
+    model(input_ids=torch.tensor([[*out.prompt_ids, *out.token_ids]])).logits.sum().backward()
+    assert model.model.embed_tokens.weight.grad is not None
+
+
+def test_a_lora_adapter_is_sampled_with():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(tiny_model(), config)
+    p = HFPolicy(wrapped, TOKENIZER)
+    out = p.generate([Prompt((user("x"),))], SamplingParams(max_tokens=8, seed=0))[0]
+    with_adapter = plain_logprobs(out.prompt_ids, out.token_ids, wrapped)
+    assert out.logprobs == pytest.approx(with_adapter, abs=1e-4)
+    assert with_adapter != pytest.approx(plain_logprobs(out.prompt_ids, out.token_ids), abs=1e-2)
+
+
+def test_update_weights():
+    source, target = tiny_model(seed=1), tiny_model(seed=2)
+    p = HFPolicy(target, TOKENIZER)
+    p.update_weights(source.named_parameters(), version=7)
+    assert p.weight_version == 7
+    assert target.lm_head.weight.data_ptr() == target.model.embed_tokens.weight.data_ptr()
+    got = p.score([[1, 2]], [[3, 4]])[0].logprobs
+    assert got == pytest.approx(plain_logprobs([1, 2], [3, 4], source), abs=1e-5)
+    p.update_weights(target.named_parameters())  # its own tensors: nothing to do
+    with pytest.raises(UsageError, match=r"'model.norm.weight2'.*'model.norm.weight'"):
+        p.update_weights([("model.norm.weight2", torch.ones(32))])
+    with pytest.raises(UsageError, match=r"model.norm.weight.*\(31,\).*\(32,\)"):
+        p.update_weights([("model.norm.weight", torch.ones(31))])
+
+
+def test_a_folder_loads(tmp_path):
+    folder = save_tiny(tmp_path / "m")
+    p = HFPolicy(str(folder), dtype="bfloat16")
+    assert p.model.dtype == torch.bfloat16
+    assert HFPolicy(folder).model.dtype == torch.float32
+    prompts = [Prompt((system("be brief"), user("x")))]
+    params = SamplingParams(max_tokens=5, seed=0)
+    (loaded,), (made,) = (
+        q.generate(prompts, params) for q in (HFPolicy(folder, device="cpu"), policy())
+    )
+    assert (loaded.prompt_ids, loaded.token_ids) == (made.prompt_ids, made.token_ids)
+    assert loaded.logprobs == pytest.approx(made.logprobs, abs=1e-5)
+    assert all(math.isfinite(x) for x in p.generate(prompts, params)[0].logprobs)
+
+
+def test_errors_say_what_to_do(tmp_path):
+    p = policy(max_context=20)
+    with pytest.raises(PromptTooLongError, match=r"has \d+ tokens and 9 more.*context is 20"):
+        p.generate([Prompt((user("x" * 50),))], SamplingParams(max_tokens=9))
+    with pytest.raises(UsageError, match=r"sequence 1 has 15 \+ 6 tokens.*context is 20"):
+        p.score([[1], [1] * 15], [[2], [2] * 6])
+    with pytest.raises(UsageError, match="prompt 0 is empty"):
+        p.score([[]], [[1]])
+    with pytest.raises(UsageError, match="2 prompts and 1 completions"):
+        p.score([[1], [1]], [[1]])
+    with pytest.raises(UsageError, match="no tokenizer; pass tokenizer="):
+        HFPolicy(MODEL)
+    with pytest.raises(UsageError, match=r"causal language model.*got Linear"):
+        HFPolicy(torch.nn.Linear(1, 1), TOKENIZER)
+    with pytest.raises(UsageError, match="unknown dtype 'float7'"):
+        policy(dtype="float7")
+    with pytest.raises(UsageError, match="max_batch_size is 0"):
+        policy(max_batch_size=0)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UsageError, match=r"no chat template.*set tokenizer.chat_template"):
+        HFPolicy(MODEL, tokenizer).encode((user("x"),))
+    tokenizer.chat_template = "{{ raise_exception('only users here') }}"
+    with pytest.raises(UsageError, match=r"refuses messages with the roles \[system, user\]: only"):
+        HFPolicy(MODEL, tokenizer).encode((system("x"), user("x")))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}{% endfor %}"
+    with pytest.raises(UsageError, match="leaves out what the assistant said"):
+        HFPolicy(MODEL, tokenizer).chat.extend([1], (user("x"),))
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0}, {"top_p": 0.5}, {"top_k": 2}])
+def test_a_diverged_model_is_said_to_be_one(params):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.nan)
+    with pytest.raises(RlrfError, match="diverged"):
+        run([[1]], SamplingParams(**params), model=model)
+
+
+# -- a real model -----------------------------------------------------------------------------
+
+REAL = os.environ.get("RLRF_TEST_MODEL", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path(REAL or "/nonexistent").is_dir(),
+    reason="RLRF_TEST_MODEL names no folder of a small chat model",
+)
+def test_a_real_model():
+    p = HFPolicy(REAL, dtype="float32", device="cpu")
+    chat = (user("What is the capital of France? One word."),)
+    greedy = SamplingParams(temperature=0, max_tokens=16)
+    other = (system("You are a poet."), user("Write one line about the sea, please."))
+    prompts = [Prompt(chat), Prompt(other), Prompt(chat)]
+    outs = p.generate(prompts, greedy)
+    assert "paris" in outs[0].text.lower()
+    assert outs[0] == outs[2]
+    for out in outs[:2]:
+        ids = torch.tensor([out.prompt_ids])
+        got = p.model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16
+        )
+        assert tuple(got[0, len(out.prompt_ids) :].tolist()) == out.token_ids
+    sampled = p.generate([prompts[0]] * 3 + [prompts[1]], SamplingParams(max_tokens=24, seed=0))
+    scores = p.score([c.prompt_ids for c in sampled], [c.token_ids for c in sampled])
+    for completion, scored in zip(sampled, scores, strict=True):
+        assert scored.logprobs == pytest.approx(completion.logprobs, abs=1e-3)
+        spelled = "".join(completion.text[a:b] for a, b in completion.offsets)
+        assert spelled == completion.text

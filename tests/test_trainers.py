@@ -1,0 +1,500 @@
+"""SDPO and GRPO on a tiny model: the algorithm, its switches, and what goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import rlrf  # noqa: E402
+from rlrf import Feedback, InfraError, Outcome, RlrfError, Task  # noqa: E402
+from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
+from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.learner import MasterAdamW  # noqa: E402
+from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.teacher import Teacher  # noqa: E402
+from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+
+
+class CountA(rlrf.SingleTurnEnv):
+    """Reward: the share of the reply that is "a"; feedback asks for it."""
+
+    feedback_text = "Say a."
+
+    def load_tasks(self, split):
+        return [Task(f"{split}-{i}", f"Say {i}.") for i in range(12)]
+
+    def grade(self, task, completion):
+        reward = completion.count("a") / max(1, len(completion))
+        told = Feedback.of("wrong_answer", self.feedback_text) if reward < 1 else Feedback()
+        return Outcome(reward, told if self.feedback_text else Feedback())
+
+
+class Mute(CountA):
+    feedback_text = ""
+
+    def grade(self, task, completion):
+        return Outcome(0.0)
+
+
+SMALL = {
+    "max_steps": 2,
+    "prompts_per_step": 3,
+    "num_generations": 4,
+    "max_completion_length": 6,
+    "eval_tasks": 4,
+    "learning_rate": 1e-2,
+}
+
+
+def policy(seed=0, **overrides):
+    return HFPolicy(tiny_model(seed, **overrides), tiny_tokenizer())
+
+
+def sdpo(env=None, run_dir=None, model=None, **config):
+    return SDPOTrainer(
+        model or policy(), env or CountA(), SDPOConfig(**{**SMALL, **config}), run_dir=run_dir
+    )
+
+
+def grpo(env=None, run_dir=None, model=None, **config):
+    return GRPOTrainer(
+        model or policy(), env or CountA(), GRPOConfig(**{**SMALL, **config}), run_dir=run_dir
+    )
+
+
+def weights(trainer):
+    return {n: p.detach().clone() for n, p in trainer.learner.model.named_parameters()}
+
+
+def moved(before, trainer):
+    return any(not torch.equal(before[n], p) for n, p in trainer.learner.model.named_parameters())
+
+
+# --- learning -------------------------------------------------------------------------------
+
+
+def test_grpo_raises_the_reward():
+    history = grpo(max_steps=12, prompts_per_step=4, num_generations=8).train().history
+    assert history[-1]["eval/reward"] > history[0]["eval/reward"] + 0.2
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("teacher", ["frozen", "ema", "trust_region"])
+def test_sdpo_moves_the_student_to_its_teacher(alpha, teacher):
+    trainer = sdpo(
+        max_steps=8,
+        distillation_alpha=alpha,
+        distillation_topk=0,
+        teacher_regularization=teacher,
+    )
+    history = trainer.train().history
+    kl = [line["self_distillation/teacher_student_kl"] for line in history[1:]]
+    assert kl[-1] < 0.7 * kl[0]
+    assert all(line["self_distillation/reprompt_sample_fraction"] == 1 for line in history[1:])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"distillation_topk": 5},
+        {"distillation_topk": 5, "distillation_add_tail": False},
+        {"full_logit_distillation": False},
+        {"teacher_regularization": "live"},
+        {"num_iterations": 2, "mini_batch_prompts": 1},
+        {"loss_aggregation": "token_mean", "distillation_kl_clip": 1.0},
+        {"lora_r": 4},
+        {"temperature": 0.7},
+        {"gradient_checkpointing": True},
+    ],
+)
+def test_sdpo_switches_train(config):
+    trainer = sdpo(**config)
+    before = weights(trainer)
+    history = trainer.train().history
+    assert moved(before, trainer)
+    assert all(math.isfinite(v) for line in history for v in line.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"loss_type": "grpo", "beta": 0.1},
+        {"loss_type": "dr_grpo", "scale_rewards": "none"},
+        {"loss_type": "bnpo", "scale_rewards": "batch"},
+        {"importance_sampling_level": "sequence", "num_iterations": 2, "epsilon_high": 0.28},
+        {"mini_batch_prompts": 1, "delta": 3.0},
+        {"mask_truncated_completions": True},
+        {"lora_r": 4, "lora_target_modules": ["q_proj"]},
+    ],
+)
+def test_grpo_switches_train(config):
+    trainer = grpo(**config)
+    before = weights(trainer)
+    history = trainer.train().history
+    assert moved(before, trainer)
+    assert all(math.isfinite(v) for line in history for v in line.values())
+
+
+def test_lora_trains_the_adapter_alone():
+    trainer = sdpo(lora_r=4)
+    before = weights(trainer)
+    trainer.train()
+    for name, parameter in trainer.learner.model.named_parameters():
+        changed = not torch.equal(before[name], parameter)
+        assert changed == ("lora_B" in name or "lora_A" in name), name
+
+
+# --- exactness ------------------------------------------------------------------------------
+
+
+def gradients(cls, config, micro):
+    """The gradient of one update, with the forward split into pieces of ``micro`` tokens."""
+    trainer = cls(
+        policy(),
+        CountA(),
+        cls.config_class(**{**SMALL, "micro_batch_tokens": micro, **config}),
+    )
+    caught = {}
+    take = trainer.learner.optimizer_step
+
+    def spy():
+        caught.update(
+            {
+                n: p.grad.clone()
+                for n, p in trainer.learner.model.named_parameters()
+                if p.grad is not None
+            }
+        )
+        take()
+
+    trainer.learner.optimizer_step = spy
+    trainer.learner.step = 1
+    rollouts = trainer.learner.collect()
+    if cls is SDPOTrainer:
+        trainer.distil(trainer.reprompt(rollouts))
+    else:
+        trainer.improve(trainer.advantages(rollouts))
+    spy()
+    return caught
+
+
+@pytest.mark.parametrize(
+    ("cls", "config"),
+    [
+        (SDPOTrainer, {}),
+        (SDPOTrainer, {"loss_aggregation": "sequence_mean_active"}),
+        (SDPOTrainer, {"loss_aggregation": "token_mean", "distillation_alpha": 0.5}),
+        (GRPOTrainer, {"loss_type": "dapo"}),
+        (GRPOTrainer, {"loss_type": "grpo", "beta": 0.05}),
+        (GRPOTrainer, {"loss_type": "dr_grpo"}),
+    ],
+)
+def test_the_gradient_does_not_depend_on_the_micro_batches(cls, config):
+    whole, pieces = gradients(cls, config, 10_000), gradients(cls, config, 1)
+    assert whole.keys() == pieces.keys()
+    scale = max(g.abs().max() for g in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(gradient / scale, pieces[name] / scale, atol=2e-5, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_run():
+    first, second = sdpo().train().history, sdpo().train().history
+    third = sdpo(seed=1).train().history
+
+    def curve(history):
+        return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in history]
+
+    assert curve(first) == curve(second)
+    assert curve(first) != curve(third)
+
+
+def test_sampled_and_recomputed_logprobs_agree():
+    history = sdpo().train().history
+    for line in history[1:]:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-4
+
+
+def test_inactive_rows_shrink_the_step_unless_told_otherwise():
+    """Half the rows have no feedback: the official mean counts them, `_active` does not."""
+
+    class Half(CountA):
+        def grade(self, task, completion):
+            talks = int(task.id.split("-")[1]) % 2 == 0
+            return Outcome(0.0, Feedback.of("hint", "Say a.") if talks else Feedback())
+
+    def loss(mode):
+        trainer = SDPOTrainer(
+            policy(),
+            Half(),
+            SDPOConfig(**{**SMALL, "prompts_per_step": 12, "loss_aggregation": mode}),
+        )
+        trainer.learner.step = 1
+        trainer.distil(trainer.reprompt(trainer.learner.collect()))
+        return sum(trainer.learner.metrics["_loss"])
+
+    assert loss("sequence_mean_active") == pytest.approx(2 * loss("sequence_mean"), rel=1e-5)
+
+
+def test_bf16_weights_take_small_steps_through_fp32_masters():
+    model = tiny_model().to(torch.bfloat16)
+    model.requires_grad_(True)
+    optimizer = MasterAdamW(model, SDPOConfig(weight_decay=0.0))
+    name, parameter = next(iter(optimizer.parameters.items()))
+    start = parameter.detach().float().clone()
+    for _ in range(200):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step(1e-5)
+        optimizer.zero_grad()
+    drop = (start - optimizer.masters[name]).mean().item()
+    assert drop == pytest.approx(200 * 1e-5, rel=0.05)
+    assert parameter.dtype == torch.bfloat16
+    assert (start - parameter.float()).mean().item() == pytest.approx(drop, rel=0.2)
+
+
+# --- the teacher ----------------------------------------------------------------------------
+
+
+def test_ema_takes_the_rate_of_the_new_weights_in_fp32():
+    model = torch.nn.Linear(2, 2, bias=False).to(torch.bfloat16)
+    teacher = Teacher(model, "ema", rate=0.01)
+    start = teacher.weights["weight"].clone()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    teacher.update()
+    assert teacher.weights["weight"].dtype == torch.float32
+    torch.testing.assert_close(
+        teacher.weights["weight"], 0.99 * start + 0.01 * model.weight.float()
+    )
+
+
+def test_each_teacher_uses_its_own_weights_and_leaves_the_students_alone():
+    def after_a_move(kind, rate=0.25):
+        model = torch.nn.Linear(1, 1, bias=False)
+        with torch.no_grad():
+            model.weight.fill_(1.0)
+        teacher = Teacher(model, kind, rate)
+        with torch.no_grad():
+            model.weight.fill_(2.0)
+        teacher.update()
+        seen = teacher.logits(lambda: model(torch.ones(1, 1)))
+        assert model.weight.item() == 2.0
+        return seen.item()
+
+    assert after_a_move("live") == 2.0
+    assert after_a_move("frozen") == 1.0
+    assert after_a_move("ema") == pytest.approx(1.25)
+    assert after_a_move("trust_region") == pytest.approx(1.25)
+
+
+def test_the_ema_moves_once_per_generation_batch(monkeypatch):
+    trainer = sdpo(num_iterations=2, mini_batch_prompts=1)
+    calls = []
+    update = trainer.teacher.update
+    monkeypatch.setattr(trainer.teacher, "update", lambda w=None: (calls.append(1), update(w)))
+    trainer.train()
+    assert len(calls) == SMALL["max_steps"]
+
+
+# --- when things go wrong -------------------------------------------------------------------
+
+
+def test_all_fail_groups_without_feedback_warn_and_change_nothing(tmp_path):
+    for make in (sdpo, grpo):
+        trainer = make(Mute(), run_dir=tmp_path / make.__name__)
+        before = weights(trainer)
+        with pytest.warns(RuntimeWarning, match="no update|nothing to distil"):
+            history = trainer.train().history
+        assert not moved(before, trainer)
+        assert len(history) == SMALL["max_steps"] + 1
+        events = (tmp_path / make.__name__ / "events.jsonl").read_text()
+        assert "warning" in events
+
+
+def test_unscored_rollouts_never_count_as_zero(tmp_path):
+    class Flaky(CountA):
+        def grade(self, task, completion):
+            if int(task.id.split("-")[1]) % 2:
+                raise InfraError("the sandbox died", kind="sandbox_died", retryable=False)
+            return Outcome(1.0)
+
+    trainer = grpo(Flaky(), prompts_per_step=12, max_steps=1)
+    with pytest.warns(RuntimeWarning, match="sandbox_died"):
+        history = trainer.train().history
+    assert history[1]["reward"] == 1.0
+    assert history[1]["unscored_fraction"] == pytest.approx(0.5)
+    assert history[0]["eval/reward"] == 1.0
+
+
+def test_when_nothing_can_be_scored_the_run_says_so_and_goes_on():
+    class Dead(CountA):
+        def grade(self, task, completion):
+            raise InfraError("no sandbox", kind="sandbox_died", retryable=False)
+
+    for make in (sdpo, grpo):
+        trainer = make(Dead())
+        before = weights(trainer)
+        with pytest.warns(RuntimeWarning, match="no sandbox"):
+            trainer.train()
+        assert not moved(before, trainer)
+
+
+def test_a_nan_loss_stops_before_it_reaches_a_weight(tmp_path, monkeypatch):
+    trainer = sdpo(run_dir=tmp_path / "run")
+    before = weights(trainer)
+    import rlrf_trainers.sdpo as module
+
+    real = module.self_distillation_loss
+
+    def poisoned(*args, **kwargs):
+        per_token, metrics = real(*args, **kwargs)
+        return per_token * float("nan"), metrics
+
+    monkeypatch.setattr(module, "self_distillation_loss", poisoned)
+    with pytest.raises(RlrfError, match="loss of step 1 is nan"):
+        trainer.train()
+    assert not moved(before, trainer)
+    run = tmp_path / "run"
+    assert (run / "model" / "config.json").exists()
+    assert "nan" in (run / "events.jsonl").read_text()
+    assert len((run / "rollouts.jsonl").read_text().splitlines()) > 0
+    assert "failed" in (run / "status.json").read_text()
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step():
+    trainer = sdpo(max_steps=1)
+    before = weights(trainer)
+    backward = trainer.learner.backward
+
+    def poison(loss):
+        backward(loss)
+        next(p for p in trainer.learner.model.parameters()).grad.fill_(float("inf"))
+
+    trainer.learner.backward = poison
+    with pytest.warns(RuntimeWarning, match="grad_norm is inf"):
+        trainer.train()
+    assert not moved(before, trainer)
+
+
+def test_an_empty_task_set_is_an_error_before_anything_runs():
+    class Empty(CountA):
+        def load_tasks(self, split):
+            return []
+
+    with pytest.raises(rlrf.UsageError, match="no task in split 'train'"):
+        sdpo(Empty())
+
+
+def test_a_prompt_longer_than_the_context_is_left_out_with_a_warning():
+    class OneLong(CountA):
+        def load_tasks(self, split):
+            return [Task(f"{split}-{i}", "x" * (4000 if i == 0 else 3)) for i in range(4)]
+
+    trainer = grpo(OneLong(), prompts_per_step=4, max_steps=1)
+    with pytest.warns((RuntimeWarning, UserWarning), match="context"):
+        history = trainer.train().history
+    assert history[1]["unscored_fraction"] == pytest.approx(0.25)
+
+
+def test_a_model_without_a_chat_template_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(rlrf.UsageError, match="chat template"):
+        SDPOTrainer(HFPolicy(tiny_model(), tokenizer), CountA(), SDPOConfig(**SMALL)).train()
+
+
+# --- the record -----------------------------------------------------------------------------
+
+
+def test_the_run_directory_tells_everything(tmp_path):
+    lines = []
+    trainer = SDPOTrainer(
+        policy(), CountA(), SDPOConfig(**SMALL), run_dir=tmp_path / "run", on_step=lines.append
+    )
+    result = trainer.train()
+    assert [line["step"] for line in lines] == [0, 1, 2]
+    assert result.history == lines
+    assert set(lines[0]) >= {"eval/pass_rate", "eval/reward"}
+    assert "loss" not in lines[0]
+    assert "eval/pass_rate" in lines[-1]
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    train = [r for r in records if r["split"] == "train"]
+    assert len(train) == 2 * 3 * 4
+    assert len([r for r in records if r["split"] == "eval"]) == 2 * 4
+    first = train[0]
+    assert "Say a." in first["teacher_prompt"]
+    assert len(first["token_kl"]) == len(first["tokens"]) == len(first["completion_ids"])
+    assert sum(map(bool, first["token_kl"])) > 0
+    # the model can be loaded again
+    loaded = HFPolicy(str(result.model_dir))
+    prompt = rlrf.Prompt((rlrf.user("hi"),))
+    params = rlrf.SamplingParams(max_tokens=4, seed=0)
+    assert (
+        loaded.generate([prompt], params)[0].token_ids
+        == trainer.learner.policy.generate([prompt], params)[0].token_ids
+    )
+
+
+def test_make_trainer_takes_ids_and_mappings(tmp_path):
+    trainer = rlrf.make_trainer(
+        "grpo", model=policy(), env=CountA(), config={"max_steps": 1, "num_generations": 2}
+    )
+    assert isinstance(trainer, GRPOTrainer)
+    assert isinstance(trainer, rlrf.Trainer)
+    with pytest.raises(rlrf.ConfigError, match="num_generations"):
+        rlrf.make_trainer("grpo", model=policy(), env=CountA(), config={"num_generation": 2})
+    with pytest.raises(rlrf.ConfigError, match="at least 2"):
+        rlrf.make_trainer("grpo", model=policy(), env=CountA(), config={"num_generations": 1})
+    with pytest.raises(rlrf.UnknownIdError, match="sdpo"):
+        rlrf.make_trainer("sdop", model=policy(), env=CountA())
+
+
+def test_schedules():
+    trainer = sdpo(max_steps=10, lr_scheduler_type="linear", warmup_steps=2, learning_rate=1.0)
+    rates = []
+    for trainer.learner.step in range(1, 11):
+        rates.append(trainer.learner.learning_rate())
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0])
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+    assert rates[-1] > 0
+
+
+class Tennis(rlrf.MultiTurnEnv):
+    """Two turns, feedback on each."""
+
+    def load_tasks(self, split):
+        return [Task(f"{split}-{i}", f"Serve {i}.") for i in range(6)]
+
+    def start(self, task):
+        return []
+
+    def respond(self, state, action):
+        state.append(action)
+        last = len(state) == 2
+        return rlrf.Turn(
+            "Again." if not last else (),
+            0.0,
+            Feedback.of("hint", f"turn {len(state)}: say a"),
+            terminated=last,
+        )
+
+
+def test_multi_turn_rollouts_train_on_sampled_tokens_only(tmp_path):
+    trainer = sdpo(Tennis(), run_dir=tmp_path / "run", max_steps=1)
+    trainer.train()
+    records = [
+        json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()
+    ]
+    record = next(r for r in records if r["split"] == "train")
+    assert 0 in record["completion_mask"]
+    kl = record["token_kl"]
+    assert [v is not None for v in kl] == [bool(m) for m in record["completion_mask"]]
+    assert "turn 1" in record["teacher_prompt"]
+    assert "turn 2" in record["teacher_prompt"]

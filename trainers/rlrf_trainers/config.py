@@ -1,0 +1,238 @@
+"""Trainer configuration: every knob, its default, and where the default comes from.
+
+Names are TRL's where TRL has the knob (``GRPOConfig``, ``SDPOConfig``), else those of the official
+SDPO code. Sources: [P] is the SDPO paper (arXiv 2601.20802), §4 being its experiments *with*
+environment feedback; [C] the official code's YAML; [TRL] TRL 1.16.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from rlrf.feedback import KINDS
+
+REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
+FEEDBACK_TEMPLATE = (
+    "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+)
+
+
+class TrainerConfig(BaseModel):
+    """What SDPO and GRPO share.
+
+    Raises:
+        pydantic.ValidationError: an unknown key or a value out of range (``make_trainer`` and
+            the CLI turn it into one line).
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+    # --- how long, how much
+    max_steps: int = Field(100, ge=1, description="generation batches to train on")
+    prompts_per_step: int = Field(8, ge=1, description="tasks per generation batch; [P] 32")
+    num_generations: int = Field(8, ge=1, description="rollouts per task; [P], [TRL] 8")
+    num_iterations: int = Field(1, ge=1, description="passes over a generation batch; [TRL] 1")
+    mini_batch_prompts: int = Field(
+        0, ge=0, description="tasks per optimizer step; 0: the whole batch ([P] §3; §4 uses 1)"
+    )
+    micro_batch_tokens: int = Field(
+        1024, ge=1, description="padded completion tokens per forward; bounds memory only"
+    )
+
+    # --- sampling; the defaults sample the policy itself, as on-policy training needs
+    temperature: float = Field(1.0, gt=0, description="[P], [TRL] 1.0; used on both logit sets")
+    top_p: float = Field(1.0, gt=0, le=1, description="[P] 1.0")
+    top_k: int = Field(0, ge=-1, description="0 keeps all tokens; [P] -1, the same")
+    max_completion_length: int = Field(256, ge=1, description="[TRL] 256; [P] 8192")
+    rollout_deadline_s: float = Field(120.0, gt=0, description="environment seconds per episode")
+    max_concurrency: int = Field(256, ge=1, description="episodes under way at once")
+
+    # --- optimizer
+    learning_rate: float = Field(1e-6, gt=0, description="[P] §4, [TRL] 1e-6; LoRA wants ~1e-4")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="[P] constant"
+    )
+    warmup_steps: int = Field(0, ge=0, description="[P] §4: 0; §3: 10")
+    weight_decay: float = Field(0.01, ge=0, description="[P] 0.01")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    max_grad_norm: float = Field(1.0, gt=0, description="[P] 1.0")
+
+    # --- what is trained
+    lora_r: int = Field(0, ge=0, description="rank of a LoRA adapter; 0 trains all weights")
+    lora_alpha: int = Field(0, ge=0, description="0: 2 * lora_r")
+    lora_dropout: float = Field(
+        0.0, ge=0, lt=1, description="0: dropout would make old and new log-probs differ"
+    )
+    lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    gradient_checkpointing: bool = False
+
+    # --- off-policy correction
+    rollout_is: bool = Field(
+        True, description="correct for sampler/trainer mismatch, per token; [C] rollout_is: token"
+    )
+    rollout_is_threshold: float = Field(2.0, gt=0, description="[C] 2.0")
+
+    # --- evaluation, bookkeeping
+    eval_steps: int = Field(0, ge=0, description="evaluate every so many steps; 0: ends only")
+    eval_tasks: int = Field(64, ge=0, description="held-out tasks; 0: the whole split")
+    eval_samples: int = Field(1, ge=1, description="rollouts per held-out task")
+    eval_temperature: float = Field(0.6, ge=0, description="[P] validation: 0.6")
+    eval_top_p: float = Field(0.95, gt=0, le=1, description="[P] validation: 0.95")
+    log_rollouts: bool = True
+    save_model: bool = True
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainerConfig:
+        if self.lr_scheduler_type != "constant" and self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}"
+            )
+        return self
+
+
+class SDPOConfig(TrainerConfig):
+    """SDPO. Where the sources conflict, the paper's §4 (with feedback) is followed.
+
+    The official YAML (JSD, K=100, EMA 0.05) is the setting of §3, which uses no feedback; the
+    official dataclass defaults (forward KL, full vocabulary) were used in no published run.
+    """
+
+    # --- divergence
+    distillation_alpha: float = Field(
+        1.0, ge=0, le=1, description="0 forward KL, 1 reverse KL, else JSD; [P] §4: 1, §3: 0.5"
+    )
+    full_logit_distillation: bool = Field(
+        True, description="False: the sampled token only (alpha must be 1); [C] True"
+    )
+    distillation_topk: int = Field(
+        20, ge=0, description="the student's K likeliest tokens; 0: all; [P] §4: 20, §3: 100"
+    )
+    distillation_add_tail: bool = Field(
+        True, description="one bucket for the rest; [C] True. Off is biased (see docs)"
+    )
+    distillation_is_clip: float = Field(2.0, ge=0, description="0: off; [P], [C] 2.0")
+    distillation_kl_clip: float = Field(
+        0.0, ge=0, description="cap of a token's divergence, nats; 0: off, as in [P]"
+    )
+    loss_aggregation: Literal["sequence_mean", "sequence_mean_active", "token_mean"] = Field(
+        "sequence_mean",
+        description="mean over tokens, then over ALL rollouts: what [C] computes with one "
+        "sequence per micro-batch; _active divides by the distilled rollouts only",
+    )
+
+    # --- teacher
+    teacher_regularization: Literal["ema", "trust_region", "frozen", "live"] = Field(
+        "ema", description="[P] ema; live diverges ([P] table 4)"
+    )
+    teacher_update_rate: float = Field(
+        0.01, ge=0, le=1, description="weight of the NEW weights; [P] §4: 0.01, §3: 0.05"
+    )
+
+    # --- reprompt
+    success_reward_threshold: float = Field(0.5, description="[C] YAML 0.5; README says 1.0")
+    use_successful_as_teacher: bool = Field(
+        True, description="show a sibling's correct attempt; [TRL] True"
+    )
+    dont_reprompt_on_self_success: bool = Field(
+        True, description="a rollout is never its own demonstration; [C] True"
+    )
+    distill_on_success: bool = Field(
+        True, description="also distil correct rollouts towards a sibling's; [C] does"
+    )
+    demonstration: Literal["first", "random"] = Field(
+        "first", description="which correct sibling; [C] first. (The shortest collapses length.)"
+    )
+    remove_thinking_from_demonstration: bool = Field(True, description="[C] True; [TRL] False")
+    include_environment_feedback: bool = Field(True, description="[P] §4 True; [TRL] False")
+    feedback_kinds: list[str] | None = Field(
+        None, description="show the teacher only these kinds of feedback; None: all, as in [P]"
+    )
+    environment_feedback_only_without_solution: bool = Field(
+        True, description="feedback only where no demonstration is; [P] §4 True"
+    )
+    max_reprompt_len: int = Field(10240, ge=1, description="tokens; [P], [TRL] 10240")
+    reprompt_template: str = REPROMPT_TEMPLATE
+    solution_template: str = SOLUTION_TEMPLATE
+    feedback_template: str = FEEDBACK_TEMPLATE
+
+    @field_validator("feedback_kinds")
+    @classmethod
+    def _known_kinds(cls, value: list[str] | None) -> list[str] | None:
+        for kind in value or ():
+            if kind not in KINDS:
+                raise ValueError(f"has the kind {kind!r}; kinds are {', '.join(KINDS)}")
+        return value
+
+    @field_validator("reprompt_template")
+    @classmethod
+    def _reprompt_fields(cls, value: str) -> str:
+        return _needs_fields(value, {"prompt", "solution", "feedback"})
+
+    @field_validator("solution_template")
+    @classmethod
+    def _solution_fields(cls, value: str) -> str:
+        return _needs_fields(value, {"successful_previous_attempt"})
+
+    @field_validator("feedback_template")
+    @classmethod
+    def _feedback_fields(cls, value: str) -> str:
+        return _needs_fields(value, {"feedback_raw"})
+
+    @model_validator(mode="after")
+    def _check_sdpo(self) -> SDPOConfig:
+        if not self.full_logit_distillation and self.distillation_alpha != 1:
+            raise ValueError(
+                f"full_logit_distillation=false needs distillation_alpha=1 (the sampled-token "
+                f"estimate is one of the reverse KL), got {self.distillation_alpha}"
+            )
+        if not (self.include_environment_feedback or self.use_successful_as_teacher):
+            raise ValueError(
+                "include_environment_feedback and use_successful_as_teacher are both false: "
+                "the teacher would see nothing the student does not"
+            )
+        return self
+
+
+class GRPOConfig(TrainerConfig):
+    """GRPO, with TRL's knobs and TRL's defaults."""
+
+    beta: float = Field(0.0, ge=0, description="KL to the initial policy; [TRL] 0.0")
+    epsilon: float = Field(0.2, gt=0, description="[TRL] 0.2")
+    epsilon_high: float | None = Field(
+        None, gt=0, description="None: epsilon; [P]'s GRPO baseline 0.28"
+    )
+    delta: float | None = Field(
+        None, gt=1, description="dual clip of negative advantages; [TRL] None; [P] 3"
+    )
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field("dapo", description="[TRL]")
+    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="[TRL]")
+    importance_sampling_level: Literal["token", "sequence"] = Field("token", description="[TRL]")
+    mask_truncated_completions: bool = Field(False, description="[TRL] False")
+
+    @model_validator(mode="after")
+    def _check_grpo(self) -> GRPOConfig:
+        if self.num_generations < 2:
+            raise ValueError(
+                f"num_generations={self.num_generations}: GRPO compares rollouts of a group, "
+                "so it needs at least 2"
+            )
+        return self
+
+
+def _needs_fields(template: str, names: set[str]) -> str:
+    try:
+        found = {field for _, field, _, _ in string.Formatter().parse(template) if field}
+    except ValueError as error:
+        raise ValueError(f"is no format string: {error}; write {{{{ for a literal brace") from None
+    if found != names:
+        raise ValueError(
+            f"has the fields {sorted(found)}; it must have exactly {sorted(names)} "
+            "(write {{ for a literal brace)"
+        )
+    return template

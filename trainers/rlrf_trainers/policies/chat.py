@@ -1,0 +1,304 @@
+"""Between chat messages and token ids: rendering, appending, decoding.
+
+What a policy with its own tokenizer needs around a sampler. Three things hold:
+
+- text that comes from an environment never becomes a control token;
+- a later turn is *appended* to the ids of the earlier ones; nothing sampled is tokenized again;
+- decoding knows which characters each sampled token stands for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from jinja2 import TemplateError
+
+from rlrf.errors import UsageError
+from rlrf.feedback import defuse, token_offsets
+from rlrf.messages import Message, Messages, assistant, user
+from rlrf.policy import Prompt
+
+_END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+)
+"""End tokens by name: saved configurations often list only one of a model's two."""
+
+
+class ChatTokenizer:
+    """A tokenizer with a chat template, as a policy uses it.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        end_ids: end tokens the model's configuration names; those of the tokenizer and of its
+            chat template are added.
+        enable_thinking: passed to the chat template when not None; templates that have no such
+            switch ignore it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, end_ids: Iterable[int] = (), enable_thinking: bool | None = None
+    ) -> None:
+        self.tokenizer = tokenizer
+        self._name = getattr(tokenizer, "name_or_path", None) or "this model"
+        self._template_options = (
+            {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        )
+        added: Mapping[int, Any] = tokenizer.added_tokens_decoder
+        special = {i: str(token) for i, token in added.items() if token.special}
+        # What an assistant turn may not contain; its <think> and <tool_call> are its own.
+        self._special = SimpleNamespace(all_special_tokens=list(special.values()))
+        self._invisible = set(special) | set(tokenizer.all_special_ids)
+        self._bytes: dict[int, bytes] = {}
+        named = {i for i, text in special.items() if text in _END_TOKENS}
+        if tokenizer.eos_token_id is not None:
+            named.add(tokenizer.eos_token_id)
+        self.end_ids: frozenset[int] = frozenset({*end_ids, *named})
+
+    # -- rendering ------------------------------------------------------------------------------
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        """Ids of a prompt; they start with its ``prefix_ids`` if it has them."""
+        if prompt.prefix_ids is None:
+            return self.encode(prompt.messages, prompt.tools)
+        return self.extend(prompt.prefix_ids, prompt.new_messages, prompt.tools)
+
+    def encode(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids of a chat up to where the assistant's next reply begins.
+
+        Raises:
+            UsageError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        return self._ids(self._render(messages, tools, reply_next=True))
+
+    def extend(
+        self,
+        prefix_ids: Sequence[int],
+        new_messages: Messages,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """``prefix_ids``, the end of that turn, ``new_messages`` and the start of the next reply.
+
+        The end of the turn is added only if the sampled ids lack it (a reply that was cut off, or
+        ended by another token). What to add is read off a stand-in conversation, because
+        templates may render an earlier turn differently once it is not the last (they drop its
+        thinking, for one), and what was sampled must stay as it was.
+
+        Raises:
+            UsageError: as :meth:`encode`.
+        """
+        mark = "rlrf stand-in reply"
+        while mark in str(new_messages):
+            mark += "."
+        before = (user("Hello."), _stand_in(mark, new_messages))
+        # Both from the end of the reply's text on: alone, and with the new messages after it.
+        alone = self._render(before, tools, reply_next=False)
+        onward = self._render((*before, *new_messages), tools, reply_next=True)
+        if mark not in alone or mark not in onward:
+            raise UsageError(
+                f"the chat template of {self._name!r} leaves out what the assistant said, so a "
+                "turn cannot be appended to it; use a template that renders every message"
+            )
+        alone, onward = alone.rpartition(mark)[2], onward.rpartition(mark)[2]
+        ends = filter(None, (self.tokenizer.decode([i]) for i in self.end_ids))
+        # The end of the turn stands in both; one that is only in `onward` ends a new message.
+        places = ((onward.find(end), len(end)) for end in ends)
+        at = min((p for p, n in places if p >= 0 and alone.startswith(onward[: p + n])), default=0)
+        ids = self._ids(onward[at:])
+        if ids and prefix_ids and prefix_ids[-1] == ids[0] and ids[0] in self.end_ids:
+            ids = ids[1:]
+        return [*prefix_ids, *ids]
+
+    def _render(
+        self, messages: Messages, tools: Sequence[Mapping[str, Any]], *, reply_next: bool
+    ) -> str:
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise UsageError(
+                f"the tokenizer of {self._name!r} has no chat template, so chat messages cannot "
+                "be rendered; use an instruction-tuned model, or set tokenizer.chat_template to a "
+                "Jinja template"
+            )
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [self._safe_message(m) for m in messages],
+                tools=[self._safe(t, self.tokenizer) for t in tools] or None,
+                add_generation_prompt=reply_next,
+                tokenize=False,
+                **self._template_options,
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(m["role"] for m in messages)
+            raise UsageError(
+                f"the chat template of {self._name!r} refuses "
+                f"messages with the roles [{roles}]: {error}; give the environment's messages "
+                "roles this model knows, or another chat template"
+            ) from error
+        return text
+
+    def _safe_message(self, message: Message) -> dict[str, Any]:
+        """The message without control tokens in its text, in the form templates expect."""
+        guard = self._special if message["role"] == "assistant" else self.tokenizer
+        safe: dict[str, Any] = self._safe(message, guard)
+        for call in safe.get("tool_calls") or ():
+            function = call.get("function", call)
+            if isinstance(function.get("arguments"), str):
+                # A string on the OpenAI wire, an object in chat templates.
+                try:
+                    arguments = json.loads(function["arguments"])
+                except ValueError:
+                    continue
+                if isinstance(arguments, dict):  # decoding may have uncovered escaped tokens
+                    function["arguments"] = self._safe(arguments, guard)
+        return safe
+
+    def _safe(self, value: Any, guard: Any) -> Any:
+        if isinstance(value, str):
+            return defuse(value, guard)
+        if isinstance(value, Mapping):
+            return {key: self._safe(item, guard) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._safe(item, guard) for item in value]
+        return value
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    # -- decoding -------------------------------------------------------------------------------
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The text of sampled ids, without special tokens."""
+        text: str = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return text
+
+    def offsets(self, token_ids: Sequence[int], text: str) -> tuple[tuple[int, int], ...]:
+        """Characters of ``text``, which :meth:`decode` gave, that each token stands for.
+
+        ``[n]`` half-open ranges. A special token has an empty one; a character of several tokens
+        belongs to the one that completes it.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        last = len(token_ids) - 1
+        parts = [decoder.decode(self._piece(i), k == last) for k, i in enumerate(token_ids)]
+        if "".join(parts) == text:
+            ends = list(itertools.accumulate(map(len, parts)))
+            return tuple(zip([0, *ends], ends, strict=False))
+        # A tokenizer whose tokens are not simply bytes: the rule that holds for all is slower.
+        visible = [i for i in token_ids if i not in self._invisible]
+        of_visible = iter(token_offsets(self.tokenizer, visible))
+        ranges, end = [], 0
+        for i in token_ids:
+            start, end = (end, end) if i in self._invisible else next(of_visible)
+            ranges.append((min(start, len(text)), min(end, len(text))))
+        return tuple(ranges)
+
+    def _piece(self, token_id: int) -> bytes:
+        """The bytes a token stands for, if it is of a byte-level or a sentencepiece tokenizer."""
+        if token_id not in self._bytes:
+            token = self.tokenizer.convert_ids_to_tokens(token_id)
+            if token_id in self._invisible or token is None:
+                piece = b""
+            elif token_id in self.tokenizer.added_tokens_decoder:
+                piece = token.encode()
+            elif all(c in _BYTE_LEVEL for c in token):
+                piece = bytes(_BYTE_LEVEL[c] for c in token)
+            elif len(token) == 6 and token.startswith("<0x"):
+                piece = bytes.fromhex(token[3:5])
+            else:
+                piece = token.replace("▁", " ").encode()
+            self._bytes[token_id] = piece
+        return self._bytes[token_id]
+
+    def parse(
+        self,
+        prompt_ids: Sequence[int],
+        token_ids: Sequence[int],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Message | None:
+        """The assistant message with its tool calls and reasoning, if the tokenizer can tell.
+
+        None when the tokenizer declares no ``response_template``, when there is nothing but text,
+        or when the markup is malformed: then the text itself is the reply.
+        """
+        if getattr(self.tokenizer, "response_template", None) is None:
+            return None
+        try:
+            parsed = self.tokenizer.parse_response(
+                list(token_ids), prefix=list(prompt_ids), tools=list(tools) or None
+            )
+            calls = [
+                _wire_call(call, f"call_{len(prompt_ids)}_{i}")
+                for i, call in enumerate(parsed.get("tool_calls") or ())
+            ]
+        except Exception:  # whatever a model wrote must not end the batch
+            return None
+        reasoning = parsed.get("reasoning_content") or parsed.get("thinking")
+        if not calls and not reasoning:
+            return None
+        message: Message = {"role": "assistant", "content": parsed.get("content")}
+        if calls:
+            message["tool_calls"] = calls
+        elif message["content"] is None:
+            message["content"] = ""
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        return message
+
+
+def _stand_in(mark: str, new_messages: Messages) -> Message:
+    """An assistant turn ending in ``mark`` that ``new_messages`` may follow."""
+    results = []
+    for message in new_messages:
+        if message["role"] != "tool":
+            break
+        results.append(message)
+    if not results:
+        return assistant(mark)
+    arguments = json.dumps({"x": mark})
+    # Templates refuse the result of a tool that nobody called.
+    return {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": result.get("tool_call_id", f"call{i}"),
+                "type": "function",
+                "function": {"name": result.get("name", "f"), "arguments": arguments},
+            }
+            for i, result in enumerate(results)
+        ],
+    }
+
+
+def _wire_call(call: Mapping[str, Any], call_id: str) -> dict[str, Any]:
+    """A parsed tool call as it is on the OpenAI wire."""
+    function = call.get("function", call)
+    arguments = function["arguments"]
+    return {
+        "id": call.get("id") or call_id,
+        "type": "function",
+        "function": {
+            "name": function["name"],
+            "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments),
+        },
+    }
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary, reversed.
+
+    Printable bytes stand for themselves; the others are numbered from U+0100.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(0x100) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+_BYTE_LEVEL = _byte_level_alphabet()

@@ -1,0 +1,264 @@
+"""The policy that runs a transformers model in this process."""
+
+from __future__ import annotations
+
+import difflib
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from rlrf.errors import PromptTooLongError, UsageError
+from rlrf.messages import Messages
+from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
+from rlrf_trainers.policies import sampler
+from rlrf_trainers.policies.chat import ChatTokenizer
+
+
+class HFPolicy:
+    """Samples and scores with a transformers model, on the very module a trainer may be training.
+
+    It implements :class:`rlrf.policy.Policy`. Calls from several threads take turns.
+
+    Args:
+        model: a loaded causal language model, PEFT-wrapped or not, or the folder or the name of
+            one.
+        tokenizer: its tokenizer; needed with a loaded model, else loaded from the same place.
+        device: where to put the model; None leaves a loaded one where it is and puts others on
+            the GPU if there is one.
+        dtype: a :class:`torch.dtype` or its name; None leaves a loaded model as it is and others
+            as they were saved.
+        enable_thinking: the switch of that name of chat templates that have it; None for the
+            template's own default.
+        max_batch_size: prompts that decode at once.
+        max_context: tokens of prompt and completion together; None for what the model was built
+            for.
+
+    Attributes:
+        model: the module.
+        tokenizer: the tokenizer.
+        end_ids: the ids that end a completion: those of the model's configuration, the
+            tokenizer's end token and the well-known chat end tokens it has.
+        context: tokens of prompt and completion together, or None for no limit.
+        weight_version: the version of the last :meth:`update_weights`.
+
+    Raises:
+        UsageError: a model without a tokenizer, an unknown dtype, a model that is not a causal
+            language model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        enable_thinking: bool | None = None,
+        max_batch_size: int = 64,
+        max_context: int | None = None,
+    ) -> None:
+        if max_batch_size < 1:
+            raise UsageError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        dtype = _dtype(dtype)
+        if isinstance(model, (str, Path)):
+            folder = _folder(model)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if tokenizer is None:
+            raise UsageError(
+                "HFPolicy was given a loaded model but no tokenizer; pass tokenizer=..., or the "
+                "model's folder instead of the model"
+            )
+        base = sampler.base_model(model)
+        if not isinstance(base, PreTrainedModel) or not base.can_generate():
+            raise UsageError(
+                f"HFPolicy needs a causal language model of transformers, got "
+                f"{type(base).__name__}; load it with AutoModelForCausalLM"
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UsageError(
+                "HFPolicy cannot sample with a prompt-learning PEFT adapter, whose virtual tokens "
+                "have no ids; use LoRA"
+            )
+        if device is not None or dtype is not None:
+            model.to(device=device, dtype=dtype)
+        self.model, self.tokenizer = model, tokenizer
+        self.max_batch_size = max_batch_size
+        self.context: int | None = max_context or getattr(
+            base.config.get_text_config(), "max_position_embeddings", None
+        )
+        self.chat = ChatTokenizer(tokenizer, _configured_end_ids(base), enable_thinking)
+        self.end_ids = self.chat.end_ids
+        self.weight_version = 0
+        self._lock = threading.RLock()
+
+    def encode(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids of a chat, up to where the assistant's next reply begins.
+
+        Raises:
+            UsageError: no chat template, or one that refuses the messages.
+        """
+        with self._lock:
+            return self.chat.encode(messages, tools)
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        """One completion per prompt, in order; see :func:`rlrf_trainers.policies.sampler.sample`.
+
+        A completion ends at any of :attr:`end_ids`, at a stop text (which, as on the OpenAI wire,
+        is not part of ``text`` though its tokens are in ``token_ids``), after ``max_tokens`` or
+        at the end of the context. Without ``params.seed`` the seed is drawn from torch's global
+        generator, so :func:`torch.manual_seed` governs it.
+
+        Raises:
+            PromptTooLongError: a prompt fills the context.
+            UsageError: no chat template, or one that refuses the messages.
+            RlrfError: the model's logits are not finite.
+        """
+        with self._lock:
+            prompt_ids = [self.chat.prompt_ids(p) for p in prompts]
+            for ids in prompt_ids:
+                if self.context is not None and len(ids) >= self.context:
+                    raise PromptTooLongError(len(ids), params.max_tokens, self.context)
+            seed = params.seed
+            if seed is None:
+                seed = int(torch.randint(2**62, ()))
+            sampled = sampler.sample(
+                self.model,
+                prompt_ids,
+                params,
+                end_ids=self.end_ids,
+                seed=seed,
+                max_batch_size=self.max_batch_size,
+                context=self.context,
+                stop=self._stop_check(params.stop),
+            )
+            return [
+                self._completion(prompt, ids, out, params.stop)
+                for prompt, ids, out in zip(prompts, prompt_ids, sampled, strict=True)
+            ]
+
+    def score(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completion_ids: Sequence[Sequence[int]],
+        top_k: int | None = None,
+    ) -> list[TokenScores]:
+        """Log-probabilities of given completions at temperature 1.
+
+        Args:
+            prompt_ids: ids before each completion, at least one each.
+            completion_ids: ids to score, as many sequences.
+            top_k: most likely tokens to return beside each position.
+
+        Raises:
+            UsageError: not as many prompts as completions; an empty prompt; a sequence longer
+                than the context.
+        """
+        if len(prompt_ids) != len(completion_ids):
+            raise UsageError(
+                f"score() was given {len(prompt_ids)} prompts and {len(completion_ids)} "
+                "completions; it takes one of each"
+            )
+        for i, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
+            if not prompt:
+                raise UsageError(
+                    f"prompt {i} is empty; the first token of a completion needs one before it"
+                )
+            if self.context is not None and len(prompt) + len(completion) > self.context:
+                raise UsageError(
+                    f"sequence {i} has {len(prompt)} + {len(completion)} tokens but the policy's "
+                    f"context is {self.context}; shorten the prompt or the completion"
+                )
+        with self._lock:
+            return sampler.score(self.model, prompt_ids, completion_ids, top_k or 0)
+
+    def update_weights(self, weights: Iterable[tuple[str, Any]], version: int = 0) -> None:
+        """Copy tensors into the model, in place.
+
+        Not needed by a trainer that trains this very module, and harmless there: a tensor that is
+        the model's own is left alone. Tensors that are not given stay as they are.
+
+        Args:
+            weights: ``(name, tensor)`` pairs, named as in ``model.state_dict()``.
+            version: kept in :attr:`weight_version`.
+
+        Raises:
+            UsageError: the model has no tensor of that name or of that shape.
+        """
+        with self._lock, torch.no_grad():
+            own: dict[str, Tensor] = self.model.state_dict()
+            for name, tensor in weights:
+                if name not in own:
+                    near = difflib.get_close_matches(name, own, n=3)
+                    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else ""
+                    raise UsageError(
+                        f"the model has no tensor {name!r}; {hint or 'check its name'}"
+                    )
+                if own[name].shape != tensor.shape:
+                    raise UsageError(
+                        f"tensor {name!r} has the shape {tuple(tensor.shape)}, but the model's "
+                        f"has {tuple(own[name].shape)}; both sides must be the same architecture"
+                    )
+                if own[name].data_ptr() != tensor.data_ptr():
+                    own[name].copy_(tensor)
+            self.weight_version = version
+
+    def _completion(
+        self, prompt: Prompt, ids: list[int], out: sampler.Sampled, stop: Sequence[str]
+    ) -> Completion:
+        text = self.chat.decode(out.token_ids)
+        offsets = self.chat.offsets(out.token_ids, text)
+        cut = min((text.find(s) for s in stop if s in text), default=len(text))
+        return Completion(
+            prompt_ids=tuple(ids),
+            token_ids=tuple(out.token_ids),
+            logprobs=tuple(out.logprobs),
+            text=text[:cut],
+            finish_reason=out.finish_reason,
+            message=self.chat.parse(ids, out.token_ids, prompt.tools),
+            offsets=tuple((min(a, cut), min(b, cut)) for a, b in offsets),
+        )
+
+    def _stop_check(self, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:
+        """Whether sampled ids end in a stop text, by decoding no more than could hold one."""
+        if not stop:
+            return None
+        # Every token but a special one stands for at least one byte.
+        reach = max(len(s.encode()) for s in stop) + 8
+
+        def stopped(token_ids: list[int]) -> bool:
+            tail = self.chat.decode(token_ids[-reach:])
+            return any(s in tail for s in stop)
+
+        return stopped
+
+
+def _folder(model: str | Path) -> Path:
+    """The folder of a model given by folder or name."""
+    if Path(model).is_dir():
+        return Path(model)
+    from rlrf_trainers.models import resolve_model
+
+    return resolve_model(str(model))
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(found, torch.dtype):
+        raise UsageError(f"unknown dtype {dtype!r}; use 'float32', 'bfloat16' or 'float16'")
+    return found
+
+
+def _configured_end_ids(model: PreTrainedModel) -> set[int]:
+    """The end tokens of a model's generation and model configuration; each holds one or many."""
+    found: set[int] = set()
+    for config in (model.generation_config, model.config.get_text_config()):
+        ids = getattr(config, "eos_token_id", None)
+        found |= set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+    return found

@@ -1,0 +1,212 @@
+"""The reprompt: what the self-teacher is shown (SDPO, arXiv 2601.20802, §2 and table 2).
+
+One pure function decides, per rollout, between a sibling's correct attempt, the environment's
+feedback, both, or nothing; another builds the chat within a token budget. The student's own failed
+attempt is never in the prompt: it is what gets scored (the paper measures -4 points and a
+collapse of entropy when it is shown).
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlrf import Feedback, Rollout, user
+from rlrf.errors import UsageError
+from rlrf.feedback import defuse
+from rlrf.messages import Messages
+from rlrf_trainers.config import SDPOConfig
+
+_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Hint:
+    """What the teacher of one rollout is shown beside the question.
+
+    Attributes:
+        demonstration: a correct sibling's reply, or None.
+        feedback: the environment's feedback, empty if it is not shown.
+    """
+
+    demonstration: str | None = None
+    feedback: Feedback = Feedback()  # noqa: RUF009  # immutable
+
+    def __bool__(self) -> bool:
+        return self.demonstration is not None or bool(self.feedback)
+
+
+def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Random) -> list[Hint]:
+    """What each rollout's teacher is shown; an empty :class:`Hint` means no distillation.
+
+    Unscored rollouts neither get a hint nor give a demonstration.
+
+    Args:
+        rollouts: ``[B]`` any number of groups.
+        config: the reprompt rules.
+        rng: used when ``demonstration="random"``.
+    """
+    solvers: dict[str, list[int]] = defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        if succeeded(rollout, config):
+            solvers[rollout.group_id].append(i)
+    hints = []
+    for i, rollout in enumerate(rollouts):
+        solved = succeeded(rollout, config)
+        if not rollout.scored or (solved and not config.distill_on_success):
+            hints.append(Hint())
+            continue
+        siblings = [
+            j
+            for j in solvers[rollout.group_id]
+            if not (config.dont_reprompt_on_self_success and j == i)
+        ]
+        demonstration = None
+        if siblings and config.use_successful_as_teacher:
+            pick = siblings[0] if config.demonstration == "first" else rng.choice(siblings)
+            demonstration = rollouts[pick].text
+            if config.remove_thinking_from_demonstration:
+                demonstration = strip_thinking(demonstration)
+        feedback = Feedback()
+        shows_feedback = config.include_environment_feedback and not (
+            demonstration is not None and config.environment_feedback_only_without_solution
+        )
+        if shows_feedback and not solved:
+            feedback = _shown(rollout, config)
+        hints.append(Hint(demonstration, feedback))
+    return hints
+
+
+def succeeded(rollout: Rollout, config: SDPOConfig) -> bool:
+    """Whether a rollout may serve as a demonstration."""
+    return rollout.reward is not None and rollout.reward >= config.success_reward_threshold
+
+
+def _shown(rollout: Rollout, config: SDPOConfig) -> Feedback:
+    """The feedback of every step, in order, of the kinds that are to be shown."""
+    kinds = config.feedback_kinds
+    return Feedback(s for f in rollout.feedback for s in f if kinds is None or s.kind in kinds)
+
+
+def strip_thinking(text: str) -> str:
+    """Drop ``<think>`` blocks, also one that the chat template opened in the prompt."""
+    text = _THINKING.sub("", text)
+    _, closed, after = text.rpartition("</think>")
+    return after.lstrip() if closed else text
+
+
+def prompt_messages(rollout: Rollout) -> Messages:
+    """The messages that stood before the policy's first reply."""
+    replies = len(rollout.feedback)
+    position = len(rollout.messages)
+    for i in range(len(rollout.messages) - 1, -1, -1):
+        if rollout.messages[i]["role"] == "assistant" and replies:
+            position, replies = i, replies - 1
+    return rollout.messages[:position]
+
+
+@dataclass(frozen=True)
+class Reprompt:
+    """A teacher prompt.
+
+    Attributes:
+        messages: the chat; the last is the user turn that carries the hint.
+        prompt_ids: its ids, generation prompt included.
+        truncated: whether feedback or demonstration had to be shortened.
+    """
+
+    messages: Messages
+    prompt_ids: tuple[int, ...]
+    truncated: bool
+
+
+def build_reprompt(
+    messages: Messages,
+    hint: Hint,
+    config: SDPOConfig,
+    encode: Callable[[Messages], Sequence[int]],
+    tokenizer: Any,
+) -> Reprompt:
+    """The teacher's chat: earlier messages, then one user turn with question and hint.
+
+    If it exceeds ``max_reprompt_len``, the demonstration and the feedback are shortened (their
+    heads and tails stay), never the question, the instruction or the template.
+
+    Args:
+        messages: the student's prompt; its last message must be the user's.
+        hint: what to add.
+        config: templates and budget.
+        encode: chat to ids, the policy's own, so that teacher and student share a template.
+        tokenizer: counts and cuts.
+
+    Raises:
+        UsageError: the last message is not from the user.
+    """
+    if not messages or messages[-1]["role"] != "user":
+        raise UsageError(
+            "a reprompt is built around the user's question, but the prompt's last message is "
+            f"{messages[-1]['role'] if messages else 'missing'!r}"
+        )
+    question = messages[-1]["content"] or ""
+
+    def chat(demonstration: str | None, feedback: str) -> Messages:
+        text = config.reprompt_template.format(
+            prompt=question,
+            solution=""
+            if demonstration is None
+            else config.solution_template.format(successful_previous_attempt=demonstration),
+            feedback=config.feedback_template.format(feedback_raw=feedback) if feedback else "",
+        )
+        return (*messages[:-1], user(text))
+
+    demonstration, feedback = hint.demonstration, hint.feedback
+    shown = chat(demonstration, feedback.text)
+    ids = encode(shown)
+    if len(ids) <= config.max_reprompt_len:
+        return Reprompt(shown, tuple(ids), False)
+
+    # What the frame alone takes is spent; the rest is shared evenly, and what the shorter of the
+    # two does not need goes to the other.
+    frame = len(encode(chat("" if demonstration is not None else None, ".")))
+    room = max(0, config.max_reprompt_len - frame)
+    needs = {
+        "demonstration": len(_ids(tokenizer, demonstration)) if demonstration else 0,
+        "feedback": len(feedback.tokenize(tokenizer)),
+    }
+    while True:
+        share = _share(needs, room)
+        cut_demonstration = (
+            None
+            if demonstration is None
+            else cut_tokens(demonstration, tokenizer, share["demonstration"])
+        )
+        cut_feedback = feedback.tokenize(tokenizer, share["feedback"]).text
+        shown = chat(cut_demonstration, cut_feedback)
+        ids = encode(shown)
+        over = len(ids) - config.max_reprompt_len
+        if over <= 0 or room == 0:
+            return Reprompt(shown, tuple(ids), True)
+        room = max(0, room - over)  # joining texts can cost a token or two more than their sum
+
+
+def _share(needs: Mapping[str, int], room: int) -> dict[str, int]:
+    half = room // 2
+    first, second = needs
+    if needs[first] <= half:
+        return {first: needs[first], second: room - needs[first]}
+    if needs[second] <= half:
+        return {first: room - needs[second], second: needs[second]}
+    return {first: half, second: room - half}
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(defuse(text, tokenizer), add_special_tokens=False))
+
+
+def cut_tokens(text: str, tokenizer: Any, max_tokens: int) -> str:
+    """Keep head and tail of ``text`` within ``max_tokens``."""
+    return Feedback.of("reference", text).tokenize(tokenizer, max_tokens).text
