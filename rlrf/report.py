@@ -12,17 +12,17 @@ import base64
 import datetime
 import hashlib
 import html
+import itertools
 import json
 import math
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import rlrf
-from rlrf.errors import ConfigError, UsageError
 from rlrf.config import read_config
+from rlrf.errors import ConfigError, UsageError
 from rlrf.evaluate import pass_rate_interval
 from rlrf.runs import Run
 
@@ -120,7 +120,8 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 def _run(run: Run, name: str, max_rollouts: int, max_bytes: int) -> dict[str, Any]:
     survey = _Survey(run.rollouts())
-    series = _series(run.metrics)
+    metrics = run.metrics
+    series = _series(metrics)
     rollouts = _chosen(run, survey, max_rollouts, max_bytes)
     return {
         "name": name,
@@ -133,7 +134,7 @@ def _run(run: Run, name: str, max_rollouts: int, max_bytes: int) -> dict[str, An
         "events": run.events[-500:],
         "rollouts": rollouts,
         "total_rollouts": survey.total,
-        "thinned": any(len(m) > MAX_POINTS for m in [run.metrics]),
+        "thinned": len(metrics) > MAX_POINTS,
     }
 
 
@@ -252,31 +253,18 @@ class _Survey:
         by_step: dict[int, list[tuple[int, str, str]]] = {}
         for key in self.groups:
             by_step.setdefault(key[0], []).append(key)
-        if self.total <= limit:
-            half = limit
-        else:
-            half = limit // 2  # the ends may not use up what is there for the middle
         order = [steps[i] for i in _ends_first(len(steps))]
-        chosen: list[tuple[int, str, str]] = []
+        deepest = max(map(len, by_step.values()), default=0)
+        chosen: dict[tuple[int, str, str], None] = {}
         used = 0
-        for rank in range(max(map(len, by_step.values()), default=0)):
-            for step in order[:2]:
-                if rank < len(by_step[step]):
-                    key = by_step[step][rank]
-                    if used + self.groups[key] <= half:
-                        chosen.append(key)
+        # The ends first, but they may not use up what is there for the middle.
+        for some, cap in ((order[:2], limit // 2), (order, limit)):
+            for rank, step in itertools.product(range(deepest), some):
+                for key in by_step[step][rank : rank + 1]:
+                    if key not in chosen and used + self.groups[key] <= cap:
+                        chosen[key] = None
                         used += self.groups[key]
-        taken = set(chosen)
-        for rank in range(max(map(len, by_step.values()), default=0)):
-            for step in order:
-                if rank >= len(by_step[step]) or by_step[step][rank] in taken:
-                    continue
-                key = by_step[step][rank]
-                if used + self.groups[key] > limit:
-                    continue
-                chosen.append(key)
-                used += self.groups[key]
-        return chosen
+        return list(chosen)
 
 
 def _ends_first(n: int) -> list[int]:
@@ -367,9 +355,9 @@ def _segment(segment: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _cut(text: Any) -> str:
+def _cut(value: Any) -> str:
     """At most MAX_TEXT characters, the end cut: spans count from the start and must stay right."""
-    text = str(text)
+    text = str(value)
     if len(text) <= MAX_TEXT:
         return text
     return text[:MAX_TEXT] + f"\n[... {len(text) - MAX_TEXT} characters not on this page ...]"

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rlrf_trainers.forward import (  # noqa: E402
+    Layout,
     _plain_logits,
     _shared_prefix_logits,
     completion_logits,
@@ -31,29 +32,36 @@ def one_by_one(model, prompt, completion):
     return model(input_ids=ids).logits[0, len(prompt) - 1 : -1]
 
 
+def rowwise(layout, flat):
+    """Flat logits as one ``[T, V]`` tensor per row."""
+    return [
+        flat[layout.rows == i][layout.positions[layout.rows == i].argsort()]
+        for i in range(len(layout.lengths))
+    ]
+
+
 @pytest.mark.parametrize("forward", [_shared_prefix_logits, _plain_logits])
 def test_equals_one_sequence_at_a_time(forward):
     model = tiny_model()
     prompts, completions = rows()
+    layout = Layout(completions)
     with torch.no_grad():
-        logits = forward(model, prompts, completions)
+        logits = rowwise(layout, forward(model, prompts, layout))
         for row, prompt, completion in zip(logits, prompts, completions, strict=True):
             expected = one_by_one(model, prompt, completion)
-            torch.testing.assert_close(row[: len(completion)], expected, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_gradients_flow_through_the_shared_prefix():
     prompts, completions = rows(1)
+    layout = Layout(completions)
 
     def gradient(forward):
         model = tiny_model()
         model.requires_grad_(True)
-        logits = forward(model, prompts, completions)
-        loss = sum(
-            row[: len(c)].log_softmax(-1).gather(1, torch.tensor(c)[:, None]).sum()
-            for row, c in zip(logits, completions, strict=True)
-        )
-        loss.backward()
+        logits = forward(model, prompts, layout)
+        ids = layout.flat(completions, logits.device)
+        logits.log_softmax(-1).gather(1, ids[:, None]).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
     shared, plain = gradient(_shared_prefix_logits), gradient(_plain_logits)
@@ -61,23 +69,31 @@ def test_gradients_flow_through_the_shared_prefix():
     assert shared.abs().max() > 0.1
 
 
+def test_layouts_hold_every_token_once_and_pad_back():
+    _, completions = rows(2)
+    layout = Layout(completions)
+    flat = layout.flat(completions, torch.device("cpu"))
+    assert len(flat) == sum(map(len, completions))
+    padded = layout.padded(flat)
+    for row, completion in zip(padded.tolist(), completions, strict=True):
+        assert row == [*completion, *[0] * (padded.shape[1] - len(completion))]
+
+
 def test_single_token_completions():
     model = tiny_model()
     with torch.no_grad():
-        logits = completion_logits(model, [[1, 2], [3]], [[4], [5]])
-    assert logits.shape[:2] == (2, 1)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            logits[1, 0], model(input_ids=torch.tensor([[3]])).logits[0, -1], atol=1e-5, rtol=1e-4
-        )
+        logits = completion_logits(model, [[1, 2], [3]], Layout([[4], [5]]))
+        assert logits.shape[0] == 2
+        alone = model(input_ids=torch.tensor([[3]])).logits[0, -1]
+    torch.testing.assert_close(logits[1], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_temperature_divides_the_logits():
     model = tiny_model()
     prompts, completions = rows()
     with torch.no_grad():
-        hot = completion_logits(model, prompts, completions, 2.0)
-        plain = completion_logits(model, prompts, completions)
+        hot = completion_logits(model, prompts, Layout(completions), 2.0)
+        plain = completion_logits(model, prompts, Layout(completions))
     torch.testing.assert_close(hot * 2, plain)
 
 
@@ -85,14 +101,11 @@ def test_activation_checkpointing_takes_the_plain_path():
     model = tiny_model()
     prompts, completions = rows()
     with torch.no_grad():
-        expected = completion_logits(model, prompts, completions)
+        expected = completion_logits(model, prompts, Layout(completions))
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
-    logits = completion_logits(model, prompts, completions)
-    for row, want, completion in zip(logits, expected, completions, strict=True):
-        torch.testing.assert_close(
-            row[: len(completion)], want[: len(completion)], atol=2e-5, rtol=1e-4
-        )
+    logits = completion_logits(model, prompts, Layout(completions))
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
     logits.sum().backward()
 
 
@@ -103,15 +116,12 @@ def test_a_full_width_cache_is_not_assumed_of_sliding_windows():
         use_sliding_window=True,
     )
     prompts, completions = rows()
+    layout = Layout(completions)
     with torch.no_grad():
-        logits = completion_logits(model, prompts, completions)
+        logits = rowwise(layout, completion_logits(model, prompts, layout))
         for row, prompt, completion in zip(logits, prompts, completions, strict=True):
-            torch.testing.assert_close(
-                row[: len(completion)],
-                one_by_one(model, prompt, completion),
-                atol=2e-5,
-                rtol=1e-4,
-            )
+            expected = one_by_one(model, prompt, completion)
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
 
 
 def test_micro_batches_cover_every_row_once_within_budget():
@@ -120,8 +130,7 @@ def test_micro_batches_cover_every_row_once_within_budget():
         split = list(micro_batches(prompts, completions, budget))
         assert sorted(i for batch in split for i in batch) == list(range(len(prompts)))
         for batch in split:
-            padded = max(len(completions[i]) for i in batch) * len(batch)
-            assert padded <= budget or len(batch) == 1
+            assert sum(len(completions[i]) for i in batch) <= budget or len(batch) == 1
     # rows of one prompt stand together, so that its forward is shared
     (batch,) = micro_batches(prompts, completions, 1000)
     order = [tuple(prompts[i]) for i in batch]

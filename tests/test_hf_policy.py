@@ -66,11 +66,12 @@ def test_logprobs_are_those_of_one_plain_forward_pass(prompts, seed, size):
 @few
 @given(prompts=prompt_lists, seed=st.integers(0, 99))
 def test_a_row_does_not_depend_on_the_rows_beside_it(prompts, seed):
-    together = run(prompts, seed=seed)
-    in_pairs = run(prompts, seed=seed, max_batch_size=2)
+    exact = {"model": tiny_model().double(), "seed": seed}  # no rounding at the edge of a token
+    together = run(prompts, **exact)
+    in_pairs = run(prompts, max_batch_size=2, **exact)
     assert [o.token_ids for o in together] == [o.token_ids for o in in_pairs]
     # With row 0 alone nothing is padded, repeated or dropped.
-    assert run(prompts[:1], seed=seed)[0].token_ids == together[0].token_ids
+    assert run(prompts[:1], **exact)[0].token_ids == together[0].token_ids
 
 
 def test_samples_of_one_prompt_differ_and_prefill_once(monkeypatch):
@@ -370,22 +371,25 @@ def test_scores_agree_with_the_sampler():
         assert got.top_ids == ()
 
 
-def test_a_pass_of_score_keeps_to_its_budgets(monkeypatch):
+@pytest.mark.parametrize(
+    ("max_tokens", "max_logits", "rows"),
+    [(60, 10**9, [4, 4, 1]), (10**9, 10 * VOCABULARY, [2, 2, 2, 2, 1]), (1, 1, [1] * 9)],
+)
+def test_a_pass_of_score_keeps_to_its_budgets(monkeypatch, max_tokens, max_logits, rows):
     shapes = []
     forward = MODEL.forward
 
     def spy(**kwargs):
         out = forward(**kwargs)
-        shapes.append((kwargs["input_ids"].numel(), out.logits.numel()))
+        shapes.append(tuple(out.logits.shape))
         return out
 
     monkeypatch.setattr(sampler, "_accepts", lambda *_: True)
     monkeypatch.setattr(MODEL, "forward", spy)
-    monkeypatch.setattr(sampler, "SCORE_TOKENS", 60)
-    monkeypatch.setattr(sampler, "SCORE_LOGITS", 10 * VOCABULARY)
+    monkeypatch.setattr(sampler, "SCORE_TOKENS", max_tokens)
+    monkeypatch.setattr(sampler, "SCORE_LOGITS", max_logits)
     score(MODEL, [[1] * 10] * 9, [[2] * 4] * 9)
-    assert len(shapes) == 5
-    assert all(tokens <= 60 and logits <= 10 * VOCABULARY for tokens, logits in shapes)
+    assert shapes == [(n, 4, VOCABULARY) for n in rows]
 
 
 # -- chat -------------------------------------------------------------------------------------
@@ -463,14 +467,15 @@ def test_appending_survives_templates_that_rewrite_earlier_turns():
     assert tokenizer.decode(ids[3:]) == "\n<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_appending_with_a_template_without_end_tokens():
+def test_appending_with_a_template_that_does_not_end_the_assistants_turn():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n"
+        "{% if m.role == 'user' %}<|im_end|>{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     ids = HFPolicy(MODEL, tokenizer).chat.extend([1, 2], (user("x"),))
-    assert (ids[:2], tokenizer.decode(ids[2:])) == ([1, 2], "\nuser: x\nassistant:")
+    assert (ids[:2], tokenizer.decode(ids[2:])) == ([1, 2], "\nuser: x\n<|im_end|>assistant:")
 
 
 def test_generate_answers_a_second_turn():

@@ -40,7 +40,7 @@ class TrainerConfig(BaseModel):
         0, ge=0, description="tasks per optimizer step; 0: the whole batch ([P] §3; §4 uses 1)"
     )
     micro_batch_tokens: int = Field(
-        1024, ge=1, description="padded completion tokens per forward; bounds memory only"
+        1024, ge=1, description="completion tokens per forward; bounds memory only"
     )
 
     # --- sampling; the defaults sample the policy itself, as on-policy training needs

@@ -12,8 +12,50 @@ from torch import Tensor
 Ids = Sequence[int]
 
 
+class Layout:
+    """The order in which the tokens of a batch of completions lie in a flat ``[N, ...]`` tensor.
+
+    Completions differ in length; as ``[B, T, V]`` much of a batch would be padding, at a hundred
+    thousand logits a token. So logits are flat, ``N`` the number of real tokens: first every
+    row's first token, then the rest in buckets of rows of similar length. The order depends on
+    the lengths alone, so student and teacher share it.
+
+    Attributes:
+        rows: ``[N]`` the row of each token.
+        positions: ``[N]`` its position in the row.
+        buckets: per bucket the rows, longest first, that have more than one token.
+    """
+
+    def __init__(self, completions: Sequence[Ids]) -> None:
+        self.completions = completions
+        self.lengths = [len(c) for c in completions]
+        longer = sorted(
+            (i for i, n in enumerate(self.lengths) if n > 1), key=lambda i: -self.lengths[i]
+        )
+        self.buckets: list[list[int]] = []
+        for i in longer:
+            # A bucket's shortest row is at least 3/4 of its longest: little padding, few calls.
+            if not self.buckets or 4 * self.lengths[i] < 3 * self.lengths[self.buckets[-1][0]]:
+                self.buckets.append([])
+            self.buckets[-1].append(i)
+        order = [(i, 0) for i in range(len(completions))]
+        order += [(i, t) for rows in self.buckets for i in rows for t in range(1, self.lengths[i])]
+        self.rows = torch.tensor([i for i, _ in order])
+        self.positions = torch.tensor([t for _, t in order])
+
+    def flat(self, values: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
+        """Per-row sequences (ids, masks, log-probabilities) as one ``[N]`` tensor."""
+        pairs = zip(self.rows.tolist(), self.positions.tolist(), strict=True)
+        return torch.tensor([values[i][t] for i, t in pairs], device=device)
+
+    def padded(self, flat: Tensor) -> Tensor:
+        """``[N]`` as ``[B, T]``, zeros behind the ends of rows; differentiable."""
+        out = flat.new_zeros(len(self.lengths), max(self.lengths))
+        return out.index_put((self.rows.to(flat.device), self.positions.to(flat.device)), flat)
+
+
 def completion_logits(
-    model: Any, prompts: Sequence[Ids], completions: Sequence[Ids], temperature: float = 1.0
+    model: Any, prompts: Sequence[Ids], layout: Layout, temperature: float = 1.0
 ) -> Tensor:
     """Logits that predict each completion token.
 
@@ -23,19 +65,17 @@ def completion_logits(
     Args:
         model: a causal LM of transformers (PEFT-wrapped or not).
         prompts: ``[B]`` token ids, non-empty each.
-        completions: ``[B]`` token ids, non-empty each.
-        temperature: the logits are divided by it.
+        layout: of the ``[B]`` completions, non-empty each.
+        temperature: the logits are divided by it, in fp32.
 
     Returns:
-        ``[B, T, V]`` fp32, ``T`` the longest completion; what lies behind a shorter completion's
-        end is meaningless and must be masked.
+        ``[N, V]`` in the order of ``layout``, in the model's dtype (fp32 under a temperature).
     """
     if _can_share(model):
-        logits = _shared_prefix_logits(model, prompts, completions)
+        logits = _shared_prefix_logits(model, prompts, layout)
     else:
-        logits = _plain_logits(model, prompts, completions)
-    logits = logits.float()
-    return logits if temperature == 1.0 else logits / temperature
+        logits = _plain_logits(model, prompts, layout)
+    return logits if temperature == 1.0 else logits.float() / temperature
 
 
 def _can_share(model: Any) -> bool:
@@ -58,50 +98,47 @@ def _checkpoints_activations(model: Any) -> bool:
     return False
 
 
-def _shared_prefix_logits(model: Any, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
+def _shared_prefix_logits(model: Any, prompts: Sequence[Ids], layout: Layout) -> Tensor:
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
     index: dict[tuple[int, ...], int] = {}
-    owner = [index.setdefault(tuple(p), len(index)) for p in prompts]  # [B] row -> prompt
+    owner = torch.tensor([index.setdefault(tuple(p), len(index)) for p in prompts])  # [B]
     ids, attention = pad_left(list(index), device)  # [U, P]
-    positions = (attention.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
     out = model(
         input_ids=ids,
         attention_mask=attention,
-        position_ids=positions,
-        past_key_values=cache,
+        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
+        past_key_values=DynamicCache(config=model.config),
         use_cache=True,
         **_keep(model, 1),
     )
-    rows = torch.tensor(owner, device=device)
-    first: Tensor = out.logits[:, -1:].index_select(0, rows)  # [B, 1, V] predicts the first token
-    longest = max(len(c) for c in completions)
-    if longest == 1:
-        return first
-    cache = out.past_key_values
-    cache.batch_select_indices(rows)
-    fed, fed_attention = pad_right([c[: longest - 1] for c in completions], device, longest - 1)
-    attention = torch.cat([attention[rows], fed_attention], 1)  # [B, P + T - 1]
-    positions = attention[:, : -(longest - 1)].sum(1, keepdim=True) + torch.arange(
-        longest - 1, device=device
-    )
-    rest = model(
-        input_ids=fed,
-        attention_mask=attention,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-    ).logits  # [B, T - 1, V]
-    return torch.cat([first, rest], 1)
+    prefix = out.past_key_values
+    pieces = [out.logits[:, -1].index_select(0, owner.to(device))]  # [B, V] the first tokens'
+    for rows in layout.buckets:
+        width = layout.lengths[rows[0]] - 1
+        owners = owner[rows].to(device)
+        cache = DynamicCache(config=model.config)
+        for i, layer in enumerate(prefix.layers):
+            cache.update(layer.keys[owners], layer.values[owners], i)
+        fed, mask = pad_right([layout.completions[i][:-1] for i in rows], device, width)
+        seen = attention[owners]
+        logits = model(
+            input_ids=fed,
+            attention_mask=torch.cat([seen, mask], 1),
+            position_ids=seen.sum(1, keepdim=True) + torch.arange(width, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        ).logits  # [rows, width, V]
+        pieces.append(logits[mask.bool()])
+    return torch.cat(pieces)
 
 
-def _plain_logits(model: Any, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Tensor:
+def _plain_logits(model: Any, prompts: Sequence[Ids], layout: Layout) -> Tensor:
     device = next(model.parameters()).device
-    longest = max(len(c) for c in completions)
+    longest = max(layout.lengths)
     prompt_ids, prompt_mask = pad_left(prompts, device)
-    fed, fed_mask = pad_right([c[: longest - 1] for c in completions], device, longest - 1)
+    fed, fed_mask = pad_right([c[:-1] for c in layout.completions], device, longest - 1)
     attention = torch.cat([prompt_mask, fed_mask], 1)
     logits: Tensor = model(
         input_ids=torch.cat([prompt_ids, fed], 1),
@@ -110,7 +147,7 @@ def _plain_logits(model: Any, prompts: Sequence[Ids], completions: Sequence[Ids]
         use_cache=False,
         **_keep(model, longest),
     ).logits
-    return logits[:, -longest:]
+    return logits[:, -longest:][layout.rows.to(device), layout.positions.to(device)]
 
 
 def _keep(model: Any, n: int) -> dict[str, int]:
@@ -138,21 +175,18 @@ def pad_right(rows: Sequence[Ids], device: torch.device, width: int) -> tuple[Te
 def micro_batches(
     prompts: Sequence[Ids], completions: Sequence[Ids], max_tokens: int
 ) -> Iterator[list[int]]:
-    """Row indices in batches of at most ``max_tokens`` padded completion tokens.
+    """Row indices in batches of at most ``max_tokens`` completion tokens (or one row).
 
-    Rows of equal prompt stay together (they share its forward); within that, rows of similar
-    length, so that little is padding.
+    Rows of equal prompt stay together, because they share its forward.
     """
-    order = sorted(
-        range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), len(completions[i]))
-    )
+    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     batch: list[int] = []
-    longest = 0
+    tokens = 0
     for i in order:
-        longest = max(longest, len(completions[i]))
-        if batch and longest * (len(batch) + 1) > max_tokens:
+        if batch and tokens + len(completions[i]) > max_tokens:
             yield batch
-            batch, longest = [], len(completions[i])
+            batch, tokens = [], 0
         batch.append(i)
+        tokens += len(completions[i])
     if batch:
         yield batch

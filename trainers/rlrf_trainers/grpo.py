@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rlrf import Env, Rollout, TrainResult
 from rlrf_trainers.config import GRPOConfig
-from rlrf_trainers.learner import Learner, Sample
+from rlrf_trainers.forward import Layout
+from rlrf_trainers.learner import Learner, Sample, completion_mask, layout_of
 from rlrf_trainers.losses import (
     BatchCounts,
     aggregate,
@@ -149,9 +150,11 @@ class GRPOTrainer:
             tokens=float(sum(s.tokens for s in counted)),
         )
         for batch in learner.micro_batches([s for s in samples if self.matters(s)]):
+            layout = layout_of(batch)
             with learner.clock("update"):
-                logits, ids, mask = learner.student(batch)
-                logps = selected_logps(logits, ids)
+                logits, ids = learner.student(batch, layout)
+                logps = layout.padded(selected_logps(logits, ids))  # [B, T]
+                mask = completion_mask(batch, logps.device)
                 old_logps = learner.old_logps(batch, logps)
                 per_token, metrics = policy_gradient_loss(
                     logps,
@@ -165,7 +168,8 @@ class GRPOTrainer:
                 )
                 per_token = per_token * learner.sampler_weights(batch, old_logps)
                 if config.beta:
-                    kl = k3_kl(logps, selected_logps(self.reference_logits(batch), ids))
+                    reference = selected_logps(self.reference_logits(batch, layout), ids)
+                    kl = k3_kl(logps, layout.padded(reference))
                     per_token = per_token + config.beta * kl
                     learner.record("kl", masked_mean(kl.detach(), mask).item())
                 loss = aggregate(
@@ -179,8 +183,7 @@ class GRPOTrainer:
             for name in ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"):
                 learner.record(name, masked_mean(metrics[name], mask).item())
 
-    def reference_logits(self, batch: Sequence[Attempt]) -> Tensor:
-        """``[B, T, V]``: the initial policy's logits of the sampled tokens."""
+    def reference_logits(self, batch: Sequence[Attempt], layout: Layout) -> Tensor:
+        """``[N, V]``: the initial policy's logits of the sampled tokens."""
         prompts = [s.rollout.prompt_ids for s in batch]
-        completions = [s.rollout.completion_ids for s in batch]
-        return self.reference.logits(lambda: self.learner.logits(prompts, completions))
+        return self.reference.logits(lambda: self.learner.logits(prompts, layout))

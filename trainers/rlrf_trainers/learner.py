@@ -26,7 +26,7 @@ from rlrf import Env, Rollout, SamplingParams, Task
 from rlrf.errors import MissingDependencyError, RlrfError, UsageError
 from rlrf.runs import Run
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.forward import completion_logits, micro_batches, pad_right
+from rlrf_trainers.forward import Layout, completion_logits, micro_batches
 from rlrf_trainers.losses import rollout_importance_weights, selected_logps
 from rlrf_trainers.policies.hf import HFPolicy
 
@@ -226,28 +226,22 @@ class Learner:
         )
         return [[samples[i] for i in row] for row in rows]
 
-    def logits(
-        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """``[B, T, V]`` fp32 logits of the completions at the sampling temperature."""
-        return completion_logits(self.model, prompts, completions, self.config.temperature)
+    def logits(self, prompts: Sequence[Sequence[int]], layout: Layout) -> Tensor:
+        """``[N, V]`` logits of the completions' tokens at the sampling temperature."""
+        return completion_logits(self.model, prompts, layout, self.config.temperature)
 
-    def student(self, batch: Sequence[Sample]) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's logits ``[B, T, V]``, the sampled ids and their mask ``[B, T]``."""
-        logits = self.logits(
-            [s.rollout.prompt_ids for s in batch], [s.rollout.completion_ids for s in batch]
-        )
-        device, width = logits.device, logits.shape[1]
-        ids, _ = pad_right([s.rollout.completion_ids for s in batch], device, width)
-        mask, _ = pad_right([s.rollout.completion_mask for s in batch], device, width)
-        return logits, ids, mask
+    def student(self, batch: Sequence[Sample], layout: Layout) -> tuple[Tensor, Tensor]:
+        """The student's logits ``[N, V]`` and the sampled ids ``[N]``."""
+        logits = self.logits([s.rollout.prompt_ids for s in batch], layout)
+        return logits, layout.flat(layout.completions, logits.device)
 
     @torch.no_grad()
     def remember_old_logps(self, samples: Sequence[Sample]) -> None:
         """Log-probabilities before the first of several optimizer steps."""
         for batch in self.micro_batches(samples):
-            logits, ids, _ = self.student(batch)
-            for sample, row in zip(batch, selected_logps(logits, ids), strict=True):
+            layout = layout_of(batch)
+            logps = layout.padded(selected_logps(*self.student(batch, layout)))
+            for sample, row in zip(batch, logps, strict=True):
                 sample.old_logps = row[: len(sample.rollout.completion_ids)]
 
     def old_logps(self, batch: Sequence[Sample], logps: Tensor) -> Tensor:
@@ -273,8 +267,7 @@ class Learner:
             )
             return torch.ones_like(old_logps)
         sampled = stack_rows(rows, old_logps)
-        mask = stack_rows([torch.tensor(s.rollout.completion_mask) for s in batch], old_logps)
-        gap = (old_logps - sampled).abs() * mask
+        gap = (old_logps - sampled).abs() * completion_mask(batch, old_logps.device)
         self.record("sampling/sampling_logp_difference/max", gap.max().item())
         return rollout_importance_weights(old_logps, sampled, clip=c.rollout_is_threshold)
 
@@ -540,6 +533,17 @@ def _quiet_transformers() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
+
+
+def layout_of(batch: Sequence[Sample]) -> Layout:
+    """The layout of a batch's completions."""
+    return Layout([s.rollout.completion_ids for s in batch])
+
+
+def completion_mask(batch: Sequence[Sample], device: torch.device) -> Tensor:
+    """``[B, T]``: 1 where the policy sampled the token, 0 elsewhere and behind the ends."""
+    layout = layout_of(batch)
+    return layout.padded(layout.flat([s.rollout.completion_mask for s in batch], device))
 
 
 def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from rlrf import Env, Rollout, TrainResult
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.learner import Learner, Sample
+from rlrf_trainers.forward import Layout
+from rlrf_trainers.learner import Learner, Sample, completion_mask, layout_of
 from rlrf_trainers.losses import (
     BatchCounts,
     aggregate,
@@ -186,11 +187,12 @@ class SDPOTrainer:
             tokens=float(sum(t.tokens for t in active)),
         )
         for batch in learner.micro_batches(active):
+            layout = layout_of(batch)
             with learner.clock("teacher"):
-                teacher_logits = self.teacher_logits(batch)
+                teacher_logits = self.teacher_logits(batch, layout)
             with learner.clock("update"):
-                student_logits, ids, mask = learner.student(batch)
-                per_token, metrics = self_distillation_loss(
+                student_logits, ids = learner.student(batch, layout)
+                divergence, flat_metrics = self_distillation_loss(
                     student_logits,
                     teacher_logits,
                     alpha=config.distillation_alpha,
@@ -200,6 +202,7 @@ class SDPOTrainer:
                     completion_ids=ids,
                     per_token_kl_clip=config.distillation_kl_clip or None,
                 )
+                metrics = {name: layout.padded(x) for name, x in flat_metrics.items()}  # [B, T]
                 logps = metrics["student_logps"]
                 old_logps = learner.old_logps(batch, logps)
                 weights = learner.sampler_weights(batch, old_logps)
@@ -207,15 +210,16 @@ class SDPOTrainer:
                     weights = weights * importance_weights(
                         logps, old_logps, clip=config.distillation_is_clip
                     )
-                loss = aggregate(per_token * weights, mask, config.loss_aggregation, counts=counts)
+                mask = completion_mask(batch, weights.device)
+                per_token = layout.padded(divergence) * weights
+                loss = aggregate(per_token, mask, config.loss_aggregation, counts=counts)
                 learner.backward(loss)
             self._record_divergence(batch, mask, metrics)
 
-    def teacher_logits(self, batch: Sequence[Target]) -> Tensor:
-        """``[B, T, V]``: the teacher's logits of the student's tokens, after the reprompts."""
+    def teacher_logits(self, batch: Sequence[Target], layout: Layout) -> Tensor:
+        """``[N, V]``: the teacher's logits of the student's tokens, after the reprompts."""
         reprompts = [t.reprompt.prompt_ids for t in batch if t.reprompt is not None]
-        completions = [t.rollout.completion_ids for t in batch]
-        return self.teacher.logits(lambda: self.learner.logits(reprompts, completions))
+        return self.teacher.logits(lambda: self.learner.logits(reprompts, layout))
 
     # --- the record -------------------------------------------------------------------------
 

@@ -409,9 +409,7 @@ def _accepts(model: Any, *names: str) -> bool:
 def _new_cache(model: Any) -> DynamicCache | None:
     """An empty cache whose rows can be selected, or None for a model that has no such cache."""
     base = base_model(model)
-    if getattr(base, "_is_stateful", False) or not _accepts(
-        base, "attention_mask", "position_ids", "past_key_values", "logits_to_keep"
-    ):
+    if not _accepts(base, "attention_mask", "position_ids", "past_key_values", "logits_to_keep"):
         return None
     cache = DynamicCache(config=base.config)
     plain = (DynamicLayer, DynamicSlidingWindowLayer)

@@ -1,0 +1,657 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+import rlrf
+from rlrf import Feedback, InfraError, Outcome, ScriptedPolicy, Segment, SingleTurnEnv, Task, cli
+from rlrf.console import RolloutProgress, TrainProgress
+from rlrf.runs import Run
+from rlrf.trainer import TrainResult
+
+
+class Cities(SingleTurnEnv):
+    """Name the capital.
+
+    Args:
+        accent: which accent to ask in.
+    """
+
+    def __init__(self, *, accent: str = "none", broken: bool = False, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.accent, self.broken = accent, broken
+
+    def load_tasks(self, split: str) -> list[Task]:
+        if self.accent == "empty":
+            return []
+        names = {"France": "Paris", "Peru": "Lima", "Japan": "Tokyo"}
+        return [
+            Task(f"{split}-{k}", f"Capital of {k}? [plain]", hidden=v) for k, v in names.items()
+        ]
+
+    def grade(self, task: Task, completion: str) -> Outcome:
+        if self.broken:
+            raise InfraError("no sandbox", kind="sandbox_died", retryable=False)
+        if completion == task.hidden:
+            return Outcome(1.0)
+        return Outcome(
+            0.0,
+            Feedback(
+                [
+                    Segment("wrong_answer", "That is no capital."),
+                    Segment("reference", f"It is {task.hidden}.", reveals="reference"),
+                ]
+            ),
+        )
+
+
+class OnlyTrain(Cities):
+    """Has no held-out split."""
+
+    splits = ("train",)
+
+
+class FakeConfig(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    max_steps: int = Field(3, ge=1)
+    learning_rate: float = Field(0.1, gt=0)
+    fail: str = ""
+
+
+class FakeTrainer:
+    """Learns nothing, but leaves a run."""
+
+    config_class = FakeConfig
+    made: list[FakeTrainer] = []
+
+    def __init__(
+        self,
+        model: Any,
+        env: rlrf.Env,
+        config: FakeConfig,
+        *,
+        run_dir: Path,
+        eval_env: rlrf.Env | None = None,
+        on_step: Callable[[dict[str, float]], None],
+    ) -> None:
+        self.model, self.env, self.config, self.eval_env = model, env, config, eval_env
+        self.on_step = on_step
+        self.run = Run.create(run_dir, config=config.model_dump(), env=env)
+        FakeTrainer.made.append(self)
+
+    def train(self) -> TrainResult:
+        history: list[dict[str, float]] = []
+        for step in range(self.config.max_steps + 1):
+            if step == 2 and self.config.fail == "interrupt":
+                raise KeyboardInterrupt
+            if step == 2 and self.config.fail == "infra":
+                raise InfraError("the sampler died")
+            line = {"step": float(step), "reward": step / 10, "loss": 1 / (step + 1)}
+            if step in (0, self.config.max_steps):
+                line["eval/pass_rate"] = step / 10
+            self.run.log(step, line)
+            self.on_step(line)
+            history.append(line)
+        if self.config.fail != "quiet":
+            self.run.finish("done")
+        return TrainResult(history, self.run.path, self.run.path / "model")
+
+
+class LooseTrainer:
+    """Has no config_class: takes what it is given."""
+
+    def __init__(self, model: Any, env: Any, config: Any, **kwargs: Any) -> None:
+        self.config = config
+
+    def train(self) -> TrainResult:
+        return TrainResult([{"loss": float(self.config["anything"])}])
+
+
+def scripted(answer: str = "Paris", *, model: str | None = None) -> ScriptedPolicy:
+    """Says one thing."""
+    return ScriptedPolicy(lambda messages: answer)
+
+
+def needs_model(model: str) -> ScriptedPolicy:
+    """Needs a model."""
+    return ScriptedPolicy(lambda messages: model)
+
+
+rlrf.register("cli-cities-v0", Cities)
+rlrf.register("cli-onlytrain-v0", OnlyTrain)
+rlrf.policies.register("cli-scripted", scripted)
+rlrf.policies.register("cli-needs-model", needs_model)
+rlrf.trainers.register("cli-fake", FakeTrainer)
+rlrf.trainers.register("cli-loose", LooseTrainer)
+
+Invoke = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rlrf_cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Iterator[Invoke]:
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.delenv("RLRF_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = list(cli.app.registered_commands)
+    FakeTrainer.made.clear()
+
+    def invoke(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["rlrf", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            cli.main()
+        captured = capsys.readouterr()
+        assert isinstance(exit.value.code, int)
+        return exit.value.code, captured.out, captured.err
+
+    yield invoke
+    cli.app.registered_commands[:] = before
+
+
+EVAL = ("eval", "--env", "cli-cities-v0", "--policy", "cli-scripted")
+TRAIN = ("train", "--trainer", "cli-fake", "--model", "m", "--env", "cli-cities-v0")
+
+
+# --- the outside --------------------------------------------------------------------------
+
+
+def test_help_needs_no_heavy_package() -> None:
+    code = (
+        "import sys\n"
+        "sys.argv = ['rlrf', '--help']\n"
+        "from rlrf.cli import main\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'transformers', 'docker', 'peft'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for command in ("list", "info", "eval", "train", "report", "check"):
+        assert command in done.stdout
+
+
+def test_version(rlrf_cli: Invoke) -> None:
+    assert rlrf_cli("--version") == (0, f"rlrf {rlrf.__version__}\n", "")
+
+
+@pytest.mark.parametrize("arguments", [("nonsense",), ("eval",), ("list", "--what"), ()])
+def test_wrong_usage_exits_with_2(rlrf_cli: Invoke, arguments: tuple[str, ...]) -> None:
+    assert rlrf_cli(*arguments)[0] == 2
+
+
+def test_debug_shows_the_traceback(rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, _, error = rlrf_cli("info", "cli-citys-v0")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    monkeypatch.setenv("RLRF_DEBUG", "1")
+    assert "Traceback" in rlrf_cli("info", "cli-citys-v0")[2]
+
+
+# --- list, info ---------------------------------------------------------------------------
+
+
+def test_list_names_everything_with_its_first_line(rlrf_cli: Invoke) -> None:
+    code, out, _ = rlrf_cli("list")
+    assert code == 0
+    for name, doc in (
+        ("cli-cities-v0", "Name the capital."),
+        ("cli-fake", "Learns nothing, but leaves a run."),
+        ("cli-scripted", "Says one thing."),
+    ):
+        assert any(name in line and doc in line for line in out.splitlines())
+
+
+def test_list_reads_documentation_without_importing(
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    package = tmp_path / "clidocs"
+    (package / "sub").mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "sub" / "thing.py").write_text(
+        '"""The module."""\nimport os\nimport vllm.extra\n\n'
+        'class Thing:\n    """The thing.\n\n    More."""\n'
+    )
+    (package / "sub" / "__init__.py").write_text('"""The sub package."""\nfrom torch import nn\n')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, target in (
+        ("cli-thing", "clidocs.sub.thing:Thing"),
+        ("cli-module", "clidocs.sub:Renamed"),
+        ("cli-absent", "clidocs_absent.x:Y"),
+        ("cli-top", "json:loads"),
+    ):
+        monkeypatch.setitem(rlrf.policies._added, name, target)
+    monkeypatch.setattr(
+        cli.importlib.util,
+        "find_spec",
+        lambda name, find=cli.importlib.util.find_spec: None if name == "vllm" else find(name),
+    )
+    out = rlrf_cli("list")[1]
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "The thing." in rows["cli-thing"]
+    assert "needs: pip install 'rlrf[vllm]'" in rows["cli-thing"]
+    assert "The sub package." in rows["cli-module"]
+    assert "(not importable)" in rows["cli-absent"]
+    assert "Deserialize" in rows["cli-top"]
+    assert "clidocs" not in sys.modules
+
+
+def test_info_shows_options_splits_a_task_and_every_level(rlrf_cli: Invoke) -> None:
+    code, out, _ = rlrf_cli("info", "cli-cities-v0")
+    assert code == 0
+    assert "Name the capital." in out
+    assert any(line.split()[:2] == ["accent", "'none'"] for line in out.splitlines())
+    assert any(line.split()[:1] == ["max_feedback_tokens"] for line in out.splitlines())
+    assert "train 3 tasks, eval 3 tasks" in out
+    assert "Capital of France? [plain]" in out  # brackets are no markup
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "(nothing)" in rows["none"]
+    assert "That is no capital." in rows["explained"]
+    assert "Paris" not in rows["expected"]
+    assert "Paris" in out.split("reference ", 1)[1]
+
+
+def test_info_takes_options_and_a_split(rlrf_cli: Invoke) -> None:
+    out = rlrf_cli("info", "cli-cities-v0", "--split", "eval", "-o", "accent=x")[1]
+    assert "eval-France" in out
+
+
+def test_info_survives_a_grader_that_cannot_run_here(rlrf_cli: Invoke) -> None:
+    code, out, _ = rlrf_cli("info", "cli-cities-v0", "--option", "broken=true")
+    assert code == 0
+    assert "could not be graded here: no sandbox" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("info", "cli-citys-v0"), "unknown environment 'cli-citys-v0'. Did you mean 'cli-cities"),
+        (
+            ("info", "cli-cities-v0", "-o", "acent=x"),
+            "has no option 'acent'; did you mean 'accent'",
+        ),
+        (("info", "cli-cities-v0", "-o", "accent"), "'accent' is no assignment"),
+        (("info", "cli-cities-v0", "--split", "dev"), "unknown split 'dev'"),
+        (("info", "cli-cities-v0", "-o", "accent=empty"), "has no task in split 'train'"),
+        (("eval", "--env", "cli-cities-v0", "--policy", "cli-scriptd"), "unknown policy"),
+        (
+            (*EVAL, "--feedback", "loud"),
+            "unknown feedback level 'loud'",
+        ),
+        (
+            (*EVAL, "--limit", "0"),
+            "limit is 0",
+        ),
+        (
+            (*EVAL, "--max-tokens", "0"),
+            "max_tokens is 0",
+        ),
+        (("eval", "--env", "cli-cities-v0", "--policy", "cli-needs-model"), "give --model"),
+        (
+            (
+                "eval",
+                "--env",
+                "cli-cities-v0",
+                "--policy",
+                "cli-scripted",
+                "--policy-option",
+                "b=1",
+            ),
+            "its options are answer, model",
+        ),
+        (
+            (*EVAL, "--out", "no/x.json"),
+            "there is no folder 'no'",
+        ),
+        (("report", "absent"), "'absent' is not a folder"),
+        (("train", "absent.toml"), "cannot read the configuration 'absent.toml'"),
+        (("train", "--env", "cli-cities-v0"), "model is missing"),
+        ((*TRAIN, "--trainer", "sdpoo"), "unknown trainer 'sdpoo'. Did you mean 'sdpo'"),
+        ((*TRAIN, "--set", "trainer.learning_rat=1"), "did you mean 'learning_rate'?"),
+        ((*TRAIN, "--set", "trainer.max_steps=0"), "trainer.max_steps is 0; it must be greater"),
+        ((*TRAIN, "--set", "env.acent=1"), "has no option 'acent'"),
+        ((*TRAIN, "--set", "env.accent=empty"), "has no task"),
+        ((*TRAIN, "--env", "cli-citys-v0"), "unknown environment"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    rlrf_cli: Invoke, arguments: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    code, _, error = rlrf_cli(*arguments)
+    assert code == 2
+    assert expected in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not list(tmp_path.rglob("status.json"))
+
+
+def test_a_missing_extra_says_what_to_install(
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cliheavy.py").write_text("import vllm\nclass P: ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(rlrf.policies._added, "cli-heavy", "cliheavy:P")
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    code, _, error = rlrf_cli("eval", "--env", "cli-cities-v0", "--policy", "cli-heavy")
+    assert code == 2
+    assert "pip install 'rlrf[vllm]'" in error
+    assert rlrf_cli("list")[0] == 0
+
+
+# --- plug-in commands ---------------------------------------------------------------------
+
+
+def _plug_in(monkeypatch: pytest.MonkeyPatch, name: str, target: str) -> None:
+    monkeypatch.setitem(cli.commands._added, name, target)
+
+
+def test_plug_in_commands_get_their_arguments_and_are_loaded_late(
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "cliplug.py").write_text(
+        '"""Tools of the plug-in."""\n'
+        "import typer\nimport rlrf\n\napp = typer.Typer()\n\n"
+        "@app.command()\ndef fetch(name: str, size: int = 1):\n"
+        '    """Fetch a thing."""\n'
+        "    if name == 'bad':\n        raise rlrf.UsageError('no such thing')\n"
+        "    print(f'fetched {name} {size}')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    _plug_in(monkeypatch, "cliplug", "cliplug:app")
+    code, out, _ = rlrf_cli("--help")
+    assert code == 0
+    assert "Tools of the plug-in." in out
+    assert "cliplug" not in sys.modules
+    assert rlrf_cli("cliplug", "fetch", "x", "--size", "3") == (0, "fetched x 3\n", "")
+    code, out, _ = rlrf_cli("cliplug", "fetch", "--help")
+    assert code == 0
+    assert "Fetch a thing." in out
+    assert rlrf_cli("cliplug", "fetch", "bad") == (2, "", "error: no such thing\n")
+    assert rlrf_cli("cliplug", "fetch")[0] == 2
+
+
+def test_a_plug_in_that_cannot_be_imported_breaks_only_itself(
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "clibroken.py").write_text("import vllm\napp = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    _plug_in(monkeypatch, "clibroken", "clibroken:app")
+    assert rlrf_cli("list")[0] == 0
+    code, _, error = rlrf_cli("clibroken", "x")
+    assert code == 2
+    assert "pip install 'rlrf[vllm]'" in error
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    code, _, error = rlrf_cli("clibroken")
+    assert code == 2
+    assert "is a typer.Typer" in error
+
+
+def test_commands_of_the_distribution_are_entry_points() -> None:
+    assert {p.name for p in metadata.entry_points(group="rlrf.commands")} <= set(cli.commands)
+
+
+# --- eval ---------------------------------------------------------------------------------
+
+
+def test_eval_prints_and_writes_the_report(rlrf_cli: Invoke, tmp_path: Path) -> None:
+    code, out, error = rlrf_cli(
+        *(*EVAL, "--samples", "2"),
+        *("--policy-option", "answer=Lima", "--limit", "2", "--out", "r.json", "--seed", "3"),
+    )
+    assert code == 0
+    assert "pass rate" in out
+    assert "50.0%" in out
+    assert "pass@2" in out
+    assert "wrong_answer 2" in out
+    assert "4/4 rollouts" in error  # progress does not mix with the results
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert data["pass_rate"] == 0.5
+    assert data["split"] == "eval"  # the held-out split, unless told otherwise
+    assert data["env"] == "cli-cities-v0"
+    assert data["seed"] == 3
+    assert [r["task_id"] for r in data["rollouts"]] == ["eval-France"] * 2 + ["eval-Peru"] * 2
+
+
+def test_eval_takes_the_split_feedback_and_model(rlrf_cli: Invoke, tmp_path: Path) -> None:
+    code, _, _ = rlrf_cli(
+        *("eval", "--env", "cli-cities-v0", "--policy", "cli-needs-model", "--model", "Tokyo"),
+        *("--split", "train", "--feedback", "none", "--out", "r.json"),
+    )
+    assert code == 0
+    data = json.loads((tmp_path / "r.json").read_text())
+    assert (data["split"], data["feedback"], data["model"]) == ("train", "none", "Tokyo")
+    assert data["feedback_kinds"] == {}
+    assert data["pass_rate"] == pytest.approx(1 / 3)
+
+
+def test_eval_of_an_environment_without_held_out_tasks(rlrf_cli: Invoke) -> None:
+    assert rlrf_cli("eval", "--env", "cli-onlytrain-v0", "--policy", "cli-scripted")[0] == 0
+
+
+def test_eval_that_scores_nothing_fails(rlrf_cli: Invoke) -> None:
+    code, out, error = rlrf_cli(
+        "eval", "--env", "cli-cities-v0", "--policy", "cli-scripted", "-o", "broken=true"
+    )
+    assert code == 1
+    assert "no rollout could be scored" in error
+    assert "3 (left out of every number): sandbox_died 3" in out
+
+
+# --- train --------------------------------------------------------------------------------
+
+
+def test_train_runs_and_leaves_a_run_a_config_and_a_report(
+    rlrf_cli: Invoke, tmp_path: Path
+) -> None:
+    code, out, error = rlrf_cli(
+        *TRAIN, "--run-dir", "runs/a", "--set", "trainer.learning_rate=1e-4"
+    )
+    assert (code, error) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "run directory: runs/a"
+    assert lines[1].startswith("step 0/3  reward 0.000  eval 0.0%")
+    assert lines[4].startswith("step 3/3  reward 0.300  eval 30.0%  loss 0.25")
+    assert "report: runs/a/report.html" in out
+    assert "held-out pass rate: 0.0% before, 30.0% after" in out
+    assert "model: runs/a/model" in out
+    run = Run.open(tmp_path / "runs" / "a")
+    assert run.status == "done"
+    assert len(run.metrics) == 4
+    assert (run.path / "report.html").is_file()
+    (trainer,) = FakeTrainer.made
+    assert trainer.model == "m"
+    assert trainer.config.learning_rate == 1e-4
+    assert trainer.eval_env is not None
+    assert (trainer.env.split, trainer.eval_env.split) == ("train", "eval")
+
+
+def test_a_run_can_be_repeated_from_its_own_config(rlrf_cli: Invoke) -> None:
+    rlrf_cli(*TRAIN, "--run-dir", "a", "--set", "trainer.max_steps=1", "--set", "env.accent=é")
+    code, _, _ = rlrf_cli("train", "a/config.toml", "--run-dir", "b", "--no-report")
+    assert code == 0
+    first, second = FakeTrainer.made
+    assert first.config == second.config
+    assert isinstance(second.env, Cities)
+    assert second.env.accent == "é"
+    assert not Path("b/report.html").exists()
+    assert Path("a/report.html").exists()
+
+
+def test_a_run_directory_is_only_overwritten_when_asked(rlrf_cli: Invoke) -> None:
+    assert rlrf_cli(*TRAIN, "--run-dir", "a")[0] == 0
+    code, _, error = rlrf_cli(*TRAIN, "--run-dir", "a")
+    assert code == 2
+    assert "already holds a run" in error
+    assert len(FakeTrainer.made) == 1
+    assert rlrf_cli(*TRAIN, "--run-dir", "a", "--overwrite", "--set", "trainer.max_steps=1")[0] == 0
+    assert len(Run.open("a").metrics) == 2
+
+
+def test_the_default_run_directory_tells_what_ran(rlrf_cli: Invoke) -> None:
+    out = rlrf_cli(*TRAIN, "--no-report")[1]
+    assert out.startswith("run directory: runs/cli-cities-v0-cli-fake-2")
+
+
+def test_an_environment_without_held_out_tasks_trains(rlrf_cli: Invoke) -> None:
+    assert rlrf_cli(*TRAIN, "--env", "cli-onlytrain-v0", "--run-dir", "a")[0] == 0
+    assert FakeTrainer.made[0].eval_env is None
+
+
+def test_the_held_out_environment_can_be_another(rlrf_cli: Invoke) -> None:
+    code, _, _ = rlrf_cli(
+        *(*TRAIN, "--run-dir", "a", "--set", "eval_env.id=cli-onlytrain-v0"),
+        *("--set", "eval_env.split=train"),
+    )
+    assert code == 0
+    assert isinstance(FakeTrainer.made[0].eval_env, OnlyTrain)
+
+
+def test_ctrl_c_marks_the_run_interrupted(rlrf_cli: Invoke) -> None:
+    code, out, error = rlrf_cli(*TRAIN, "--run-dir", "a", "--set", "trainer.fail=interrupt")
+    assert code == 130
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert Run.open("a").status == "interrupted"
+    assert "report: a/report.html" in out
+
+
+def test_a_run_that_fails_says_so_and_exits_with_1(rlrf_cli: Invoke) -> None:
+    code, _, error = rlrf_cli(*TRAIN, "--run-dir", "a", "--set", "trainer.fail=infra")
+    assert (code, error) == (1, "error: the sampler died\n")
+    run = Run.open("a")
+    assert (run.status, run.info["message"]) == ("failed", "InfraError: the sampler died")
+
+
+def test_a_trainer_that_does_not_close_its_run_has_it_closed(rlrf_cli: Invoke) -> None:
+    assert rlrf_cli(*TRAIN, "--run-dir", "a", "--set", "trainer.fail=quiet")[0] == 0
+    assert Run.open("a").status == "done"
+
+
+def test_a_trainer_without_config_class_gets_the_table(rlrf_cli: Invoke) -> None:
+    arguments = (*TRAIN, "--trainer", "cli-loose", "--run-dir", "a")
+    assert rlrf_cli(*arguments, "--set", "trainer.anything=3")[0] == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are sent as POSIX does")
+def test_a_real_interrupt_ends_a_real_process_with_130(tmp_path: Path) -> None:
+    script = tmp_path / "go.py"
+    script.write_text(
+        "import sys, threading\n"
+        "import tests.test_cli as t\n"
+        "from rlrf import cli\n"
+        "def train(self):\n"
+        "    self.on_step({'step': 0})\n"
+        "    sys.stdout.flush()\n"
+        "    threading.Event().wait(60)\n"
+        "t.FakeTrainer.train = train\n"
+        f"sys.argv = ['rlrf', *{TRAIN!r}, '--run-dir', 'a']\n"
+        "cli.main()\n"
+    )
+    root = Path(__file__).parent.parent
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("step 0"):
+        assert process.poll() is None, process.communicate()[1]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert Run.open(tmp_path / "a").status == "interrupted"
+
+
+# --- report, check ------------------------------------------------------------------------
+
+
+def test_report_writes_one_page_about_several_runs(rlrf_cli: Invoke) -> None:
+    for name in "ab":
+        rlrf_cli(*TRAIN, "--run-dir", name, "--no-report")
+    assert rlrf_cli("report", "a", "b", "--out", "both.html") == (0, "report: both.html\n", "")
+    assert Path("both.html").is_file()
+
+
+def _fake_check(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
+    class Result:
+        id, detail = "determinism", "[all] the same"
+
+        def __init__(self) -> None:
+            self.status = status
+
+    class Report:
+        results = [Result()]
+        ok = status != "fail"
+
+    module = ModuleType("rlrf.testing")
+    module.check_env = lambda env: Report()  # type: ignore[attr-defined]  # a stand-in
+    monkeypatch.setitem(sys.modules, "rlrf.testing", module)
+
+
+@pytest.mark.parametrize(("status", "code"), [("pass", 0), ("skip", 0), ("fail", 1)])
+def test_check_prints_every_result_and_fails_if_one_does(
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    _fake_check(monkeypatch, status)
+    found, out, _ = rlrf_cli("check", "cli-cities-v0", "cli-onlytrain-v0")
+    assert found == code
+    assert out.count("determinism") == 2
+    assert f"{status}" in out
+    assert "[all] the same" in out
+
+
+# --- progress -----------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_a_live_table() -> None:
+    console = Console(force_terminal=True, width=120, height=40, record=True)
+    with TrainProgress(2, console=console) as progress:
+        progress({"step": 0, "eval/pass_rate": 0.25})
+        progress({"step": 1, "reward": 0.5, "self_distillation/teacher_student_kl": 0.0123})
+    text = console.export_text()
+    assert "25.0%" in text
+    assert "0.0123" in text
+    assert "1/2" in text
+
+
+def test_plain_progress_is_one_line_per_step_however_narrow(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with TrainProgress(None, console=Console(width=20)) as progress:
+        progress({"step": 7, "reward": 0.5, "loss": 1.0, "entropy": 0.3, "time/step": 2.5})
+    assert capsys.readouterr().out == ("step 7  reward 0.500  loss 1  entropy 0.30  seconds 2.5\n")
+
+
+def test_rollout_progress_on_a_terminal_and_off_it(capsys: pytest.CaptureFixture[str]) -> None:
+    done = rlrf.Rollout("a", "a", reward=1.0, solved=True)
+    failed = rlrf.Rollout("a", "a", failure="deadline: slow")
+    with RolloutProgress(2, console=Console()) as progress:
+        progress(failed)
+        progress(done)
+    assert capsys.readouterr().out == (
+        "1/2 rollouts  nothing scored\n2/2 rollouts  100.0% solved\n"
+    )
+    console = Console(force_terminal=True, width=100, record=True)
+    with RolloutProgress(1, console=console) as live:
+        live(done)
+    assert "100.0% solved" in console.export_text()
