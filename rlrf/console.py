@@ -22,7 +22,7 @@ _COLUMNS = (
     ("kl", "self_distillation/teacher_student_kl", ".3g"),
     ("length", "completions/mean_length", ".0f"),
     ("entropy", "entropy", ".2f"),
-    ("seconds", "time/step", ".1f"),
+    ("seconds", "time/step", ".2f"),
 )
 
 

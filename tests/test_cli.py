@@ -639,7 +639,7 @@ def test_plain_progress_is_one_line_per_step_however_narrow(
 ) -> None:
     with TrainProgress(None, console=Console(width=20)) as progress:
         progress({"step": 7, "reward": 0.5, "loss": 1.0, "entropy": 0.3, "time/step": 2.5})
-    assert capsys.readouterr().out == ("step 7  reward 0.500  loss 1  entropy 0.30  seconds 2.5\n")
+    assert capsys.readouterr().out == ("step 7  reward 0.500  loss 1  entropy 0.30  seconds 2.50\n")
 
 
 def test_rollout_progress_on_a_terminal_and_off_it(capsys: pytest.CaptureFixture[str]) -> None:

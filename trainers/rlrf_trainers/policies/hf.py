@@ -88,6 +88,7 @@ class HFPolicy:
             )
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
+        _keep_head_input_contiguous(base)
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size = max_batch_size
         self.context: int | None = max_context or getattr(
@@ -237,6 +238,18 @@ class HFPolicy:
             return any(s in tail for s in stop)
 
         return stopped
+
+
+def _keep_head_input_contiguous(model: PreTrainedModel) -> None:
+    """Keep the output layer off a path of ``torch.matmul`` that copies its weight per row.
+
+    The last position's hidden states are a strided slice ``[B, 1, H]``. For such an input and a
+    weight that needs no gradient (LoRA) matmul expands and copies ``[V, H]`` B times: measured on
+    a 0.5B model, a prefill of 8 prompts takes 9 CPU-seconds instead of 1.4.
+    """
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 def _folder(model: str | Path) -> Path:
