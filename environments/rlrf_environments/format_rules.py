@@ -73,72 +73,15 @@ _SYMBOLS = {
     "lead": "Pb", "potassium": "K", "chlorine": "Cl", "neon": "Ne", "lithium": "Li",
     "sulfur": "S", "aluminium": "Al", "magnesium": "Mg",
 }  # fmt: skip
-_NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
-_WORDS = [
-    "cat",
-    "dog",
-    "sun",
-    "tree",
-    "house",
-    "river",
-    "apple",
-    "table",
-    "bread",
-    "chair",
-    "music",
-    "paper",
-    "water",
-    "stone",
-    "light",
-    "green",
-    "smile",
-    "dance",
-    "horse",
-    "cloud",
-    "plant",
-    "garden",
-    "winter",
-    "summer",
-    "orange",
-    "silver",
-    "yellow",
-    "rabbit",
-    "pencil",
-    "window",
-    "bridge",
-    "castle",
-    "forest",
-    "island",
-    "market",
-    "rocket",
-    "tiger",
-    "zebra",
-    "lemon",
-    "queen",
-    "king",
-]
+_NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+).split()
+_WORDS = (
+    "cat dog sun tree house river apple table bread chair music paper water stone light green "
+    "smile dance horse cloud plant garden winter summer orange silver yellow rabbit pencil "
+    "window bridge castle forest island market rocket tiger zebra lemon queen king"
+).split()
 
 
 def _questions() -> Iterator[Question]:

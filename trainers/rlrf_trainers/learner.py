@@ -28,7 +28,7 @@ from rlrf.runs import Run
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.forward import Layout, completion_logits, micro_batches
 from rlrf_trainers.losses import rollout_importance_weights, selected_logps
-from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
 
 
 @dataclass
@@ -417,7 +417,7 @@ class Learner:
         if self.run is None or not self.config.save_model:
             return None
         path: Path = self.run.path / "model"
-        with _quiet_transformers():
+        with quiet_transformers():
             self.model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
         return path
@@ -519,20 +519,6 @@ class Clock:
         self._spent.clear()
         self._step_start = now
         return spent
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars of its own in the middle of ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
 
 
 def layout_of(batch: Sequence[Sample]) -> Layout:

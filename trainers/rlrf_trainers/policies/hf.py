@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class HFPolicy:
         if isinstance(model, (str, Path)):
             folder = _folder(model)
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            with quiet_transformers():
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if tokenizer is None:
             raise UsageError(
@@ -240,6 +242,20 @@ class HFPolicy:
         return stopped
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own in the middle of ours."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
+
+
 def _keep_head_input_contiguous(model: PreTrainedModel) -> None:
     """Keep the output layer off a path of ``torch.matmul`` that copies its weight per row.
 
@@ -247,7 +263,7 @@ def _keep_head_input_contiguous(model: PreTrainedModel) -> None:
     weight that needs no gradient (LoRA) matmul expands and copies ``[V, H]`` B times: measured on
     a 0.5B model, a prefill of 8 prompts takes 9 CPU-seconds instead of 1.4.
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # untyped there
     if head is not None:
         head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
