@@ -15,6 +15,7 @@ without a reference solution, say) is skipped with the reason. The names of the 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import unicodedata
@@ -135,11 +136,8 @@ class _Trace:
     feedback: Feedback
 
     def key(self) -> str:
-        return json.dumps(
-            [self.reward, self.terminated, self.truncated, self.observation]
-            + [self.feedback.to_dicts()],
-            default=repr,
-        )
+        end = [self.reward, self.terminated, self.truncated]
+        return json.dumps([end, self.observation, self.feedback.to_dicts()], default=repr)
 
 
 class _Suite:
@@ -351,7 +349,7 @@ class _Suite:
             full = trace.feedback
             assert not full.at_level("none"), "level none shows something"
             shown = [set(full.at_level(level)) for level in list(Level)[4:]]
-            for lower, higher in zip(shown, shown[1:], strict=False):
+            for lower, higher in itertools.pairwise(shown):
                 assert lower <= higher, (
                     f"task {task.id!r}, attempt {action[:40]!r}: a higher level hides a segment"
                 )

@@ -144,13 +144,31 @@ def _split_of(fact: str) -> str:
 
 # --- the rules --------------------------------------------------------------------------------
 
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer a reply that obeys the rule holds, and the characters it stands in."""
+
+    text: str
+    span: Span
+
 
 @dataclass(frozen=True)
 class Fault:
-    """How a reply breaks the rule: in words that do not quote it, and the characters at fault."""
+    """How a reply breaks the rule.
+
+    Attributes:
+        words: what is wrong. They quote nothing of the reply, a short key apart: in a teacher's
+            prompt, a quoted reply is copied.
+        span: the characters at fault; None if the reply has none.
+        quotes: whether the words name a key of the reply.
+    """
 
     words: str
-    span: tuple[int, int]
+    span: Span | None
+    quotes: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,109 +177,215 @@ class Rule:
 
     Attributes:
         demand: what a reply must be, as the feedback states it.
-        parse: the answer a reply holds, or how it breaks the rule.
+        parse: the answer a reply holds, or how it breaks the rule (the first fault found).
         write: a reply that obeys, for an answer.
     """
 
     demand: str
-    parse: Callable[[str], str | Fault]
+    parse: Callable[[str], Answer | Fault]
     write: Callable[[str], str]
 
 
-def _trimmed(reply: str) -> tuple[int, int]:
-    """The span of the reply without surrounding white space."""
-    start = len(reply) - len(reply.lstrip())
-    return start, max(start, len(reply.rstrip()))
+_EMPTY = Fault("the reply is empty", None)
 
 
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n?(.*?)\n?[ \t]*```", re.DOTALL)
+def _trimmed(text: str, start: int, end: int) -> Span:
+    """The span from ``start`` to ``end`` without surrounding white space."""
+    part = text[start:end]
+    start += len(part) - len(part.lstrip())
+    return start, max(start, end - len(part) + len(part.rstrip()))
 
 
-def _parse_json(reply: str) -> str | Fault:
+def _outside(reply: str, bounds: Span, part: Span, what: str) -> Fault | None:
+    """The fault of a reply with text between ``bounds`` and ``part``; blames what comes first."""
+    before = _trimmed(reply, bounds[0], part[0])
+    after = _trimmed(reply, part[1], bounds[1])
+    wrong = {
+        where: span
+        for where, span in (("before", before), ("after", after))
+        if span[0] < span[1]
+    }
+    if not wrong:
+        return None
+    return Fault(f"there is other text {' and '.join(wrong)} {what}", next(iter(wrong.values())))
+
+
+# JSON is read by hand where the json module falls short: it says neither where a member stands
+# nor that a key occurs twice.
+
+_MAX_BRACKETS = 100
+"""A reply with more is not parsed: it bounds the search, and how deep the parser recurses."""
+
+_FENCE = "```"
+_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _Number(str):
+    """A JSON number as it was written: a float would lose digits or be infinite."""
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_int=_Number, parse_float=_Number, parse_constant=_refuse)
+
+
+def _decode(text: str, at: int) -> tuple[Any, int] | None:
+    """The JSON value that begins at ``at`` and where it ends, or None."""
+    try:
+        return _DECODER.raw_decode(text, at)
+    except ValueError:
+        return None
+
+
+def _parse_json(reply: str) -> Answer | Fault:
+    start, end = _trimmed(reply, 0, len(reply))
+    if start == end:
+        return _EMPTY
+    if reply.count("{") + reply.count("[") > _MAX_BRACKETS:
+        return Fault("the reply has too many brackets to be read as JSON", (start, end))
     # A code fence around the object is allowed: it is how models write JSON, and asking them not
     # to was measured to make the self-teacher worse at everything else.
-    start, end = _trimmed(reply)
-    if start == end:
-        return Fault("the reply is empty", (0, len(reply)))
-    fenced = _FENCE.fullmatch(reply, start, end)
-    inner = fenced.span(1) if fenced else (start, end)
-    text = reply[inner[0] : inner[1]]
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return _broken_json(reply, start, end)
-    if not isinstance(value, dict):
-        return Fault("the reply is JSON, but not an object", inner)
-    if list(value) != ["answer"]:
-        return _wrong_keys(value, reply, inner)
-    answer = value["answer"]
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        return Fault("the value is neither a string nor a number", inner)
-    return str(answer)
+    first, last = _inside_fence(reply, start, end)
+    body = reply[:last]
+    whole = _decode(body, first)
+    if whole and whole[1] == last and not isinstance(whole[0], dict):
+        return Fault("the reply is JSON, but not an object", (first, last))
+    found = _find_object(body, first)
+    if found is None:
+        brace = body.find("{", first)
+        if brace < 0:
+            return Fault("the reply is plain text", (start, end))
+        return Fault("the JSON object cannot be parsed", (brace, last))
+    fenced = _with_fence(reply, (first, last), found)
+    outside = _outside(reply, (first, last), fenced, "the JSON object")
+    return outside or _read_object(reply, found)
 
 
-def _broken_json(reply: str, start: int, end: int) -> Fault:
-    """Tell prose from an object with text around it from an object that does not parse."""
-    opening = reply.find("{", start, end)
-    if opening < 0:
-        return Fault("the reply is plain text", (start, end))
-    try:
-        _, closing = json.JSONDecoder().raw_decode(reply, opening)
-    except (ValueError, RecursionError):
-        return Fault("the JSON object cannot be parsed", (opening, end))
-    fence = _FENCE.search(reply, start, end)
-    if fence and fence.start() <= opening and closing <= fence.end():
-        opening, closing = fence.span()
-    if opening > start:
-        return Fault("there is other text before the JSON object", (start, opening))
-    return Fault("there is other text after the JSON object", (closing, end))
+def _inside_fence(reply: str, start: int, end: int) -> Span:
+    """What a code fence that wraps everything holds; without one, everything."""
+    opened = reply.startswith(_FENCE, start) and reply.endswith(_FENCE, start, end)
+    if not opened or end - start < 2 * len(_FENCE):
+        return start, end
+    start += len(_FENCE)
+    if reply.startswith("json", start):
+        start += len("json")
+    return _trimmed(reply, start, end - len(_FENCE))
 
 
-def _wrong_keys(value: dict[str, Any], reply: str, inner: tuple[int, int]) -> Fault:
-    extra = [key for key in value if key != "answer"]
-    if not extra:
-        return Fault("the object has no key", inner)
-    found = reply.find(json.dumps(extra[0]), *inner)
-    span = (found, found + len(json.dumps(extra[0]))) if found >= 0 else inner
-    name = f" {extra[0]!r}" if re.fullmatch(r"\w{1,20}", extra[0]) else ""
-    what = "has a further key" if "answer" in value else 'has no key "answer", but a key'
-    return Fault(f"the object {what}{name}", span)
+def _find_object(body: str, first: int) -> Span | None:
+    """The first JSON object in ``body`` at or after ``first``."""
+    at = body.find("{", first)
+    while at >= 0:
+        if decoded := _decode(body, at):
+            return at, decoded[1]
+        if at == first:  # a broken object, not prose: what is nested in it is not the reply
+            return None
+        at = body.find("{", at + 1)
+    return None
 
 
-def _between(opening: str, closing: str) -> Callable[[str], str | Fault]:
+def _with_fence(reply: str, bounds: Span, found: Span) -> Span:
+    """``found`` with the code fence directly around it, if there is one."""
+    before = reply[bounds[0] : found[0]].rstrip()
+    closing, _ = _trimmed(reply, found[1], bounds[1])
+    if reply.startswith(_FENCE, closing):
+        for opening in (_FENCE + "json", _FENCE):
+            if before.endswith(opening):
+                return bounds[0] + len(before) - len(opening), closing + len(_FENCE)
+    return found
+
+
+def _members(text: str, at: int) -> Iterator[tuple[str, Span, Any, Span]]:
+    """Key, its span, value, its span of every member of the valid JSON object at ``at``."""
+
+    def skip(at: int) -> int:
+        match = _SPACE.match(text, at)
+        return match.end() if match else at
+
+    at = skip(at + 1)
+    while text[at] != "}":
+        key, key_end = _DECODER.raw_decode(text, at)
+        value_at = skip(skip(key_end) + 1)
+        value, value_end = _DECODER.raw_decode(text, value_at)
+        yield key, (at, key_end), value, (value_at, value_end)
+        at = skip(value_end)
+        if text[at] == ",":
+            at = skip(at + 1)
+
+
+def _read_object(reply: str, found: Span) -> Answer | Fault:
+    members = list(_members(reply, found[0]))
+    if not members:
+        return Fault("the object has no key", found)
+    keys = [key for key, *_ in members]
+    for i, (key, key_span, _, value_span) in enumerate(members):
+        if key != "answer":
+            known = "answer" in keys
+            what = "has a further key" if known else 'has no key "answer", but a key'
+            short = re.fullmatch(r"[A-Za-z_]\w{0,19}", key, re.ASCII) is not None
+            words = f"the object {what}" + (f' "{key}"' if short else "" if known else " of its own")
+            return Fault(words, key_span, quotes=short)
+        if key in keys[:i]:
+            return Fault('the key "answer" occurs more than once', (key_span[0], value_span[1]))
+    _, _, value, span = members[0]
+    if not isinstance(value, str):  # numbers are _Number, hence str
+        return Fault("the value is neither a string nor a number", span)
+    return Answer(str(value), span)
+
+
+def _between(opening: str, closing: str) -> Callable[[str], Answer | Fault]:
     """Replies of the form ``opening answer closing``, with nothing around it."""
 
-    def parse(reply: str) -> str | Fault:
-        start, end = _trimmed(reply)
+    def parse(reply: str) -> Answer | Fault:
+        start, end = _trimmed(reply, 0, len(reply))
         if start == end:
-            return Fault("the reply is empty", (0, len(reply)))
+            return _EMPTY
         first = reply.find(opening, start, end)
-        last = reply.rfind(closing, first + len(opening), end) if first >= 0 else -1
-        if first < 0 or last < 0:
-            return Fault("the answer is not enclosed", (start, end))
-        if first > start:
-            return Fault("there is other text before the answer", (start, first))
-        if last + len(closing) < end:
-            return Fault("there is other text after the answer", (last + len(closing), end))
-        answer = reply[first + len(opening) : last].strip()
-        if not answer:
-            return Fault("there is no answer between the marks", (start, end))
-        return answer
+        if first < 0:
+            stray = reply.find(closing, start, end)
+            if stray < 0:
+                return Fault("the reply is plain text", (start, end))
+            return Fault(f"there is no {opening}", (stray, stray + len(closing)))
+        inner = first + len(opening)
+        last = reply.find(closing, inner, end)
+        if last < 0:
+            return Fault(f"there is no {closing} after {opening}", (first, end))
+        part = (first, last + len(closing))
+        if outside := _outside(reply, (start, end), part, "the marked answer"):
+            return outside
+        second = reply.find(opening, inner, last)
+        if second >= 0:
+            return Fault(f"{opening} occurs more than once", (second, second + len(opening)))
+        span = _trimmed(reply, inner, last)
+        if span[0] == span[1]:
+            return Fault("there is no answer between the marks", part)
+        return Answer(reply[span[0] : span[1]], span)
 
     return parse
 
 
-def _parse_bare(reply: str) -> str | Fault:
-    start, end = _trimmed(reply)
+def _parse_bare(reply: str) -> Answer | Fault:
+    start, end = _trimmed(reply, 0, len(reply))
     text = reply[start:end]
     if not text:
-        return Fault("the reply is empty", (0, len(reply)))
-    mark = re.search(r"[^\w\s]", text)
-    if len(text.split()) > 2 or "\n" in text:
+        return _EMPTY
+    if _NUMBER.fullmatch(text):  # its point or sign is no punctuation
+        return Answer(text, (start, end))
+    if len(text.splitlines()) > 1:
+        return Fault("the reply has more than one line", (start, end))
+    if len(text.split()) > _MAX_WORDS:
         return Fault("the reply is more than the answer", (start, end))
-    if mark:
+    if mark := re.search(r"[^\w\s]+", text):
         return Fault("the reply has punctuation", (start + mark.start(), start + mark.end()))
-    return text
+    return Answer(text, (start, end))
+
+
+_MAX_WORDS = 2
+"""Words of the longest answer, "South America"."""
+
+_NUMBER = re.compile(r"[+-]?[0-9]{1,20}(?:\.[0-9]{0,20})?(?:e[+-]?[0-9]{1,2})?", re.IGNORECASE)
 
 
 RULES: dict[str, Rule] = {

@@ -160,7 +160,7 @@ class SDPOTrainer:
             "reprompt_truncated_fraction": truncated / n,
         }.items():
             learner.record(f"self_distillation/{name}", value)
-        if not active:
+        if not active and not solved:  # when all succeed there is rightly nothing to distil
             learner.warn(
                 "empty_target_batch",
                 f"step {learner.step}: no rollout has feedback or a correct sibling, so there is "

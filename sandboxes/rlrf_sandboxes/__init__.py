@@ -1,0 +1,1 @@
+"""Sandbox backends: where programs run that nobody trusts."""
