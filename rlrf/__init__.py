@@ -11,6 +11,7 @@ tokenizable text; trainers turn that text into credit. Start with :func:`make`::
     print(reward, info["feedback"])
 """
 
+from rlrf._async import run_sync
 from rlrf.env import (
     Env,
     Episode,
@@ -119,6 +120,7 @@ __all__ = [
     "register",
     "registry",
     "rollout",
+    "run_sync",
     "span_to_tokens",
     "spec",
     "system",

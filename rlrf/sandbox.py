@@ -240,6 +240,19 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Text:
+    """Equal text; white space at the ends of lines and blank lines at the end do not count."""
+
+    def accepts(self, raw: RawRun, case: Case) -> bool:
+        """See :class:`Checker`."""
+        return self._plain(raw.text) == self._plain(_stdin_case(case).expected)
+
+    @staticmethod
+    def _plain(text: str) -> list[str]:
+        return [line.rstrip() for line in text.rstrip().split("\n")]
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Equal as lists of words; numbers may differ by ``tolerance``, relative or absolute.
 

@@ -16,11 +16,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from decimal import Decimal
+from typing import Any, NoReturn
 
-from rlrf import Feedback, Outcome, Segment, SingleTurnEnv, Task, UnknownIdError
+from rlrf import Feedback, Outcome, Segment, SingleTurnEnv, Task, UnknownIdError, UsageError
+from rlrf.messages import as_messages
 
 # --- the questions ----------------------------------------------------------------------------
 
@@ -201,9 +204,7 @@ def _outside(reply: str, bounds: Span, part: Span, what: str) -> Fault | None:
     before = _trimmed(reply, bounds[0], part[0])
     after = _trimmed(reply, part[1], bounds[1])
     wrong = {
-        where: span
-        for where, span in (("before", before), ("after", after))
-        if span[0] < span[1]
+        where: span for where, span in (("before", before), ("after", after)) if span[0] < span[1]
     }
     if not wrong:
         return None
@@ -214,7 +215,7 @@ def _outside(reply: str, bounds: Span, part: Span, what: str) -> Fault | None:
 # nor that a key occurs twice.
 
 _MAX_BRACKETS = 100
-"""A reply with more is not parsed: it bounds the search, and how deep the parser recurses."""
+"""A reply with more is not parsed: how deep the parser can recurse depends on who calls it."""
 
 _FENCE = "```"
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -252,15 +253,17 @@ def _parse_json(reply: str) -> Answer | Fault:
     whole = _decode(body, first)
     if whole and whole[1] == last and not isinstance(whole[0], dict):
         return Fault("the reply is JSON, but not an object", (first, last))
-    found = _find_object(body, first)
+    opening = body.find("{", first)
+    if opening < 0:
+        return Fault("the reply is plain text", (start, end))
+    found = _decode(body, opening)
     if found is None:
-        brace = body.find("{", first)
-        if brace < 0:
-            return Fault("the reply is plain text", (start, end))
-        return Fault("the JSON object cannot be parsed", (brace, last))
-    fenced = _with_fence(reply, (first, last), found)
-    outside = _outside(reply, (first, last), fenced, "the JSON object")
-    return outside or _read_object(reply, found)
+        return Fault("the JSON object cannot be parsed", (opening, last))
+    part, unclosed = _with_fence(reply, (first, last), (opening, found[1]))
+    if unclosed:
+        return unclosed
+    outside = _outside(reply, (first, last), part, "the JSON object")
+    return outside or _read_object(reply, (opening, found[1]))
 
 
 def _inside_fence(reply: str, start: int, end: int) -> Span:
@@ -274,27 +277,19 @@ def _inside_fence(reply: str, start: int, end: int) -> Span:
     return _trimmed(reply, start, end - len(_FENCE))
 
 
-def _find_object(body: str, first: int) -> Span | None:
-    """The first JSON object in ``body`` at or after ``first``."""
-    at = body.find("{", first)
-    while at >= 0:
-        if decoded := _decode(body, at):
-            return at, decoded[1]
-        if at == first:  # a broken object, not prose: what is nested in it is not the reply
-            return None
-        at = body.find("{", at + 1)
-    return None
-
-
-def _with_fence(reply: str, bounds: Span, found: Span) -> Span:
-    """``found`` with the code fence directly around it, if there is one."""
-    before = reply[bounds[0] : found[0]].rstrip()
-    closing, _ = _trimmed(reply, found[1], bounds[1])
-    if reply.startswith(_FENCE, closing):
-        for opening in (_FENCE + "json", _FENCE):
-            if before.endswith(opening):
-                return bounds[0] + len(before) - len(opening), closing + len(_FENCE)
-    return found
+def _with_fence(reply: str, bounds: Span, found: Span) -> tuple[Span, Fault | None]:
+    """``found`` with the code fence directly around it; the fault of a fence that never ends."""
+    opening, _ = _trimmed(reply, bounds[0], found[0])
+    closing, end = _trimmed(reply, found[1], bounds[1])
+    before = reply[opening : found[0]].rstrip()
+    for mark in (_FENCE + "json", _FENCE):
+        if before.endswith(mark):
+            start = opening + len(before) - len(mark)
+            if reply.startswith(_FENCE, closing):
+                return (start, closing + len(_FENCE)), None
+            if before == mark and closing == end:
+                return found, Fault("the code fence is not closed", (start, start + len(mark)))
+    return found, None
 
 
 def _members(text: str, at: int) -> Iterator[tuple[str, Span, Any, Span]]:
@@ -322,11 +317,11 @@ def _read_object(reply: str, found: Span) -> Answer | Fault:
     keys = [key for key, *_ in members]
     for i, (key, key_span, _, value_span) in enumerate(members):
         if key != "answer":
+            short = re.fullmatch(r"\w{1,20}", key, re.ASCII) is not None
+            name = f"key '{key}'" if short else "key of another name"
             known = "answer" in keys
-            what = "has a further key" if known else 'has no key "answer", but a key'
-            short = re.fullmatch(r"[A-Za-z_]\w{0,19}", key, re.ASCII) is not None
-            words = f"the object {what}" + (f' "{key}"' if short else "" if known else " of its own")
-            return Fault(words, key_span, quotes=short)
+            what = f"has a further {name}" if known else f'has no key "answer", but a {name}'
+            return Fault(f"the object {what}", key_span, quotes=short)
         if key in keys[:i]:
             return Fault('the key "answer" occurs more than once', (key_span[0], value_span[1]))
     _, _, value, span = members[0]
@@ -428,25 +423,32 @@ class FormatRules(SingleTurnEnv):
     characters at fault; ``wrong_answer`` says that only the value is wrong, and, at level
     ``expected``, what is right. Reward 1 for a reply that obeys and is right, else 0.
 
-    Metrics: ``obeys_rule`` and ``right_answer`` (the value inside is right), 0 or 1.
+    Metrics: ``obeys_rule`` and ``right_answer`` (0 where the rule is broken), 0 or 1.
 
     Raises:
         UnknownIdError: an unknown rule or family.
+        UsageError: no family at all.
     """
 
     splits = SPLITS
 
     def __init__(
-        self, *, rule: str = "json", families: Sequence[str] | None = None, **kwargs: Any
+        self, *, rule: str = "json", families: str | Sequence[str] | None = None, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if rule not in RULES:
-            raise UnknownIdError("rule of format-rules", rule, RULES)
-        for family in families or ():
+        if families is None:
+            families = FAMILIES
+        elif isinstance(families, str):  # as `--set env.families=add` gives it
+            families = (families,)
+        if rule not in tuple(RULES):
+            raise UnknownIdError("rule of format-rules", str(rule), RULES)
+        for family in families:
             if family not in FAMILIES:
-                raise UnknownIdError("question family of format-rules", family, FAMILIES)
+                raise UnknownIdError("question family of format-rules", str(family), FAMILIES)
+        if not families:
+            raise UsageError(f"families is {families!r}; name at least one, or None for all")
         self.rule = rule
-        self.families = tuple(FAMILIES if families is None else families)
+        self.families = tuple(families)
         self._rule = RULES[rule]
 
     def load_tasks(self, split: str) -> list[Task]:
@@ -454,7 +456,7 @@ class FormatRules(SingleTurnEnv):
         chosen = [
             q for q in _questions() if q.family in self.families and _split_of(q.fact) == split
         ]
-        # Round robin over the families: the first N tasks are balanced, whatever N is.
+        # Round robin over the families: the first N tasks hold as many of each as there are.
         seen: dict[str, int] = {}
         turns = []
         for question in sorted(chosen, key=lambda q: _rank(q.text)):
@@ -462,77 +464,68 @@ class FormatRules(SingleTurnEnv):
             seen[question.family] = seen.get(question.family, 0) + 1
         return [
             Task(
-                id=f"{q.family}-{re.sub(r'[^a-z0-9]+', '-', q.text.lower()).strip('-')}",
-                messages=q.text,  # type: ignore[arg-type]  # Task turns a string into messages
+                id=_task_id(q),
+                messages=as_messages(q.text),
                 metadata={"family": q.family},
-                hidden=q,
+                hidden=q.answers,
             )
             for _, _, q in sorted(turns, key=lambda t: t[:2])
         ]
 
     def grade(self, task: Task, completion: str) -> Outcome:
         """Check the rule, then the answer."""
-        rule, question = self._rule, task.hidden
-        parsed = rule.parse(completion)
-        if isinstance(parsed, Fault):
-            why = Segment(
-                "format_error",
-                f"The output format is wrong: {parsed.words}. {rule.demand}",
-                source="rule",
-                span=parsed.span,
-                priority=2,
-            )
-            reference = self._reference(question)
-            return Outcome(
-                0.0, Feedback((why, reference)), {"obeys_rule": 0.0, "right_answer": 0.0}
-            )
-        if _same(parsed, question.answers):
-            return Outcome(1.0, metrics={"obeys_rule": 1.0, "right_answer": 1.0})
-        found = completion.find(parsed)
-        why = Segment(
-            "wrong_answer",
-            f"The output format is right, but the value is wrong. {rule.demand}",
-            source="answer",
-            span=(found, found + len(parsed)) if found >= 0 and parsed else None,
-            priority=2,
-        )
-        right = Segment(
-            "wrong_answer",
-            f"The right answer is {question.answers[0]}.",
-            source="answer",
-            reveals="expected",
-            priority=1,
-        )
-        return Outcome(
-            0.0,
-            Feedback((why, right, self._reference(question))),
-            {"obeys_rule": 1.0, "right_answer": 0.0},
-        )
-
-    def _reference(self, question: Question) -> Segment:
-        return Segment(
+        demand, answers = self._rule.demand, task.hidden
+        read = self._rule.parse(completion)
+        reference = Segment(
             "reference",
-            f"A correct reply: {self._rule.write(question.answers[0])}",
+            f"A correct reply: {self._rule.write(answers[0])}",
             severity="info",
             source="answer",
             reveals="reference",
         )
+        if isinstance(read, Fault):
+            broken = Segment(
+                "format_error",
+                f"The output format is wrong: {read.words}. {demand}",
+                source="rule",
+                span=read.span,
+                priority=2,
+                untrusted=read.quotes,
+            )
+            metrics = {"obeys_rule": 0.0, "right_answer": 0.0}
+            return Outcome(0.0, Feedback((broken, reference)), metrics)
+        if any(_plain(read.text) == _plain(answer) for answer in answers):
+            return Outcome(1.0, metrics={"obeys_rule": 1.0, "right_answer": 1.0})
+        wrong = Segment(
+            "wrong_answer",
+            f"The output format is right, but the value is wrong. {demand}",
+            source="answer",
+            span=read.span,
+            priority=2,
+        )
+        right = Segment(
+            "wrong_answer",
+            f"The right answer is {answers[0]}.",
+            source="answer",
+            reveals="expected",
+            priority=1,
+        )
+        metrics = {"obeys_rule": 1.0, "right_answer": 0.0}
+        return Outcome(0.0, Feedback((wrong, right, reference)), metrics)
 
-    def reference_solution(self, task: Task) -> str | None:
+    def reference_solution(self, task: Task) -> str:
         """A reply that obeys the rule and is right."""
-        question = self._find_task(task).hidden
-        return self._rule.write(question.answers[0])
+        return self._rule.write(self._find_task(task).hidden[0])
 
 
-def _same(given: str, accepted: Sequence[str]) -> bool:
-    """Whether an answer is one of the accepted: case and spaces do not count, 7.0 is 7."""
+def _task_id(question: Question) -> str:
+    """``add-3-4``, ``language-france``: the family and what the question is about."""
+    about = re.sub(r"[^a-z0-9]+", "-", question.fact.lower())
+    # Facts that are not bare operands begin with a word that the family says already.
+    return f"{question.family}-{about.removeprefix(question.family.partition('-')[0] + '-')}"
 
-    def plain(text: str) -> str:
-        text = " ".join(text.casefold().split())
-        try:
-            number = float(text)
-        except ValueError:
-            return text
-        return f"{number:g}" if re.fullmatch(r"[-+.\d]+", text) else text
 
-    return plain(given) in {plain(a) for a in accepted}
+def _plain(text: str) -> str | Decimal:
+    """An answer as it is compared: case, spaces and width do not count, and 7.0 is 7."""
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    return Decimal(text) if _NUMBER.fullmatch(text) else text

@@ -1,0 +1,1 @@
+"""Programming tasks, graded by running programs in a sandbox."""
