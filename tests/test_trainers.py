@@ -18,7 +18,7 @@ from rlrf_trainers.learner import MasterAdamW  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.teacher import Teacher  # noqa: E402
-from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 class CountA(rlrf.SingleTurnEnv):
@@ -440,6 +440,27 @@ def test_the_run_directory_tells_everything(tmp_path):
         loaded.generate([prompt], params)[0].token_ids
         == trainer.learner.policy.generate([prompt], params)[0].token_ids
     )
+
+
+def test_a_trained_adapter_can_be_loaded_for_evaluation(tmp_path):
+    save_tiny(tmp_path / "base")
+    trainer = SDPOTrainer(
+        str(tmp_path / "base"), CountA(), SDPOConfig(**SMALL, lora_r=4), run_dir=tmp_path / "run"
+    )
+    result = trainer.train()
+    prompt = rlrf.Prompt((rlrf.user("Say 1."),))
+    params = rlrf.SamplingParams(max_tokens=6, temperature=0)
+
+    def reply(policy):
+        return policy.generate([prompt], params)[0].token_ids
+
+    loaded = HFPolicy(str(result.model_dir))
+    assert reply(loaded) == reply(trainer.learner.policy)
+    scores = [
+        p.score([[1, 2, 3]], [[4, 5]])[0].logprobs
+        for p in (loaded, HFPolicy(str(tmp_path / "base")))
+    ]
+    assert scores[0] != pytest.approx(scores[1], abs=1e-4)
 
 
 def test_make_trainer_takes_ids_and_mappings(tmp_path):

@@ -157,8 +157,11 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
     say = say or _print_to_stderr
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise UsageError(f"the folder {name!r} holds no model: there is no config.json in it")
+        if not any((folder / n).exists() for n in ("config.json", "adapter_config.json")):
+            raise UsageError(
+                f"the folder {name!r} holds no model: there is neither a config.json nor an "
+                "adapter_config.json in it"
+            )
         return folder
     if name.startswith((".", "/", "~")):
         raise UsageError(f"there is no model folder {name!r}")

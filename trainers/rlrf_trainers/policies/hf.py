@@ -270,8 +270,6 @@ def _keep_head_input_contiguous(model: PreTrainedModel) -> None:
 
 def _folder(model: str | Path) -> Path:
     """The folder of a model given by folder or name."""
-    if Path(model).is_dir():
-        return Path(model)
     from rlrf_trainers.models import resolve_model
 
     return resolve_model(str(model))
