@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import os
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -77,10 +78,8 @@ class _DaemonThreads:
             value: Any
             try:
                 value = context.run(function, *args)
-            except StopIteration as error:  # may not be set on a future
-                setter, value = future.set_exception, RuntimeError(f"hook raised {error!r}")
             except BaseException as error:
-                setter, value = future.set_exception, error
+                setter, value = future.set_exception, _ordinary(error)
             try:
                 loop.call_soon_threadsafe(deliver, setter, value)
             except RuntimeError:
@@ -106,10 +105,48 @@ class _DaemonThreads:
 _threads = _DaemonThreads()
 
 
+def _ordinary(error: BaseException) -> Exception:
+    """What a hook raised, as an exception that ends the hook's own episode and nothing else.
+
+    SystemExit would end the event loop under everybody, a CancelledError would pass for the
+    caller's, and StopIteration may not be set on a future.
+    """
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    ordinary = RuntimeError(f"a hook raised {error!r}")
+    ordinary.__cause__ = error
+    return ordinary
+
+
+async def _await(work: Awaitable[T]) -> T:
+    try:
+        return await work
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise _ordinary(error) from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise _ordinary(error) from error
+
+
 async def call_hook(function: Callable[..., Any], *args: Any) -> Any:
-    """Call an author's hook: awaited if it is ``async def``, else in a daemon thread."""
+    """Call an author's hook: awaited if it is ``async def``, else in a daemon thread.
+
+    Raises:
+        RuntimeError: the hook raised what is no ordinary exception, e.g. ``sys.exit()``.
+    """
     if inspect.iscoroutinefunction(function):
-        return await function(*args)
+        return await _await(function(*args))
     result = await _threads.run(function, *args)
     # A plain function may still hand back an awaitable (functools.partial, decorators).
-    return await result if isinstance(result, Awaitable) else result
+    return await _await(result) if isinstance(result, Awaitable) else result
+
+
+def _after_fork() -> None:
+    """A forked child has the parent's loop and idle threads as objects, but nobody runs them."""
+    global _lock, _loop, _threads
+    _lock, _loop, _threads = threading.Lock(), None, _DaemonThreads()
+
+
+os.register_at_fork(after_in_child=_after_fork)

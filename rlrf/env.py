@@ -69,7 +69,7 @@ class Outcome:
         metrics: named numbers beside the reward, e.g. the fraction of tests passed.
 
     Raises:
-        UsageError: the reward is not a finite number.
+        UsageError: the reward is not a finite number, or the feedback no :class:`Feedback`.
     """
 
     reward: float
@@ -77,7 +77,7 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_reward(self.reward)
+        _check_answer(self.reward, self.feedback)
         object.__setattr__(self, "reward", float(self.reward))
 
     def __iter__(self) -> Iterator[Any]:
@@ -106,16 +106,21 @@ class Turn:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_reward(self.reward)
+        _check_answer(self.reward, self.feedback)
         object.__setattr__(self, "reward", float(self.reward))
         object.__setattr__(self, "messages", as_messages(self.messages))
 
 
-def _check_reward(reward: Any) -> None:
+def _check_answer(reward: Any, feedback: Any) -> None:
     if not isinstance(reward, (int, float, np.number)) or not math.isfinite(reward):
         raise UsageError(
             f"reward is {reward!r}; it must be a finite number. If the grader could not decide, "
             "raise rlrf.InfraError: the rollout is then retried or left unscored"
+        )
+    if not isinstance(feedback, Feedback):
+        raise UsageError(
+            f"feedback is {feedback!r}; it must be a Feedback, e.g. "
+            "Feedback.of('wrong_answer', 'text')"
         )
 
 
@@ -327,7 +332,9 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         """The full task of an id, whichever split it is in (the environment's own first)."""
         if isinstance(task, Task) and not task._stripped:
             return task
-        task_id = task if isinstance(task, str) else task.id
+        task_id = task.id if isinstance(task, Task) else task
+        if not isinstance(task_id, str):
+            raise UsageError(f"a task is given by its id (a string) or as a Task, got {task_id!r}")
         for split in dict.fromkeys((self.split, *self.splits)):
             found = self._full_tasks(split).get(task_id)
             if found is not None:
@@ -353,6 +360,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     ) -> tuple[Messages, dict[str, Any]]:
         """Async twin of :meth:`reset`."""
         super().reset(seed=seed)
+        self._episode = None  # a reset that fails must not leave the last episode to step on
         options = dict(options or {})
         unknown = set(options) - {"task_id", "split"}
         if unknown:
@@ -450,8 +458,10 @@ class SingleTurnEnv(Env):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        hook = cls.__dict__.get("grade")
-        if inspect.isfunction(hook):
+        # Not only in the class's own body: the hook may come from a mixin that is no Env.
+        owner = next(c for c in cls.__mro__ if "grade" in c.__dict__)
+        hook = owner.__dict__["grade"]
+        if inspect.isfunction(hook) and owner is not SingleTurnEnv:
             cls.grade = _two_faced(hook)  # type: ignore[assignment]  # see _two_faced
 
     def grade(self, task: Any, completion: Any) -> Any:

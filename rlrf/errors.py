@@ -26,6 +26,9 @@ class UsageError(RlrfError, ValueError):
     """The caller gave a wrong id, value or combination; the message says what to do instead."""
 
 
+_LISTED = 30  # names in a message; a data set has thousands
+
+
 class UnknownIdError(UsageError, LookupError):
     """A name that is not registered.
 
@@ -42,7 +45,9 @@ class UnknownIdError(UsageError, LookupError):
         if near:
             hint = "Did you mean " + " or ".join(repr(n) for n in near) + "?"
         elif self.known:
-            hint = "Known: " + ", ".join(self.known) + "."
+            more = len(self.known) - _LISTED
+            hint = "Known: " + ", ".join(self.known[:_LISTED])
+            hint += f" and {more} more." if more > 0 else "."
         else:
             hint = f"No {what} is registered."
         super().__init__(" ".join(s for s in (f"unknown {what} {name!r}.", hint, remedy) if s))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import enum
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args, overload
 
@@ -108,7 +108,13 @@ _TITLES: dict[str, str] = {
     "reference": "There is a reference solution.",
 }
 
-_ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])")
+# ECMA-48: control sequences; control strings (title, link), which end at the line at the latest so
+# that one without an end cannot swallow what follows; all shorter escapes.
+_ANSI = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+    r"|\x1b[\]PX^_][^\x07\x1b\n]*(?:\x07|\x1b\\)?"
+    r"|\x1b[ -/]*[0-~]"
+)
 
 
 def clean_text(text: str, max_chars: int = MAX_SEGMENT_CHARS) -> str:
@@ -132,14 +138,20 @@ def clean_text(text: str, max_chars: int = MAX_SEGMENT_CHARS) -> str:
 
 
 def shorten(text: str, max_chars: int) -> str:
-    """Keep the head and the tail of ``text`` within ``max_chars`` (the end says most: 2/3 tail)."""
+    """Keep the head and the tail of ``text`` within ``max_chars`` (the end says most: 2/3 tail).
+
+    A mark between them says how many characters are gone; where there is no room for it, the tail
+    alone stays.
+    """
     if len(text) <= max_chars:
         return text
-    mark = f"\n[... {len(text) - max_chars} characters cut ...]\n"
-    room = max(0, max_chars - len(mark))
+    mark = "\n[... {} characters cut ...]\n"
+    room = max_chars - len(mark.format(len(text)))
+    if room < 0:
+        return text[len(text) - max_chars :]
     head = room // 3
     tail = room - head
-    return text[:head] + mark + (text[len(text) - tail :] if tail else "")
+    return text[:head] + mark.format(len(text) - room) + text[len(text) - tail :]
 
 
 class Tokenizer(Protocol):
@@ -159,8 +171,10 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
     """Every text that ``tokenizer`` would turn into a special or added control token."""
     found = set(getattr(tokenizer, "all_special_tokens", ()))
     for token in getattr(tokenizer, "added_tokens_decoder", {}).values():
-        # Qwen's <tool_call> is added and not "special", yet a template reads it as markup.
-        found.add(str(token))
+        # Qwen's <tool_call> is added and not "special", yet a template reads it as markup. A
+        # single added character is no markup: some tokenizers add plain letters.
+        if len(str(token)) > 1:
+            found.add(str(token))
     return tuple(sorted((t for t in found if t.strip()), key=lambda t: (-len(t), t)))
 
 
@@ -176,8 +190,14 @@ def defuse(text: str, tokenizer: Any) -> str:
     previous = None
     while previous != text:  # breaking one token may uncover a shorter one inside it
         previous = text
-        text = pattern.sub(lambda m: m.group()[0] + " " + m.group()[1:], text)
+        text = pattern.sub(_broken, text)
     return text
+
+
+def _broken(match: re.Match[str]) -> str:
+    token = match.group()
+    broken = token[0] + " " + token[1:]
+    return " " if token in broken else broken  # a space cannot break "x" or "x "
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +238,8 @@ class Segment:
                 raise UsageError(
                     f"Segment.{name} is {value!r}; it must be one of {', '.join(known)}"
                 )
+        if not isinstance(self.text, str):
+            raise UsageError(f"Segment.text is {self.text!r}; it must be a string")
         if self.span is not None:
             start, end = self.span
             if not 0 <= start <= end:
@@ -329,46 +351,53 @@ class Feedback(Sequence[Segment]):
     def at_level(self, level: Level | str | int) -> Feedback:
         """The feedback as ``level`` shows it.
 
-        A segment whose text is above the level is not dropped silently: below ``explained`` each
-        *kind* of error is still named (``category``) and located (``located``). Idempotent, and
-        ``f.at_level(a).at_level(b)`` equals ``f.at_level(min(a, b))`` in what it reveals.
+        No kind of error is dropped silently: where the level hides every text of a kind, the kind
+        is still named (from ``category``) and located (from ``located``). Idempotent, and
+        ``f.at_level(a).at_level(b) == f.at_level(min(a, b))``.
         """
         level = Level.parse(level)
         if level is Level.none or not self.segments:
             return Feedback()
+        if self.segments == (_BINARY,):
+            return self
+        spoken = _by_kind(self.segments)
         if level >= Level.explained:
-            return Feedback(s for s in self.segments if _SHOWN_FROM[s.reveals] <= level)
-        # What would only appear above `explained` must not even be hinted at below it, unless it
-        # is an error: then its kind is no secret.
-        errors = [s for s in self.segments if s.severity == "error" and s.kind != "reference"]
-        if not errors:
+            shown = []
+            for segment in self.segments:
+                if _SHOWN_FROM[segment.reveals] <= level:
+                    shown.append(segment)
+                elif spoken.get(segment.kind, (None,))[0] is segment:
+                    shown.append(_located_title(spoken[segment.kind]))
+            return Feedback(shown)
+        # What is no error says nothing below `explained`: it may hint at what is right.
+        if not spoken:
             return Feedback()
         if level is Level.binary:
-            return Feedback.of(errors[0].kind, _BINARY, source=errors[0].source)
-        shown: list[Segment] = []
-        for kind in dict.fromkeys(s.kind for s in errors):
-            of_kind = [s for s in errors if s.kind == kind]
-            title = Segment(
-                of_kind[0].kind,
-                _TITLES[kind],
-                source=of_kind[0].source,
-                priority=max(s.priority for s in of_kind),
-            )
-            if level is Level.category:
-                shown.append(title)
-                continue
-            own = [s for s in of_kind if s.reveals == "location"]
-            spans = [s.span for s in of_kind if s.span is not None]
-            if not own and spans:
-                start, end = spans[0]
-                where = f" At characters {start} to {end} of the attempt."
-                title = replace(title, text=title.text + where, span=(start, end))
-            shown += [title, *own]
+            return Feedback(_BINARY)
+        if level is Level.category:
+            return Feedback(_title(errors) for errors in spoken.values())
+        shown = []
+        for errors in spoken.values():
+            own = [s for s in errors if s.reveals == "location"]
+            shown += [_title(errors), *own] if own else [_located_title(errors)]
         return Feedback(shown)
 
     def render(self, max_chars: int | None = None) -> str:
-        """The text, cut to ``max_chars`` at the cost of the segments that matter least."""
-        return self.text if max_chars is None else shorten(self.text, max_chars)
+        """The text, cut to ``max_chars`` at the cost of the segments that matter least.
+
+        As in :meth:`tokenize`, the first segment that does not fit keeps its head and tail.
+        """
+        if max_chars is None or len(self.text) <= max_chars:
+            return self.text
+        left = max_chars
+        kept: dict[int, str] = {}
+        texts = {i: s.text for i, s in enumerate(self.segments) if s.text}
+        for i in _by_priority(texts, self.segments):
+            kept[i] = shorten(texts[i], left)
+            left -= len(kept[i]) + len(_SEPARATOR)
+            if left <= 0 or kept[i] != texts[i]:
+                break
+        return _SEPARATOR.join(kept[i] for i in sorted(kept))
 
     def tokenize(self, tokenizer: Any, max_tokens: int | None = None) -> TokenizedFeedback:
         """Token ids with the segment each belongs to; never a special token.
@@ -413,10 +442,49 @@ class Feedback(Sequence[Segment]):
 
 
 _SEPARATOR = "\n\n"
-_BINARY = "The attempt is not correct."
+# One segment for every failure: its kind and source must not tell failures apart either.
+_BINARY = Segment("wrong_answer", "The attempt is not correct.")
 _MARK = "\n[... cut ...]\n"
 
 _Piece = tuple[str, list[int], list[tuple[int, int]]]
+
+
+def _by_kind(segments: Iterable[Segment]) -> dict[str, list[Segment]]:
+    """The errors of each kind that speak for it: those that reveal least of it, in order."""
+    errors = [s for s in segments if s.severity == "error" and s.kind != "reference"]
+
+    def shown_from(segment: Segment) -> Level:
+        return max(_SHOWN_FROM[segment.reveals], Level.explained)
+
+    least: dict[str, Level] = {}
+    for s in errors:
+        least[s.kind] = min(least.get(s.kind, Level.reference), shown_from(s))
+    found: dict[str, list[Segment]] = {}
+    for s in errors:
+        if shown_from(s) == least[s.kind]:
+            found.setdefault(s.kind, []).append(s)
+    return found
+
+
+def _title(errors: Sequence[Segment]) -> Segment:
+    """Errors of one kind, reduced to the kind."""
+    first = errors[0]
+    priority = max(s.priority for s in errors)
+    return Segment(first.kind, _TITLES[first.kind], source=first.source, priority=priority)
+
+
+def _located_title(errors: Sequence[Segment]) -> Segment:
+    """Errors of one kind, reduced to the kind and the first place they blame."""
+    title = _title(errors)
+    span = next((s.span for s in errors if s.span is not None), None)
+    if span is None:
+        return title
+    where = f"{title.text} At characters {span[0]} to {span[1]} of the attempt."
+    return replace(title, text=where, span=span)
+
+
+def _by_priority(texts: Iterable[int], segments: Sequence[Segment]) -> list[int]:
+    return sorted(texts, key=lambda i: (-segments[i].priority, i))
 
 
 def _fit(
@@ -429,7 +497,7 @@ def _fit(
     left = max_tokens
     chosen: dict[int, _Piece] = {}
     last = max(texts, default=-1)
-    for i in sorted(texts, key=lambda i: (-segments[i].priority, i)):
+    for i in _by_priority(texts, segments):
         # The separator belongs to the segment before it, so that ids concatenate to the text.
         tail = "" if i == last else _SEPARATOR
         piece = _encode(tokenizer, texts[i] + tail)
@@ -437,26 +505,34 @@ def _fit(
             chosen[i] = piece
             left = None if left is None else left - len(piece[1])
             continue
-        cut = _cut_middle(tokenizer, texts[i], left)
+        cut = _cut_middle(tokenizer, texts[i], tail, left)
         if cut[1]:
             chosen[i] = cut
         return chosen, True
     return chosen, False
 
 
-def _cut_middle(tokenizer: Any, text: str, budget: int) -> _Piece:
-    """The longest head + mark + tail of ``text`` that encodes to at most ``budget`` tokens."""
-    best: _Piece = ("", [], [])
-    low, high = 1, len(text)
-    while low <= high:
-        keep = (low + high) // 2
+def _cut_middle(tokenizer: Any, text: str, tail: str, budget: int) -> _Piece:
+    """The longest head + mark + tail of ``text`` within ``budget`` tokens; else just a head."""
+
+    def longest(cut: Callable[[int], str]) -> _Piece:
+        best: _Piece = ("", [], [])
+        low, high = 1, len(text)
+        while low <= high:
+            keep = (low + high) // 2
+            piece = _encode(tokenizer, cut(keep) + tail)
+            if len(piece[1]) <= budget:
+                best, low = piece, keep + 1
+            else:
+                high = keep - 1
+        return best
+
+    def around_mark(keep: int) -> str:
         head = keep // 3
-        piece = _encode(tokenizer, text[:head] + _MARK + text[len(text) - (keep - head) :])
-        if len(piece[1]) <= budget:
-            best, low = piece, keep + 1
-        else:
-            high = keep - 1
-    return best
+        return text[:head] + _MARK + text[len(text) - (keep - head) :]
+
+    best = longest(around_mark)
+    return best if best[1] else longest(lambda keep: text[:keep])  # no room for the mark
 
 
 def _encode(tokenizer: Any, text: str) -> _Piece:
@@ -491,4 +567,10 @@ def span_to_tokens(span: tuple[int, int], offsets: Sequence[tuple[int, int]]) ->
     """
     start, end = span
     hit = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-    return (hit[0], hit[-1] + 1) if hit else (0, 0)
+    if not hit:
+        return 0, 0
+    first = hit[0]
+    # The earlier bytes of a character have empty ranges, right before the one that completes it.
+    while first and offsets[first - 1] == (offsets[first][0],) * 2:
+        first -= 1
+    return first, hit[-1] + 1

@@ -87,7 +87,11 @@ def action_message(action: Action) -> Message:
     """
     if isinstance(action, str):
         return assistant(action)
-    if not isinstance(action, Mapping) or action.get("role", "assistant") != "assistant":
+    if (
+        not isinstance(action, Mapping)
+        or action.get("role", "assistant") != "assistant"
+        or not isinstance(action.get("content"), str | None)
+    ):
         raise UsageError(
             f"an action is a string or an assistant message, got {action!r}; "
             'pass "text" or {"role": "assistant", "content": "text"}'

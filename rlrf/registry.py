@@ -8,9 +8,9 @@ entered by name when :mod:`rlrf` is imported; their modules are imported by ``ma
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -61,8 +61,12 @@ def register(id: str, entry_point: Callable[..., Env] | str, **spec: Any) -> Non
 def load_entry_points() -> None:
     """Enter the installed environments into the registry; imports none of them."""
     for name, point in _environments.entry_points().items():
-        if f"{NAMESPACE}/{name}" not in gymnasium.registry:
+        if f"{NAMESPACE}/{name}" in gymnasium.registry:
+            continue
+        try:
             register(name, point.value)
+        except UsageError as error:  # one bad distribution must not break `import rlrf`
+            warnings.warn(f"an installed environment is left out: {error}", stacklevel=2)
 
 
 class _RegistryView(Mapping[str, EnvSpec]):
@@ -96,10 +100,11 @@ def spec(id: str) -> EnvSpec:
 
     Raises:
         UnknownIdError: no such environment; near matches are listed.
+        UsageError: ``pkg.mod`` cannot be imported.
     """
     module, _, name = id.rpartition(":")
     if module:
-        importlib.import_module(module)
+        load_object(module, f"environment {id!r}")
     name = name.removeprefix(NAMESPACE + "/")
     found = gymnasium.registry.get(f"{NAMESPACE}/{name}")
     if found is None:

@@ -11,8 +11,6 @@ What holds for every rollout that comes back:
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import inspect
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -144,20 +142,22 @@ async def arollout(
     chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
     if not len(chosen):
         raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
-    batcher = _Batcher(policy, params or SamplingParams(), seed)
+    found = [env._find_task(task) for task in chosen]
+    batcher = _Batcher(
+        policy, params or SamplingParams(), seed, max_concurrency, len(found) * group_size
+    )
     slots = asyncio.Semaphore(max_concurrency)
     collector = _Collector(env, batcher, deadline_s, retries)
 
     async def one(position: int, task: Task, sample: int) -> Rollout:
-        async with slots, batcher.episode():
-            rollout = await collector.collect(
-                task, f"{position}:{task.id}", seed + position * group_size + sample
-            )
+        number = position * group_size + sample
+        async with slots:
+            rollout = await collector.collect(task, f"{position}:{task.id}", number, seed + number)
+        batcher.one_less()
         if on_rollout is not None:
             on_rollout(rollout)
         return rollout
 
-    found = [env._find_task(task) for task in chosen]
     jobs = [
         asyncio.ensure_future(one(i, task, k))
         for i, task in enumerate(found)
@@ -168,6 +168,7 @@ async def arollout(
     except BaseException:
         for job in jobs:
             job.cancel()
+        batcher.stop()
         await asyncio.gather(*jobs, return_exceptions=True)
         raise
 
@@ -231,11 +232,11 @@ class _Collector:
         self.env, self.batcher = env, batcher
         self.deadline_s, self.retries = deadline_s, retries
 
-    async def collect(self, task: Task, group_id: str, seed: int) -> Rollout:
+    async def collect(self, task: Task, group_id: str, number: int, seed: int) -> Rollout:
         for attempt in range(self.retries + 1):
             draft = _Draft(task.id, group_id)
             try:
-                return await self._run(task, seed, draft)
+                return await self._run(task, number, seed, draft)
             except InfraError as error:
                 failure = f"{error.kind}: {error}"
                 if not error.retryable or attempt == self.retries:
@@ -253,7 +254,7 @@ class _Collector:
                 break
         return draft.failed(failure)
 
-    async def _run(self, task: Task, seed: int, draft: _Draft) -> Rollout:
+    async def _run(self, task: Task, number: int, seed: int, draft: _Draft) -> Rollout:
         clock = _Clock(self.deadline_s, task.id)
         episode: Episode = await clock.run(self.env.aepisode(task, seed=seed))
         draft.messages = list(episode.messages)
@@ -263,11 +264,13 @@ class _Collector:
                 tuple(draft.messages), draft.prefix_ids(), new, _tools(self.env), draft.group_id
             )
             try:
-                completion = await self.batcher.generate(prompt)
+                completion = await self.batcher.generate(prompt, number)
             except PromptTooLongError:
                 if not draft.steps:
                     raise
                 return draft.out_of_context(self.env)
+            if completion.finish_reason == "abort":  # the engine gave up, not the policy
+                raise InfraError("the engine aborted the completion", kind="policy_aborted")
             draft.add_completion(completion)
             result: StepResult = await clock.run(episode.astep(completion.assistant_message))
             draft.add_step(result, completion)
@@ -290,16 +293,29 @@ class _Clock:
             return await work
         loop = asyncio.get_running_loop()
         start = loop.time()
+        # Not asyncio.wait_for: it waits for the work to accept its cancellation, which a hook that
+        # catches everything never does, and takes the hook's own TimeoutError for the deadline.
+        task = asyncio.ensure_future(work)
         try:
-            return await asyncio.wait_for(work, max(self.left, 0.0))
-        except TimeoutError:
+            await asyncio.wait({task}, timeout=max(self.left, 0.0))
+            if task.done():
+                return task.result()
             raise InfraError(
                 f"the environment took more than {self.total:g} s for task {self.task_id!r}",
                 kind="deadline",
                 retryable=False,
-            ) from None
+            )
         finally:
             self.left -= loop.time() - start
+            if not task.done():
+                task.cancel()
+                task.add_done_callback(_forget)
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    """Take note of how abandoned work ended, so that asyncio does not complain about it."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _Draft:
@@ -326,7 +342,7 @@ class _Draft:
         if before is None:
             self.prompt_ids = tuple(completion.prompt_ids)
         else:
-            if completion.prompt_ids[: len(before)] != before:
+            if tuple(completion.prompt_ids[: len(before)]) != before:
                 raise UsageError(
                     "the policy rewrote earlier tokens: Completion.prompt_ids must start with "
                     "Prompt.prefix_ids, or training would see tokens that were never sampled"
@@ -405,72 +421,88 @@ class _Batcher:
     """Gathers the prompts of concurrent episodes into calls of ``policy.generate``.
 
     A local policy (one with ``max_batch_size``) gets one call at a time, as full as it can be: a
-    call starts when every running episode waits for a reply, or a batch is full. Only when an
-    environment keeps the others waiting longer than ``linger_s`` does a call start without it.
-    So for environments that answer fast the batches, and with them the samples, depend on the
-    seed alone.
+    call starts when every episode that may be under way waits for a reply, or a batch is full.
+    Only when an environment keeps the others waiting longer than ``linger_s`` does a call start
+    without it. Prompts are taken in the order of their rollouts, not of their arrival. So for
+    environments that answer fast the batches, and with them the samples, depend on the seed alone.
+
+    Args:
+        policy: what replies.
+        params: how to sample; each call gets a seed of its own.
+        seed: of the calls, where ``params`` has none.
+        concurrency: episodes under way at once.
+        unfinished: episodes still to be finished, begun or not; :meth:`one_less` counts down.
     """
 
     linger_s = 0.2
 
-    def __init__(self, policy: Policy, params: SamplingParams, seed: int) -> None:
+    def __init__(
+        self, policy: Policy, params: SamplingParams, seed: int, concurrency: int, unfinished: int
+    ) -> None:
         self.policy, self.params = policy, params
         self.seed = params.seed if params.seed is not None else seed
         self.limit: int | None = getattr(policy, "max_batch_size", None)
-        self.waiting: list[tuple[Prompt, asyncio.Future[Completion]]] = []
-        self.running = 0
+        self.concurrency, self.unfinished = concurrency, unfinished
+        self.waiting: list[tuple[int, Prompt, asyncio.Future[Completion]]] = []
         self.calls = 0
         self.busy = False
         self.timer: asyncio.TimerHandle | None = None
         self.work: set[asyncio.Task[None]] = set()
 
-    @contextlib.asynccontextmanager
-    async def episode(self) -> Any:
-        self.running += 1
-        # Let every other episode that can start do so before the first call is made up.
-        await asyncio.sleep(0)
-        try:
-            yield
-        finally:
-            self.running -= 1
-            self._consider()
+    def one_less(self) -> None:
+        """An episode has finished."""
+        self.unfinished -= 1
+        self._consider()
 
-    async def generate(self, prompt: Prompt) -> Completion:
+    def stop(self) -> None:
+        """Start no further call and cancel the one under way."""
+        self.busy = True
+        for task in self.work:
+            task.cancel()
+        self._disarm()
+
+    async def generate(self, prompt: Prompt, number: int) -> Completion:
+        """The reply to ``prompt`` of the rollout ``number``."""
         if self.limit is None:
-            return (await self._call([prompt]))[0]
+            return (await self._call([prompt], number))[0]
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self.waiting.append((prompt, future))
+        self.waiting.append((number, prompt, future))
         self._consider()
         return await future
 
     def _consider(self, late: bool = False) -> None:
-        self.waiting = [w for w in self.waiting if not w[1].done()]
+        if late:
+            self.timer = None
         if self.limit is None or self.busy or not self.waiting:
             return
-        if len(self.waiting) < min(self.limit, self.running) and not late:
+        enough = min(self.limit, self.concurrency, self.unfinished)
+        if len(self.waiting) < enough and not late:
             if self.timer is None:
                 loop = asyncio.get_running_loop()
                 self.timer = loop.call_later(self.linger_s, self._consider, True)
             return
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-        batch, self.waiting = self.waiting[: self.limit], self.waiting[self.limit :]
+        self._disarm()
+        self.waiting.sort(key=lambda w: w[0])
+        batch = [(prompt, future) for _, prompt, future in self.waiting[: self.limit]]
+        self.waiting = self.waiting[self.limit :]
         self.busy = True
         task = asyncio.ensure_future(self._serve(batch))
         self.work.add(task)
         task.add_done_callback(self.work.discard)
 
+    def _disarm(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
     async def _serve(self, batch: list[tuple[Prompt, asyncio.Future[Completion]]]) -> None:
-        try:
-            await self._deliver(batch)
-        finally:
-            self.busy = False
-            self._consider()
+        await self._deliver(batch)
+        self.busy = False
+        self._consider()
 
     async def _deliver(self, batch: list[tuple[Prompt, asyncio.Future[Completion]]]) -> None:
         try:
-            completions = await self._call([p for p, _ in batch])
+            completions = await self._call([p for p, _ in batch], self.calls)
         except PromptTooLongError as error:
             if len(batch) == 1:
                 self._fail(batch, error)
@@ -490,15 +522,11 @@ class _Batcher:
             if not future.done():
                 future.set_exception(error)
 
-    async def _call(self, prompts: list[Prompt]) -> list[Completion]:
-        params = replace(self.params, seed=_mix(self.seed, self.calls))
+    async def _call(self, prompts: list[Prompt], key: int) -> list[Completion]:
+        params = replace(self.params, seed=_mix(self.seed, key))
         self.calls += 1
         try:
-            completions: list[Completion]
-            if inspect.iscoroutinefunction(self.policy.generate):
-                completions = await self.policy.generate(prompts, params)
-            else:
-                completions = await call_hook(self.policy.generate, prompts, params)
+            completions: list[Completion] = await call_hook(self.policy.generate, prompts, params)
         except RlrfError:
             raise
         except Exception as error:
@@ -513,6 +541,6 @@ class _Batcher:
         return completions
 
 
-def _mix(seed: int, call: int) -> int:
-    """A seed for one call; far apart for neighbouring seeds and calls."""
-    return (seed * 1_000_003 + call * 7_919 + 12_345) % (2**31)
+def _mix(seed: int, key: int) -> int:
+    """A seed for one call; far apart for neighbouring seeds and keys."""
+    return (seed * 1_000_003 + key * 7_919 + 12_345) % (2**31)

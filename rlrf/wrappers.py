@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from rlrf._async import run_sync
 from rlrf.env import Env, Outcome, SingleTurnEnv, Task, TaskSequence, Turn
 from rlrf.errors import UsageError
 from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
-from rlrf.messages import Action
+from rlrf.messages import Action, action_message
 
 
 class FeedbackWrapper(Env):
@@ -25,12 +27,15 @@ class FeedbackWrapper(Env):
     def __init__(self, env: Env) -> None:
         super().__init__(
             feedback=env.feedback_level,
-            split=env.split if env.split in self.splits else self.splits[0],
+            split=env.split,
             tokenizer=env.tokenizer,
             max_feedback_tokens=env.max_feedback_tokens,
         )
         self.env = env
+        self.splits = env.splits  # type: ignore[misc]  # a class's constant, but an inner env's here
         self.split = env.split
+        self.tools = getattr(env, "tools", ())
+        self.observation_space, self.action_space = env.observation_space, env.action_space
         self.reward_range = env.reward_range
         self.success_threshold = env.success_threshold
         self.spec = env.spec
@@ -90,13 +95,15 @@ class FeedbackWrapper(Env):
 
     def grade(self, task: str | Task, completion: Action) -> Outcome:
         """Grade a completion of a one-shot environment; see :meth:`SingleTurnEnv.grade`."""
-        from rlrf._async import run_sync
-
         return run_sync(self.agrade(task, completion))
 
     def close(self) -> None:
         """Close the inner environment."""
         self.env.close()
+
+    async def aclose(self) -> None:
+        """Close the inner environment."""
+        await self.env.aclose()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.env!r})"
@@ -231,5 +238,7 @@ class TruncateFeedback(FeedbackWrapper):
 
 def _uniform(seed: int, task_id: str, action: Action) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.sha256(repr((seed, task_id, action)).encode()).digest()
+    # As a message: step() is given "x" where rollout() gives {"role": "assistant", "content": "x"}.
+    text = json.dumps([seed, task_id, action_message(action)], sort_keys=True, default=repr)
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
