@@ -1,0 +1,56 @@
+"""REINFORCE with a batch-mean baseline, as a trainer of rlrf."""
+
+import torch
+from pydantic import BaseModel
+
+import rlrf
+from rlrf_trainers.forward import Layout, completion_logits
+from rlrf_trainers.losses import selected_logps
+from rlrf_trainers.policies.hf import HFPolicy
+
+
+class ReinforceConfig(BaseModel):
+    """Knobs of :class:`Reinforce`."""
+
+    max_steps: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    max_completion_length: int = 16
+    seed: int = 0
+
+
+class Reinforce:
+    """Maximise E[r]: the gradient is (r - mean r) * grad log pi(y | x)."""
+
+    config_class = ReinforceConfig
+
+    def __init__(self, model, env, config=None, *, run_dir=None, eval_env=None, on_step=None):
+        self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
+        self.env, self.config, self.on_step = env, config or ReinforceConfig(), on_step
+        self.policy.model.requires_grad_(True)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.model.parameters(), lr=self.config.learning_rate
+        )
+
+    def train(self):
+        """Run to the end."""
+        history, tasks = [], self.env.tasks()
+        params = rlrf.SamplingParams(max_tokens=self.config.max_completion_length)
+        for step in range(1, self.config.max_steps + 1):
+            batch = [tasks[(step * 7 + i) % len(tasks)] for i in range(self.config.batch_size)]
+            seed = self.config.seed * 1000 + step
+            rollouts = rlrf.rollout(self.env, self.policy, batch, params=params, seed=seed)
+            scored = [r for r in rollouts if r.scored]  # unscored is not zero
+            rewards = torch.tensor([r.reward for r in scored])
+            layout = Layout([r.completion_ids for r in scored])
+            logits = completion_logits(self.policy.model, [r.prompt_ids for r in scored], layout)
+            ids = layout.flat(layout.completions, logits.device)
+            logps = layout.padded(selected_logps(logits, ids)).sum(1)
+            loss = -((rewards - rewards.mean()) * logps).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            history.append({"step": step, "reward": rewards.mean().item(), "loss": loss.item()})
+            if self.on_step:
+                self.on_step(history[-1])
+        return rlrf.TrainResult(history)
