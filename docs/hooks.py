@@ -1,11 +1,18 @@
-"""A mkdocs hook: tables of knobs come from the code, so they cannot go stale."""
+"""A mkdocs hook: what the code knows better than a page is taken from the code.
+
+``<!-- knobs: Class -->`` becomes the table of a configuration's fields, ``<!-- checks -->`` that of
+the conformance checks, so neither can go stale.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-MARK = re.compile(r"<!-- knobs: (\w+) -->")
+_KNOBS = re.compile(r"<!-- knobs: (\w+) -->")
+_CHECKS = re.compile(r"<!-- checks -->")
+# Docstrings name things as Sphinx does, :class:`x`; Markdown would show the role as text.
+_ROLE = re.compile(r":(?:py:)?(?:class|func|meth|attr|data|mod|exc|obj):(?=<code>|`)")
 
 
 def knobs(name: str) -> str:
@@ -17,12 +24,31 @@ def knobs(name: str) -> str:
     rows = ["| knob | default | what it is, and where the default comes from |", "|---|---|---|"]
     for key in own:
         field = cls.model_fields[key]
-        default = repr(field.default).replace("\\n", "\\\\n").replace("|", "\\|")
-        text = (field.description or "").replace("|", "\\|")
-        rows.append(f"| `{key}` | `{default}` | {text} |")
+        rows.append(f"| `{key}` | `{_cell(repr(field.default))}` | {_cell(field.description)} |")
     return "\n".join(rows)
+
+
+def checks() -> str:
+    """The checks of the conformance suite, as a Markdown table."""
+    from rlrf.testing import _Suite
+
+    suite = _Suite.__new__(_Suite)  # only its checks are listed; no environment is tried
+    rows = ["| check | what must hold |", "|---|---|"]
+    for name, check in suite.checks():
+        rows.append(f"| `{name}` | {_cell((check.__doc__ or '').replace('``', '`'))} |")
+    return "\n".join(rows)
+
+
+def _cell(text: str | None) -> str:
+    return " ".join((text or "").split()).replace("|", "\\|")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for every page."""
-    return MARK.sub(lambda m: knobs(m.group(1)), markdown)
+    markdown = _KNOBS.sub(lambda m: knobs(m.group(1)), markdown)
+    return _CHECKS.sub(lambda _: checks(), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Called by mkdocs with every page's HTML, before the table of contents is built around it."""
+    return _ROLE.sub("", html)

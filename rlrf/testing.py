@@ -39,7 +39,7 @@ from rlrf.feedback import MAX_SEGMENT_CHARS, Feedback, Level, Segment, special_t
 from rlrf.policy import ScriptedPolicy
 from rlrf.registry import make
 from rlrf.rollout import arollout
-from rlrf.wrappers import FeedbackLevel
+from rlrf.wrappers import FeedbackWrapper
 
 Status = Literal["pass", "fail", "skip"]
 
@@ -432,8 +432,15 @@ class _Suite:
 
     def empty_at_none(self) -> None:
         """At level ``none`` no info has feedback: on reset, on steps, at the end."""
-        for feedback in self.infos(FeedbackLevel(self.env, Level.none)):
-            assert feedback == Feedback(), f"level 'none' shows {feedback!r}"
+        env: Env = self.env
+        while isinstance(env, FeedbackWrapper):
+            env = env.env
+        level, env.feedback_level = env.feedback_level, Level.none
+        try:
+            for feedback in self.infos(self.env):
+                assert feedback == Feedback(), f"level 'none' shows {feedback!r}"
+        finally:
+            env.feedback_level = level
 
     def infos(self, env: Env) -> Iterator[Any]:
         """``info["feedback"]`` of an episode of no-ops through the Gymnasium face."""
@@ -472,7 +479,7 @@ class _Suite:
                     )
 
     def no_reference_leak(self) -> None:
-        """Below level ``reference`` the feedback does not spell out the reference solution."""
+        """Below level ``expected`` the feedback does not spell out the reference solution."""
         references = self.references()
         for task, action, trace in self.everything():
             known = json.dumps(task.messages, ensure_ascii=False, default=repr) + action
@@ -483,11 +490,11 @@ class _Suite:
                 and json.dumps(line, ensure_ascii=False)[1:-1] not in known
                 and line not in known
             ]
-            text = trace.feedback.at_level(Level.expected).text
+            text = trace.feedback.at_level(Level.explained).text
             leaked = [line for line in lines if line in text]
             # One line of several may be what the attempt should have printed; half of them is not.
             assert not leaked or 2 * len(leaked) < len(lines), (
-                f"task {task.id!r}, attempt {action[:40]!r}: below level 'reference' the feedback "
+                f"task {task.id!r}, attempt {action[:40]!r}: below level 'expected' the feedback "
                 f"holds the reference solution: {leaked[0]!r}"
             )
 

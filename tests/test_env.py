@@ -1,83 +1,31 @@
-"""Environments: both faces, hooks of every kind, the registry, and Gymnasium's own checks."""
+"""Environments: both faces, hooks of every kind, and what each mistake is told."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
-import textwrap
-import warnings
+import copy
+import pickle
+import threading
 
-import gymnasium
 import numpy as np
 import pytest
-from gymnasium.utils.env_checker import check_env
 
 import rlrf
 from rlrf import Feedback, InfraError, Outcome, Task, Turn, UsageError
-
-
-class Echo(rlrf.SingleTurnEnv):
-    """Say the word."""
-
-    def __init__(self, *, shout: bool = False, **kwargs):
-        super().__init__(**kwargs)
-        self.shout = shout
-
-    def load_tasks(self, split):
-        return [Task(f"{split}-{w}", f"Say {w}.", {"n": 1}, hidden=w) for w in ("yes", "no", "so")]
-
-    def grade(self, task, completion):
-        if completion == task.hidden:
-            return Outcome(1.0, metrics={"length": len(completion)})
-        return Outcome(0.0, Feedback.of("wrong_answer", "Say the word alone."))
-
-
-class AsyncEcho(Echo):
-    """The same with ``async def``, through ``super()``."""
-
-    async def grade(self, task, completion):
-        await asyncio.sleep(0)
-        return super().grade(task, completion)
-
-
-class Guess(rlrf.MultiTurnEnv):
-    """Guess a number that the episode's generator draws."""
-
-    def load_tasks(self, split):
-        return [Task(f"{split}-{i}", "Guess.") for i in range(3)]
-
-    def start(self, task, rng):
-        return {"number": int(rng.integers(10)), "tries": 0}
-
-    async def respond(self, state, action):
-        state["tries"] += 1
-        right = action["content"] == str(state["number"])
-        told = Feedback() if right else Feedback.of("hint", f"Not it: try {state['tries'] + 1}.")
-        return Turn("Again." if not right else (), float(right), told, terminated=right)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def registered():
-    rlrf.register("test-echo-v0", Echo)
-    rlrf.register("test-guess-v0", Guess, kwargs={"max_turns": 4})
-    yield
-    for name in ("rlrf/test-echo-v0", "rlrf/test-guess-v0"):
-        gymnasium.registry.pop(name)
+from tests.environments_for_tests import AsyncEcho, Echo, Guess
 
 
 @pytest.mark.parametrize("cls", [Echo, AsyncEcho])
 def test_one_shot_episode_and_grade(cls):
     env = cls()
     observation, info = env.reset(seed=0, options={"task_id": "train-no"})
-    assert observation == ({"role": "user", "content": "Say no."},)
+    assert observation == ({"role": "user", "content": "train: say no."},)
     assert info == {"task_id": "train-no", "feedback": Feedback(), "metrics": {}}
     observation, reward, terminated, truncated, info = env.step("no")
     assert (observation, reward, terminated, truncated) == ((), 1.0, True, False)
     assert info["metrics"] == {"length": 2}
     reward, feedback = env.grade("eval-yes", "no")
-    assert (reward, feedback.kinds) == (0.0, ("wrong_answer",))
+    assert (reward, feedback.kinds) == (0.0, ("wrong_answer", "lint"))
     assert env.grade("eval-yes", {"role": "assistant", "content": "yes"}).reward == 1.0
 
 
@@ -178,7 +126,7 @@ def test_several_turns():
     env.reset(seed=3, options={"task_id": "train-0"})
     results = [env.step("x") for _ in range(3)]
     assert [r[3] for r in results] == [False, False, True]
-    assert [r[4]["feedback"].text for r in results] == [f"Not it: try {i}." for i in (2, 3, 4)]
+    assert [r[4]["feedback"].text for r in results] == [f"Not it ({i})." for i in (1, 2, 3)]
     assert results[0][0] == ({"role": "user", "content": "Again."},)
 
     def number(seed):
@@ -211,144 +159,206 @@ def test_feedback_tokens():
     assert tokens.truncated
 
 
-# --- the registry -------------------------------------------------------------------------------
+def test_grading_touches_no_episode():
+    env = Echo()
+    env.reset(seed=0, options={"task_id": "train-no"})
+    env.grade("train-yes", "x")
+    assert env.step("no").reward == 1.0
 
 
-@pytest.mark.parametrize("name", sorted({*rlrf.registry, "test-echo-v0", "test-guess-v0"}))
-def test_every_environment_passes_gymnasiums_checks(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        made = gymnasium.make("rlrf/" + name)
-        check_env(made.unwrapped, skip_render_check=True)
-        assert isinstance(made.unwrapped, rlrf.Env)
-        spec = rlrf.spec(name)
-        if isinstance(spec.entry_point, str):
-            assert gymnasium.envs.registration.EnvSpec.from_json(spec.to_json()) == spec
+def test_metadata_is_public_and_the_public_task_is_enough_to_act_on():
+    env = Echo(split="eval")
+    (task, *_) = env.tasks()
+    assert task.metadata == {"n": 1}
+    assert env.reset(options={"task_id": task.id})[1]["task_id"] == "eval-yes"
+    # An id of another split is found too; the environment's own comes first.
+    assert env.reset(options={"task_id": "train-no"})[1]["task_id"] == "train-no"
+    assert env.reset(seed=0, options={"split": "train"})[1]["task_id"].startswith("train-")
+    assert env.reset(seed=0)[1]["task_id"].startswith("eval-")
 
 
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_vector_environments(mode):
-    if mode == "async":
-        envs = rlrf.make_vec("format-rules-v0", 2, "async")
-    else:
-        envs = rlrf.make_vec("test-echo-v0", 2)
-    observations, infos = envs.reset(seed=3)
-    assert len(observations) == 2
-    assert infos["task_id"][0] != infos["task_id"][1] or mode == "sync"
-    _, rewards, terminated, _, infos = envs.step(["x", "y"])
-    assert list(rewards) == [0.0, 0.0]
-    assert all(terminated)
-    assert all(isinstance(f, Feedback) and f for f in infos["feedback"])
-    envs.close()
+def test_tasks_are_loaded_once_and_late():
+    loads = []
+
+    class Counted(Echo):
+        def load_tasks(self, split):
+            loads.append(split)
+            return super().load_tasks(split)
+
+    env = Counted()
+    tasks = env.tasks()
+    assert loads == []
+    assert "not loaded" in repr(tasks)
+    assert len(tasks) == 3
+    assert "3 tasks" in repr(tasks)
+    env.grade("train-no", "x")
+    env.tasks().get("train-no")
+    assert loads == ["train"]
+    assert env.tasks().get("nobody") is None
 
 
-def test_make_and_its_errors():
-    assert isinstance(rlrf.make("test-echo-v0", shout=True), Echo)
-    assert rlrf.make("rlrf/test-echo-v0").spec.id == "rlrf/test-echo-v0"
-    assert "test-echo-v0" in rlrf.registry
-    assert len(rlrf.registry) >= 4
-    with pytest.raises(rlrf.UnknownIdError, match="'format-rules-v0'"):
-        rlrf.make("format-rule-v0")
-    with pytest.raises(rlrf.ConfigError, match="shout"):
-        rlrf.make("test-echo-v0", shuot=True)
-    with pytest.raises(UsageError, match="name-vN"):
-        rlrf.register("No Version", Echo)
-    with pytest.raises(UsageError, match="already registered"):
-        rlrf.register("test-echo-v0", Guess)
-    rlrf.register("test-echo-v0", Echo)  # the same again is no error
-    rlrf.register("test-lost-v0", "no_such_module:Env")
-    with pytest.raises(UsageError, match="cannot be imported"):
-        rlrf.make("test-lost-v0")
-    gymnasium.registry.pop("rlrf/test-lost-v0", None)
+def test_an_ad_hoc_task_is_graded_with_what_it_hides():
+    class Sync(rlrf.SingleTurnEnv):
+        def load_tasks(self, split):
+            return [Task("a", "x")]
 
+        def grade(self, task, completion):
+            return Outcome(float(completion == task.hidden))
 
-def test_what_is_no_rlrf_environment_is_refused():
-    class Plain(gymnasium.Env):
-        observation_space = action_space = gymnasium.spaces.Discrete(2)
-
-    rlrf.register("test-plain-v0", Plain)
-    try:
-        with pytest.raises(UsageError, match=r"no rlrf\.Env"):
-            rlrf.make("test-plain-v0")
-    finally:
-        gymnasium.registry.pop("rlrf/test-plain-v0")
-
-
-def test_pprint(capsys):
-    assert "test-echo-v0" in rlrf.pprint_registry()
-    assert "test-echo-v0" in capsys.readouterr().out
-
-
-THIRD_PARTY = """
-import rlrf
-
-class Bell(rlrf.SingleTurnEnv):
-    def load_tasks(self, split):
-        return [rlrf.Task(split + "-ring", "Ring!", hidden="ding")]
-
-    def grade(self, task, completion):
-        right = completion == task.hidden
-        told = rlrf.Feedback() if right else rlrf.Feedback.of("hint", "Try ding.")
-        return rlrf.Outcome(float(right), told)
-"""
-
-
-def test_an_environment_of_another_distribution_is_found(tmp_path):
-    """A separate project, built and installed by pip into a folder of its own."""
-    project = tmp_path / "project"
-    (project / "bell_env").mkdir(parents=True)
-    (project / "bell_env" / "__init__.py").write_text(THIRD_PARTY)
-    (project / "pyproject.toml").write_text(
-        textwrap.dedent("""
-        [build-system]
-        requires = ["hatchling"]
-        build-backend = "hatchling.build"
-        [project]
-        name = "bell-env"
-        version = "1.0"
-        [project.entry-points."rlrf.environments"]
-        bell-v0 = "bell_env:Bell"
-        """)
+    (rollout,) = rlrf.rollout(
+        Sync(), rlrf.ScriptedPolicy(lambda m: "ho"), [Task("new", "Say ho.", hidden="ho")]
     )
-    site = tmp_path / "site"
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-    pip += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(site)]
-    subprocess.run([*pip, str(project)], check=True, capture_output=True, text=True)
-    code = """
-    import sys
-    sys.path.insert(0, sys.argv[1])
-    import rlrf
-    assert "bell-v0" in rlrf.registry
-    assert "bell_env" not in sys.modules
-    env = rlrf.make("bell-v0")
-    print(env.grade("train-ring", "ding").reward, env.grade("train-ring", "dong").feedback)
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(site)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout.strip() == "1.0 Try ding."
+    assert (rollout.task_id, rollout.reward) == ("new", 1.0)
 
 
-def test_importing_rlrf_is_light():
-    code = """
-    import json, sys
-    import gymnasium, pydantic
-    before = set(sys.modules)
-    import rlrf
-    print(json.dumps(sorted(set(sys.modules) - before)))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], check=True, capture_output=True, text=True
+def test_the_reset_seed_decides_the_task_and_the_episode():
+    env = Guess()
+
+    def opened(seed):
+        _, info = env.reset(seed=seed)
+        return info["task_id"], env._episode._state.inner["number"]
+
+    assert [opened(s) for s in range(12)] == [opened(s) for s in range(12)]
+    assert len({opened(s)[0] for s in range(12)}) == 3
+    assert len({opened(s)[1] for s in range(12)}) > 3
+
+
+def test_a_failed_reset_leaves_no_old_episode():
+    env = Echo()
+    env.reset(seed=0)
+    with pytest.raises(rlrf.UnknownIdError):
+        env.reset(options={"task_id": "nobody"})
+    with pytest.raises(UsageError, match="before reset"):
+        env.step("x")
+
+
+def test_hooks_may_come_from_a_mixin_a_decorator_or_a_parent():
+    class Grader:
+        def grade(self, task, completion):
+            return Outcome(0.5)
+
+    class Mixed(Grader, Echo):
+        pass
+
+    assert Mixed().grade("train-no", "x").reward == 0.5
+
+    class Doubled(AsyncEcho):
+        async def grade(self, task, completion):
+            outcome = await super().grade(task, completion.lower())
+            return Outcome(outcome.reward / 2, outcome.feedback)
+
+    assert Doubled(feedback="binary").grade("train-no", "NO").reward == 0.5
+    assert Doubled(feedback="binary").grade("train-no", "X").feedback.text == (
+        "The attempt is not correct."
     )
-    loaded = json.loads(done.stdout)
-    roots = {m.partition(".")[0] for m in loaded}
-    heavy = {"torch", "transformers", "docker", "peft", "numpy.testing", "typer", "rich", "httpx"}
-    wings = {"rlrf_environments", "rlrf_sandboxes", "rlrf_trainers"}
-    assert not roots & (heavy | wings)
-    assert len(loaded) < 120, loaded
+
+
+def test_sync_hooks_run_beside_each_other_and_off_the_loop():
+    """Two hooks that wait for one another can only end if both run."""
+    barrier = threading.Barrier(2, timeout=60)
+
+    class Meet(Echo):
+        def grade(self, task, completion):
+            barrier.wait()
+            return Outcome(1.0)
+
+    async def go():
+        env = Meet()
+        return await asyncio.gather(env.agrade("train-no", "x"), env.agrade("train-so", "x"))
+
+    assert [o.reward for o in asyncio.run(go())] == [1.0, 1.0]
+
+
+def test_a_hook_that_exits_is_an_error_and_not_the_end():
+    class Exit(Echo):
+        def grade(self, task, completion):
+            raise SystemExit(3) if completion == "exit" else StopIteration
+
+    for attempt in ("exit", "stop"):
+        with pytest.raises(RuntimeError, match=r"SystemExit|StopIteration"):
+            Exit().grade("train-no", attempt)
+    assert Echo().grade("train-no", "no").reward == 1.0  # the background loop is alive
+
+
+def test_sync_from_inside_an_async_hook_is_refused():
+    class Nested(Echo):
+        async def grade(self, task, completion):
+            return Echo().grade("train-no", "no")
+
+    with pytest.raises(RuntimeError, match="async twin"):
+        Nested().grade("train-no", "x")
+
+
+def test_closing_twice_is_fine():
+    env = Echo()
+    env.close()
+    env.close()
+    asyncio.run(env.aclose())
+
+
+def test_a_task_that_is_neither_id_nor_task():
+    with pytest.raises(UsageError, match="given by its id"):
+        Echo().reset(options={"task_id": 3})
+
+
+@pytest.mark.parametrize("wrong", [None, "text", [Feedback()]])
+def test_feedback_must_be_feedback(wrong):
+    with pytest.raises(UsageError, match=r"Feedback\.of"):
+        Outcome(0.0, wrong)
+    with pytest.raises(UsageError, match=r"Feedback\.of"):
+        Turn("x", 0.0, wrong)
+
+
+def test_turns_are_checked_too():
+    with pytest.raises(UsageError, match="InfraError"):
+        Turn("x", float("inf"))
+    assert Turn("x").messages == ({"role": "user", "content": "x"},)
+
+    class Bare(Guess):
+        def respond(self, state, action):
+            return "Again."
+
+    env = Bare()
+    env.reset(seed=0)
+    with pytest.raises(UsageError, match=r"rlrf\.Turn"):
+        env.step("x")
+
+    class Nothing(rlrf.MultiTurnEnv):
+        def load_tasks(self, split):
+            return [Task("a", "x")]
+
+    with pytest.raises(TypeError, match="start"):
+        Nothing().reset(seed=0)
+    with pytest.raises(TypeError, match="respond"):
+        Nothing().respond(None, {})
+
+
+def test_the_last_allowed_turn_may_also_solve():
+    env = Guess(max_turns=1)
+    env.reset(seed=3)
+    number = env._episode._state.inner["number"]
+    result = env.step(str(number))
+    assert (result.terminated, result.truncated, result.reward) == (True, False, 1.0)
+
+
+def test_what_an_env_answers_can_be_copied_and_sent():
+    env = Echo()
+    env.reset(seed=0)
+    info = env.step("x").info
+    assert copy.deepcopy(info) == info == pickle.loads(pickle.dumps(info))
+    outcome = env.grade("train-no", "x")
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
+    assert "feedback=explained" in repr(env)
+
+
+def test_unknown_ids_do_not_print_a_whole_data_set():
+    class Many(Echo):
+        def load_tasks(self, split):
+            return [Task(f"{split}-{i:05d}", "x") for i in range(3000)]
+
+    with pytest.raises(rlrf.UnknownIdError, match="and 1970 more") as caught:
+        Many().grade("?", "x")
+    assert len(str(caught.value)) < 1000
 
 
 def test_rewards_may_be_numpy_numbers():

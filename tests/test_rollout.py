@@ -265,7 +265,7 @@ def test_a_stuck_async_hook_costs_its_own_episode_its_own_deadline():
         if task.id == "two":
             await asyncio.Event().wait()  # for ever
 
-    done = rlrf.rollout(Words(before), ScriptedPolicy(last_word), deadline_s=0.3)
+    done = rlrf.rollout(Words(before), ScriptedPolicy(last_word), deadline_s=1.0)
     assert [r.reward for r in done] == [1.0, None, 1.0, 1.0]
     assert done[1].failure.startswith("deadline")
 
@@ -280,7 +280,7 @@ def test_a_stuck_plain_hook_holds_up_nobody():
             return Outcome(1.0)
 
     try:
-        done = rlrf.rollout(Stuck(), ScriptedPolicy(last_word), deadline_s=0.3)
+        done = rlrf.rollout(Stuck(), ScriptedPolicy(last_word), deadline_s=1.0)
     finally:
         release.set()
     assert [r.reward for r in done] == [1.0, None, 1.0, 1.0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 import rlrf
 from rlrf import Feedback, Outcome, Segment, Task, UsageError
 from rlrf.wrappers import DropFeedback, FeedbackLevel, ShuffleFeedback, TruncateFeedback
+from tests.environments_for_tests import Echo, Recorder
 
 
 class Sums(rlrf.SingleTurnEnv):
@@ -43,12 +46,12 @@ class Chat(rlrf.MultiTurnEnv):
         return rlrf.Turn("Go on.", 0.0, Feedback.of("hint", "Say more, please."))
 
 
-def paths(env, attempt="wrong"):
+def paths(env, attempt="wrong", task="train-2"):
     """The feedback of one attempt by grade, by step and by rollout."""
-    env.reset(options={"task_id": "train-2"})
+    env.reset(options={"task_id": task})
     stepped = env.step(attempt)
-    graded = env.grade("train-2", attempt)
-    (rolled,) = rlrf.rollout(env, rlrf.ScriptedPolicy(lambda m: attempt), ["train-2"])
+    graded = env.grade(task, attempt)
+    (rolled,) = rlrf.rollout(env, rlrf.ScriptedPolicy(lambda m: attempt), [task])
     assert stepped[1] == graded.reward == rolled.reward
     assert stepped[4]["feedback"] == graded.feedback == rolled.feedback[-1]
     return graded.reward, graded.feedback
@@ -116,85 +119,72 @@ def test_several_turns():
         env.grade("t", "x")
 
 
-def test_the_conformance_suite_finds_faults():
-    from rlrf.testing import check_env
+def test_a_wrapper_is_its_environment_in_all_but_feedback():
+    class Tools(Chat):
+        tools = ({"type": "function", "function": {"name": "f"}},)
+        splits = ("train", "validation", "test")
+        reward_range = (-1.0, 2.0)
+        success_threshold = 0.5
+        closed = 0
 
-    class Moody(Sums):
-        calls = 0
+        async def aclose(self):
+            self.closed += 1
 
-        def grade(self, task, completion):
-            Moody.calls += 1
-            return Outcome(0.0, Feedback.of("hint", f"call {Moody.calls}"))
+    inner = Tools(max_turns=1, split="validation", feedback="category")
+    wrapped = TruncateFeedback(DropFeedback(inner, probability=0.0), 50)
+    assert wrapped.splits == inner.splits
+    assert (wrapped.reward_range, wrapped.success_threshold) == ((-1.0, 2.0), 0.5)
+    assert wrapped.split == "validation"
+    assert wrapped.feedback_level == inner.feedback_level
+    assert wrapped.observation_space == inner.observation_space
+    policy = Recorder()
+    (rollout,) = rlrf.rollout(wrapped, policy, ["t"])
+    assert policy.prompts[0].tools == Tools.tools
+    assert rollout.feedback[0].text == "There is a hint." or not rollout.feedback[0]
+    with pytest.raises(UsageError, match="'validation'"):
+        wrapped.reset(options={"split": "eval"})
+    assert "DropFeedback" in repr(wrapped)
+    asyncio.run(wrapped.aclose())
+    assert inner.closed == 1
 
-    class Silent(Sums):
-        def grade(self, task, completion):
-            return Outcome(0.0)
 
-    class Generous(Sums):
-        def grade(self, task, completion):
-            return Outcome(2.0)
+def test_text_and_message_are_one_attempt():
+    half = DropFeedback(Sums(), probability=0.5)
+    for i in range(30):
+        paths(half, f"attempt {i}")  # grade and step are given text, rollout gives a message
 
-    class Loose(Sums):
-        def grade(self, task, completion):
-            return Outcome(0.0, Feedback.of("hint", "x", span=(0, 10**6)))
 
-    class Leaky(Sums):
-        def reference_solution(self, task):
-            return f"the answer is without doubt {task.hidden + 1}"
+@pytest.mark.parametrize("level", list(rlrf.Level))
+@pytest.mark.parametrize("inner", list(rlrf.Level))
+def test_a_level_wrapper_shows_the_lower_level(inner, level):
+    shown = paths(FeedbackLevel(Echo(feedback=inner), level), attempt="wrong", task="train-no")[1]
+    assert shown == Echo(feedback=min(inner, level)).grade("train-no", "wrong").feedback
 
-        def grade(self, task, completion):
-            right = completion == self.reference_solution(task)
-            told = Feedback.of("hint", "Say: " + self.reference_solution(task))
-            return Outcome(float(right), Feedback() if right else told)
 
-    class Shared(Sums):
+def test_shuffling_needs_two_tasks_and_something_to_say():
+    class Lone(Sums):
         def load_tasks(self, split):
-            return [Task("same", "x", hidden=1)]
+            return super().load_tasks(split)[:1]
 
-    for cls, failing in (
-        (Moody, {"runtime.episode_determinism"}),
-        (Silent, {"feedback.present_on_failure", "feedback.present_on_terminal"}),
-        (Generous, {"runtime.reward_well_formed", "semantic.floor_gap"}),
-        (Loose, {"feedback.spans_in_range"}),
-        (Leaky, {"feedback.no_reference_leak"}),
-        (Shared, {"runtime.split_disjoint"}),
-    ):
-        report = check_env(cls())
-        failed = {r.id for r in report.results if r.status == "fail"}
-        assert failing <= failed, (cls.__name__, failed)
-        assert not report.ok
-        with pytest.raises(AssertionError, match=sorted(failing)[0].replace(".", r"\.")):
-            report.raise_if_failed()
+    with pytest.raises(UsageError, match="at least two tasks"):
+        ShuffleFeedback(Lone()).grade("train-0", "x")
+
+    class Quiet(Sums):
+        def grade(self, task, completion):
+            return super().grade(task, completion) if task.id == "train-2" else Outcome(0.0)
+
+    assert not ShuffleFeedback(Quiet()).grade("train-2", "x").feedback
 
 
-def test_the_conformance_suite_passes_what_is_sound():
-    from rlrf.testing import check_env
-
-    class Sound(Sums):
-        def reference_solution(self, task):
-            return str(self._find_task(task).hidden + 1)
-
-    report = check_env(Sound())
-    assert report.ok, str(report)
-    assert not [r for r in report.results if r.status == "skip" and "infra" not in r.id]
-    assert "feedback.infra_is_unscored" in str(report)
-    chat = check_env(Chat(max_turns=3))
-    assert {r.id for r in chat.results if r.status == "fail"} <= {"runtime.split_disjoint"}
+def test_tokens_are_those_of_what_is_shown(tokenizer):
+    env = FeedbackLevel(Sums(tokenizer=tokenizer), "category")
+    env.reset(options={"task_id": "train-1"})
+    assert env.step("x").info["feedback_tokens"].text.endswith("wrong.\n\nThere is a hint.")
 
 
-@pytest.mark.parametrize("name", ["format-rules-v0", "code-basics-v0"])
-def test_our_environments_conform(name):
-    import shutil
-
-    from rlrf.testing import check_env
-
-    if name.startswith("code") and not shutil.which("bwrap"):
-        pytest.skip("bubblewrap is not installed")
-    tokenizer = None
-    if pytest.importorskip("transformers"):
-        from tests.tiny_model import tiny_tokenizer
-
-        tokenizer = tiny_tokenizer()
-    env = rlrf.make(name)
-    check_env(env, tasks=2, tokenizer=tokenizer).raise_if_failed()
-    env.close()
+def test_the_reference_solution_is_the_inner_one():
+    wrapped = DropFeedback(Echo())
+    assert wrapped.reference_solution(wrapped.tasks()[1]) == "no"
+    wrapped.reset(seed=0)
+    with pytest.raises(UsageError, match="an action is"):
+        wrapped.step(3)

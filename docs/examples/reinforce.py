@@ -41,11 +41,12 @@ class Reinforce:
             seed = self.config.seed * 1000 + step
             rollouts = rlrf.rollout(self.env, self.policy, batch, params=params, seed=seed)
             scored = [r for r in rollouts if r.scored]  # unscored is not zero
-            rewards = torch.tensor([r.reward for r in scored])
             layout = Layout([r.completion_ids for r in scored])
             logits = completion_logits(self.policy.model, [r.prompt_ids for r in scored], layout)
-            ids = layout.flat(layout.completions, logits.device)
-            logps = layout.padded(selected_logps(logits, ids)).sum(1)
+            ids = layout.flat(layout.completions, logits.device)  # [N], every row's tokens
+            sampled = layout.flat([r.completion_mask for r in scored], logits.device)
+            logps = layout.padded(selected_logps(logits, ids) * sampled).sum(1)  # [B]
+            rewards = torch.tensor([r.reward for r in scored], device=logits.device)  # [B]
             loss = -((rewards - rewards.mean()) * logps).mean()
             self.optimizer.zero_grad()
             loss.backward()

@@ -113,16 +113,17 @@ class Learner:
                 from peft import LoraConfig, get_peft_model
             except ModuleNotFoundError as error:
                 raise MissingDependencyError("lora_r > 0", "peft", "train") from error
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    r=self.config.lora_r,
-                    lora_alpha=self.config.lora_alpha or 2 * self.config.lora_r,
-                    lora_dropout=self.config.lora_dropout,
-                    target_modules=self.config.lora_target_modules,
-                    task_type="CAUSAL_LM",
-                ),
+            adapter = LoraConfig(
+                r=self.config.lora_r,
+                lora_alpha=self.config.lora_alpha or 2 * self.config.lora_r,
+                lora_dropout=self.config.lora_dropout,
+                target_modules=self.config.lora_target_modules,
+                task_type="CAUSAL_LM",
             )
+            with warnings.catch_warnings():
+                # peft asks transformers >= 5.23 by a name that is deprecated there.
+                warnings.simplefilter("ignore", FutureWarning)
+                model = get_peft_model(model, adapter)
         elif not self.config.lora_r and not hasattr(model, "peft_config"):
             model.requires_grad_(True)
         if self.config.gradient_checkpointing:
