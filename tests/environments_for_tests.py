@@ -7,6 +7,10 @@ import threading
 
 import rlrf
 from rlrf import Completion, Feedback, Outcome, Segment, Task, Turn
+from rlrf.plugins import Registry
+
+# What is installed, not what other tests registered for themselves meanwhile.
+INSTALLED = sorted(Registry("rlrf.environments", "environment").entry_points())
 
 
 class Echo(rlrf.SingleTurnEnv):

@@ -479,7 +479,7 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
 def test_conformance(rule: str) -> None:
     report = rlrf.testing.check_env(
         rlrf.make("format-rules-v0", rule=rule),
-        attempts=[reply for r, reply, *_ in FAULTS if r == rule],
+        actions=[reply for r, reply, *_ in FAULTS if r == rule],
     )
     report.raise_if_failed()
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
+import multiprocessing
 import threading
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import rlrf
 from rlrf import (
@@ -22,6 +27,8 @@ from rlrf import (
     Turn,
     UsageError,
 )
+from rlrf.rollout import _Batcher
+from tests.environments_for_tests import AsyncRecorder, Echo, Gate, Guess, Recorder
 
 
 class Words(rlrf.SingleTurnEnv):
@@ -381,15 +388,286 @@ def test_cancelling_stops_everything():
     asyncio.run(go())
 
 
+# --- whose fault it is --------------------------------------------------------------------------
+
+
+def word_of(prompt):
+    return prompt.messages[0]["content"].rpartition(" ")[2].strip(".")
+
+
+class Flaky(Echo):
+    """Raises for ``train-no``, as often as told."""
+
+    def __init__(self, error, times=10**9, **kwargs):
+        super().__init__(**kwargs)
+        self.error, self.times, self.tries = error, times, 0
+
+    def grade(self, task, completion):
+        if task.id == "train-no":
+            self.tries += 1
+            if self.tries <= self.times:
+                raise self.error
+        return super().grade(task, completion)
+
+
+class AsyncFlaky(Flaky):
+    async def grade(self, task, completion):
+        return super().grade(task, completion)
+
+
+def others_are_fine(found):
+    return [r.reward for r in found if r.task_id != "train-no"] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("env", [Flaky, AsyncFlaky])
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    "error",
     [
-        ({"temperature": -1}, ">= 0"),
-        ({"top_p": 0}, r"\(0, 1\]"),
-        ({"top_k": -2}, "keeps every token"),
-        ({"max_tokens": 0}, ">= 1"),
+        KeyError("oops"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        TimeoutError("the hook's own, not the deadline's"),
+        asyncio.CancelledError(),
+        StopIteration(),
     ],
+    ids=lambda e: type(e).__name__,
 )
-def test_sampling_parameters_are_checked(fields, words):
-    with pytest.raises(UsageError, match=words):
-        SamplingParams(**fields)
+def test_whatever_a_hook_raises_costs_its_own_rollout(env, error):
+    env = env(error)
+    found = rlrf.rollout(env, Recorder(word_of))
+    assert found[1].failure.startswith("env_error: ")
+    assert not found[1].scored
+    assert env.tries == 1
+    assert others_are_fine(found)
+    assert Echo().grade("train-no", "no").reward == 1.0  # the loop behind the sync face is alive
+
+
+def test_a_retry_starts_afresh():
+    env = Flaky(InfraError("a hiccup"), times=2)
+    found = rlrf.rollout(env, Recorder(word_of), retries=2)
+    assert [r.reward for r in found] == [1.0] * 3
+    assert found[1].completion_ids == (*b"no", 256)
+    assert len(found[1].messages) == 2
+
+
+def test_an_aborted_completion_is_not_scored():
+    policy = Recorder(finish_reason="abort")
+    (found,) = rlrf.rollout(Echo(), policy, ["train-no"], retries=1)
+    assert found.reward is None
+    assert found.failure.startswith("policy_aborted")
+    assert len(policy.calls) == 2
+
+
+def test_a_hook_that_swallows_its_cancellation_holds_up_nobody():
+    async def go():
+        release = asyncio.Event()
+
+        class Stubborn(Gate):
+            async def grade(self, task, completion):
+                while task.id == "t1" and not release.is_set():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await release.wait()
+                return Outcome(1.0)
+
+        found = await rlrf.arollout(Stubborn(), Recorder(), deadline_s=1.0)
+        release.set()
+        return found
+
+    found = asyncio.run(go())
+    assert [r.scored for r in found] == [True, False, True, True, True, True]
+    assert found[1].failure.startswith("deadline: the environment took more than 1 s")
+
+
+def test_a_sync_method_inside_an_async_hook_is_refused_and_not_stuck():
+    class Nested(Echo):
+        async def grade(self, task, completion):
+            return rlrf.rollout(Echo(), Recorder(), ["train-no"])
+
+    (found,) = rlrf.rollout(Nested(), Recorder(), ["train-no"])
+    assert "async twin" in found.failure
+
+
+def test_a_callback_that_raises_ends_the_batch():
+    def stop(rollout):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        rlrf.rollout(Echo(), Recorder(), on_rollout=stop)
+
+
+def test_a_policy_may_answer_with_lists():
+    class Lists(Recorder):
+        def complete(self, prompt):
+            done = super().complete(prompt)
+            return replace(done, prompt_ids=list(done.prompt_ids), token_ids=list(done.token_ids))
+
+    (found,) = rlrf.rollout(Guess(max_turns=2), Lists(), ["train-0"])
+    assert found.scored
+    assert found.completion_ids == (*b"x", 256, *b"Again.", *b"x", 256)
+
+
+# --- batches ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("batch", "concurrency", "sizes"),
+    [(64, 64, [12]), (5, 64, [5, 5, 2]), (64, 5, [5, 5, 2]), (4, 6, [4, 4, 4]), (1, 64, [1] * 12)],
+)
+def test_batches_are_as_full_as_they_can_be(batch, concurrency, sizes):
+    policy = Recorder(batch=batch)
+    rlrf.rollout(Gate(tasks=12), policy, max_concurrency=concurrency)
+    assert [len(c) for c in policy.calls] == sizes
+
+
+@pytest.mark.parametrize("kind", [Recorder, AsyncRecorder])
+def test_a_server_gets_one_call_per_prompt_with_a_seed_of_the_rollouts_own(kind):
+    def seeds(**kwargs):
+        policy = kind(batch=None)
+        rlrf.rollout(Gate(tasks=4), policy, **kwargs)
+        assert [len(c) for c in policy.calls] == [1] * 4
+        pairs = zip(policy.calls, policy.seeds, strict=True)
+        return {call[0]: seed for call, seed in pairs}
+
+    assert seeds() == seeds(max_concurrency=2)
+    assert len(set(seeds().values())) == 4
+    assert set(seeds().values()).isdisjoint(seeds(seed=1).values())
+
+
+def test_the_order_in_which_graders_finish_does_not_show():
+    """Two graders run at once; the second lets the first go, or the other way round."""
+
+    class Crossed(Gate):
+        def __init__(self, late):
+            super().__init__(tasks=6)
+            self.late, self.passed = late, [threading.Event() for _ in range(3)]
+
+        def grade(self, task, completion):
+            pair, place = divmod(int(task.id[1:]), 2)
+            if place == self.late:
+                assert self.passed[pair].wait(60)
+            return Outcome(1.0)
+
+        def _info(self, task, feedback, metrics):  # called on the loop, as the step ends
+            pair, place = divmod(int(task.id[1:]), 2)
+            if place != self.late:
+                self.passed[pair].set()
+            return super()._info(task, feedback, metrics)
+
+    runs = []
+    for late in (0, 1):
+        policy = Recorder()
+        rlrf.rollout(Crossed(late), policy, max_concurrency=2, deadline_s=60, seed=3)
+        runs.append((policy.calls, policy.seeds))
+    assert runs[0] == runs[1]
+    assert runs[0][0] == [["task 0", "task 1"], ["task 2", "task 3"], ["task 4", "task 5"]]
+    assert len(set(runs[0][1])) == 3
+
+
+def test_an_environment_that_takes_long_does_not_keep_the_others_waiting(monkeypatch):
+    monkeypatch.setattr(_Batcher, "linger_s", 0.01)
+    second = threading.Event()
+
+    class Slow(rlrf.MultiTurnEnv):
+        splits = ("train",)
+
+        def load_tasks(self, split):
+            return [Task("slow", "slow"), Task("fast", "fast")]
+
+        def start(self, task):
+            return {"id": task.id, "turns": 0}
+
+        def respond(self, state, action):
+            state["turns"] += 1
+            if state["id"] == "slow":
+                assert second.wait(60)  # until the other has had its second turn
+            elif state["turns"] == 2:
+                second.set()
+            return Turn("On.", terminated=state["turns"] == 2)
+
+    policy = Recorder()
+    found = rlrf.rollout(Slow(), policy, deadline_s=60)
+    assert all(r.scored for r in found)
+    assert policy.calls[:2] == [["slow", "fast"], ["fast"]]
+
+
+def test_seeds_of_episodes_repeat_and_differ():
+    def numbers(seed):
+        drawn = []
+
+        class Draw(Guess):
+            def start(self, task, rng):
+                drawn.append(int(rng.integers(10**6)))
+                return {"number": 0, "tries": 0}
+
+        rlrf.rollout(Draw(max_turns=1), Recorder(), ["train-0"], group_size=4, seed=seed)
+        return sorted(drawn)
+
+    assert numbers(1) == numbers(1)
+    assert len(set(numbers(1))) == 4
+    assert set(numbers(1)).isdisjoint(numbers(100))
+
+
+@pytest.mark.parametrize("batch", [None, 64])
+def test_cancelling_leaves_no_work_behind(batch):
+    async def go():
+        generating, cancelled = asyncio.Event(), asyncio.Event()
+
+        class Endless(Recorder):
+            async def generate(self, prompts, params):
+                generating.set()
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    cancelled.set()
+
+        job = asyncio.ensure_future(rlrf.arollout(Echo(), Endless(batch=batch)))
+        await generating.wait()
+        job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await job
+        await asyncio.wait_for(cancelled.wait(), 30)
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(go())
+
+
+def test_a_forked_process_has_a_loop_of_its_own():
+    env = Echo()
+    assert env.grade("train-no", "no").reward == 1.0  # the parent's loop runs
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=lambda: answers.put(env.grade("train-no", "no").reward))
+    child.start()
+    child.join(60)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+    assert answers.get() == 1.0
+
+
+# --- what comes back ----------------------------------------------------------------------------
+
+
+def test_spans_of_later_turns_count_from_the_first_completion_token():
+    class Blame(Guess):
+        async def respond(self, state, action):
+            state["tries"] += 1
+            told = Feedback.of("critique", "There.", span=(1, 2))
+            return Turn("Go on.", 0.0, told, terminated=state["tries"] == 2)
+
+    (found,) = rlrf.rollout(Blame(), Recorder(lambda p: "aéc"), ["train-0"])
+    assert found.spans == (((1, 3),), ((12, 14),))
+    blamed = [bytes(found.completion_ids[a:b]).decode() for ((a, b),) in found.spans]
+    assert blamed == ["é", "é"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(["x", "3", "é漢", ""]), st.integers(1, 3), st.booleans())
+def test_every_rollout_survives_json(reply, turns, fails):
+    say = OSError("gone") if fails else reply
+    (found,) = rlrf.rollout(Guess(max_turns=turns), Recorder(lambda p: say), ["train-0"], retries=0)
+    assert found.scored != fails
+    assert Rollout.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert found.last_feedback == (found.feedback[-1] if found.feedback else Feedback())
+    assert found.text == ("" if fails else reply)
