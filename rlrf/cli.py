@@ -465,6 +465,11 @@ def train(
     trainer_config = _trainer_config(settings.trainer)
     path = _run_dir(settings)
     runs.check_free(path, overwrite=overwrite)
+    if (path / "config.toml").exists() and not runs.is_run(path):
+        raise UsageError(
+            f"{str(path)!r} is no run but holds a config.toml, which the run's would replace; "
+            "choose another run directory"
+        )
     environment = rlrf.make(settings.env.id, **settings.env.options)
     held_out: Env | None = None
     try:
@@ -472,13 +477,7 @@ def train(
             section = settings.held_out()
             held_out = rlrf.make(section.id, **section.options)
         len(environment.tasks())  # an empty task set is an error before the model is loaded
-        if overwrite:
-            runs.clear(path)
-        path.mkdir(parents=True, exist_ok=True)
         settings.run.dir = str(path)
-        (path / "config.toml").write_text(
-            to_toml(settings.model_dump(exclude_none=True)), encoding="utf-8"
-        )
         print(f"run directory: {path}", flush=True)
         _train(settings, trainer_config, environment, held_out, path, report)
     finally:
@@ -513,8 +512,11 @@ def _train(
     """Run the trainer; whatever happens, the run directory says how it ended."""
     status, message = "failed", ""
     try:
-        with TrainProgress(getattr(trainer_config, "max_steps", None)) as progress:
-            result = make_trainer(
+        with (
+            runs.set_aside(path),  # comes back if no new run begins: no such model, say
+            TrainProgress(getattr(trainer_config, "max_steps", None)) as progress,
+        ):
+            built = make_trainer(
                 settings.trainer.name,
                 model=settings.model,
                 env=env,
@@ -522,7 +524,12 @@ def _train(
                 run_dir=path,
                 eval_env=eval_env,
                 on_step=progress,
-            ).train()
+            )
+            if runs.is_run(path):
+                (path / "config.toml").write_text(
+                    to_toml(settings.model_dump(exclude_none=True)), encoding="utf-8"
+                )
+            result = built.train()
         status = "done"
     except KeyboardInterrupt:
         status = "interrupted"

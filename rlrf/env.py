@@ -249,7 +249,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
 
     Class attributes an author may set: ``splits``, ``default_feedback_level``, ``reward_range``
     (lowest and highest reward of a task), ``success_threshold`` (a reward at or above it counts
-    as solved).
+    as solved), ``concurrency`` (steps it can work on at once; the collector lets further ones
+    wait without charging their deadline; None for no limit).
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium's own attribute
@@ -257,6 +258,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     default_feedback_level: ClassVar[str] = "explained"
     reward_range: tuple[float, float] = (0.0, 1.0)
     success_threshold: float = 1.0
+    concurrency: int | None = None
     render_mode: str | None = None
 
     def __init__(

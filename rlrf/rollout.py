@@ -11,6 +11,7 @@ What holds for every rollout that comes back:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -231,6 +232,13 @@ class _Collector:
     def __init__(self, env: Env, batcher: _Batcher, deadline_s: float | None, retries: int) -> None:
         self.env, self.batcher = env, batcher
         self.deadline_s, self.retries = deadline_s, retries
+        # An environment that can only do so much at once lets the others wait here, off the
+        # clock: slow attempts must not use up the deadline of those queued behind them.
+        self.turn: contextlib.AbstractAsyncContextManager[Any] = (
+            contextlib.nullcontext()
+            if env.concurrency is None
+            else asyncio.Semaphore(env.concurrency)
+        )
 
     async def collect(self, task: Task, group_id: str, number: int, seed: int) -> Rollout:
         for attempt in range(self.retries + 1):
@@ -272,7 +280,8 @@ class _Collector:
             if completion.finish_reason == "abort":  # the engine gave up, not the policy
                 raise InfraError("the engine aborted the completion", kind="policy_aborted")
             draft.add_completion(completion)
-            result: StepResult = await clock.run(episode.astep(completion.assistant_message))
+            async with self.turn:
+                result: StepResult = await clock.run(episode.astep(completion.assistant_message))
             draft.add_step(result, completion)
             new = result.observation
         return draft.scored(self.env)

@@ -16,6 +16,7 @@ it was writing, and reading skips that one.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -262,12 +263,41 @@ def check_free(path: Path | str, *, overwrite: bool = False) -> None:
         raise UsageError(
             f"{str(path)!r} already holds a run; choose another run directory or overwrite it"
         )
+    foreign = [n for n in _FILES if (Path(path) / n).exists()]
+    if foreign and not is_run(path):
+        raise UsageError(
+            f"{str(path)!r} is no run but holds {foreign[0]!r}, which a run would replace; "
+            "choose another run directory"
+        )
 
 
 def clear(path: Path | str) -> None:
     """Delete the files of a run from a folder; whatever else is there (a model) stays."""
     for name in _FILES:
         (Path(path) / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def set_aside(path: Path | str) -> Iterator[None]:
+    """Make room for a new run in a folder; the old one comes back if no new one begins."""
+    path = Path(path)
+    old = path / ".overwritten"
+    names = [n for n in (*_FILES, "config.toml") if (path / n).exists()]
+    if names:
+        old.mkdir(exist_ok=True)
+    for name in names:
+        (path / name).replace(old / name)
+    try:
+        yield
+    finally:
+        begun = is_run(path)
+        for name in names:
+            if begun:
+                (old / name).unlink()
+            else:
+                (old / name).replace(path / name)
+        if names:
+            old.rmdir()
 
 
 def environment_lock(env: Env | None = None) -> dict[str, Any]:

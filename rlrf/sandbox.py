@@ -429,7 +429,8 @@ class SandboxPool:
             cases: all :class:`StdinCase` or all :class:`CallCase`.
             limits: per case; None for the defaults.
             checker: None for :class:`Lines` (stdin cases) or :class:`Returns` (call cases).
-            stop: whether to skip the cases after the first failure.
+            stop: whether to skip the cases after the first failure; those after a compile
+                error or a limit are always skipped.
 
         Raises:
             UsageError: no cases, or cases that do not fit the program.
@@ -467,8 +468,9 @@ class SandboxPool:
                 case = cases[len(results)]
                 verdict = _verdict(raw, case, checker)
                 results.append(CaseResult(len(results), verdict, case, raw))
-                # A program that does not compile fails all cases alike.
-                if verdict is Verdict.COMPILE_ERROR or (
+                # A program that does not compile fails all cases alike, and one that ran into a
+                # limit would cost that limit again on every further case.
+                if verdict in _FINAL or (
                     stop == "first_failure" and verdict is not Verdict.ACCEPTED
                 ):
                     break
@@ -485,6 +487,16 @@ class SandboxPool:
     async def aclose(self) -> None:
         """End the backend."""
         await self.sandbox.aclose()
+
+
+_FINAL = frozenset(
+    {
+        Verdict.COMPILE_ERROR,
+        Verdict.TIME_LIMIT,
+        Verdict.MEMORY_LIMIT,
+        Verdict.OUTPUT_LIMIT,
+    }
+)
 
 
 def _verdict(raw: RawRun, case: Case, checker: Checker) -> Verdict:
@@ -535,6 +547,8 @@ async def start_sandbox(
     name = os.environ.get("RLRF_SANDBOX") or "auto" if backend == "auto" else backend
     slots = slots or os.cpu_count() or 1
     if name != "auto":
+        if name != "process":
+            options.pop("allow_unsafe", None)  # only the process backend has anything to allow
         sandbox: Sandbox = sandboxes.load(name)(**options)
         await sandbox.start()
         return SandboxPool(sandbox, slots)

@@ -300,6 +300,7 @@ class _Suite:
             gymnasium_check_env(self.env, skip_render_check=True, skip_close_check=True)
 
     def unique_ids(self) -> None:
+        """No two tasks of a split have one id."""
         for split in self.env.splits:
             self.env.tasks(split).ids()  # raises on a duplicate, and names it
 
@@ -349,6 +350,7 @@ class _Suite:
             )
 
     def rewards(self) -> None:
+        """Every reward is a finite number within ``reward_range``."""
         low, high = self.env.reward_range
         assert -math.inf < low < high < math.inf, (
             f"reward_range is {self.env.reward_range}; it must be two finite numbers, low < high"

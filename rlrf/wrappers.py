@@ -38,6 +38,7 @@ class FeedbackWrapper(Env):
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.reward_range = env.reward_range
         self.success_threshold = env.success_threshold
+        self.concurrency = env.concurrency
         self.spec = env.spec
 
     @abc.abstractmethod

@@ -210,3 +210,26 @@ def test_rollouts_from_an_async_caller_share_the_pool(env):
     policy = rlrf.ScriptedPolicy(lambda messages: answer)
     rollouts = asyncio.run(rlrf.arollout(env, policy, [task.id], group_size=4))
     assert [r.reward for r in rollouts] == [1.0] * 4
+
+
+def test_waiting_for_a_slot_is_not_charged_to_the_deadline():
+    """Slow attempts must not use up the deadline of those queued behind them."""
+    env = rlrf.make("code-basics-v0", slots=1, limits=Limits(cpu_s=1, wall_s=3, memory_mb=256))
+    loops = block("def fold_digits(n):\n    while True:\n        pass")
+    policy = rlrf.ScriptedPolicy(lambda messages: loops)
+    rollouts = rlrf.rollout(env, policy, ["fold-digits"], group_size=4, deadline_s=3.5)
+    env.close()
+    assert [r.reward for r in rollouts] == [0.0] * 4
+    assert {r.feedback[-1].kinds[0] for r in rollouts} == {"time_limit"}
+
+
+def test_fences_are_found_in_one_pass():
+    text = ("~" * 50 + "a\n") * 20_000
+    assert isinstance(extract(text), (Attempt, Segment))
+    nested = "````python\nx = 1\n```\ny = 2\n````\n"
+    assert extract(nested).code == "x = 1\n```\ny = 2\n"
+
+
+def test_a_function_may_be_defined_inside_a_statement(env):
+    solution = "if True:\n    def fold_digits(n):\n        return 1 + (n - 1) % 9 if n else 0"
+    assert env.grade("fold-digits", block(solution)).reward == 1.0

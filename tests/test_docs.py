@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
 from typer.testing import CliRunner
 
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md"]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SNIPPET = re.compile(r'^--8<-- "(.+)"$', re.MULTILINE)
 
 
 def example(name: str):
@@ -43,6 +45,7 @@ def test_the_trainer_of_the_tutorial_learns_on_public_names_in_sixty_lines():
     source = (DOCS / "examples" / "reinforce.py").read_text()
     assert len(source.splitlines()) <= 60
     assert not re.search(r"(?:import|\.)\s*_[a-z]", source)
+    assert len((DOCS / "examples" / "my_environment.py").read_text().splitlines()) <= 40
 
     class CountA(rlrf.SingleTurnEnv):
         def load_tasks(self, split):
@@ -64,17 +67,37 @@ def test_the_trainer_of_the_tutorial_learns_on_public_names_in_sixty_lines():
     assert history[-1]["reward"] > history[0]["reward"] + 0.2
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_python_blocks_run(page, capsys):
-    scope: dict[str, object] = {}
-    try:
-        for language, code in BLOCK.findall(page.read_text()):
-            if language == "python" and "--8<--" not in code:
-                exec(compile(code, str(page), "exec"), scope)
-    finally:
-        import gymnasium
+def blocks(page):
+    """(language, code, whether it stands right behind the block before) of every block."""
+    text, end = page.read_text(), 0
+    for found in BLOCK.finditer(text):
+        yield found[1], found[2], not text[end : found.start()].strip()
+        end = found.end()
 
-        gymnasium.registry.pop("rlrf/echo-v0", None)
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_python_blocks_run_and_print_what_the_page_shows(page, capsys):
+    scope: dict[str, object] = {"__name__": "page"}
+    before = set(gymnasium.registry)
+    printed = ""
+    try:
+        for language, code, adjoins in blocks(page):
+            if language == "python":
+                if "rlrf_trainers" in code or "reinforce" in code:
+                    pytest.importorskip("torch")
+                code = SNIPPET.sub(lambda m: (DOCS / "examples" / m[1]).read_text(), code)
+                capsys.readouterr()
+                exec(compile(code, str(page), "exec"), scope)
+                printed = capsys.readouterr().out
+            elif language == "text" and adjoins:
+                assert plain(printed) == plain(code)
+    finally:
+        for name in set(gymnasium.registry) - before:
+            del gymnasium.registry[name]
+
+
+def plain(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
 
 
 def commands():
@@ -99,19 +122,74 @@ def test_shown_commands_and_their_options_exist(words):
             assert word in shown.output
 
 
-def test_the_tables_of_knobs_hold_every_knob():
-    pytest.importorskip("torch")
-    sys.path.insert(0, str(DOCS))
-    try:
-        import hooks
-    finally:
-        sys.path.remove(str(DOCS))
-    from rlrf_trainers.config import SDPOConfig
+@pytest.fixture
+def hooks(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    return importlib.import_module("hooks")
 
-    page = hooks.on_page_markdown((DOCS / "sdpo.md").read_text())
-    for name, field in SDPOConfig.model_fields.items():
-        assert f"| `{name}` |" in page
-        assert field.description is None or field.description.replace("|", "\\|") in page
+
+def test_the_tables_of_knobs_hold_every_knob(hooks):
+    pytest.importorskip("torch")
+    from rlrf_trainers.config import GRPOConfig, SDPOConfig
+
+    pages = "".join(
+        hooks.on_page_markdown((DOCS / name).read_text()) for name in ("sdpo.md", "grpo.md")
+    )
+    for name, field in {**SDPOConfig.model_fields, **GRPOConfig.model_fields}.items():
+        (row,) = (line for line in pages.splitlines() if line.startswith(f"| `{name}` |"))
+        assert f"`{field.default!r}`" in row
+        assert (field.description or "").replace("|", "\\|") in row
+
+
+def test_the_table_of_checks_holds_what_the_suite_runs(hooks):
+    page = hooks.on_page_markdown((DOCS / "conformance.md").read_text())
+    report = check_env("format-rules-v0", tasks=1)
+    assert report.results
+    for result in report.results:
+        assert re.search(rf"^\| `{re.escape(result.id)}` \| .{{10,}} \|$", page, re.MULTILINE)
+
+
+def test_sphinx_roles_of_docstrings_do_not_reach_the_reader(hooks):
+    html = "<p>See :class:<code>Feedback</code>, :func:<code>x</code>: a <code>:class:</code>.</p>"
+    assert hooks.on_page_content(html) == (
+        "<p>See <code>Feedback</code>, <code>x</code>: a <code>:class:</code>.</p>"
+    )
+
+
+def test_the_table_of_metrics_holds_what_the_trainers_record(tmp_path):
+    pytest.importorskip("torch")
+    from rlrf_trainers.policies.hf import HFPolicy
+    from tests.tiny_model import tiny_model, tiny_tokenizer
+
+    class Half(rlrf.SingleTurnEnv):
+        def load_tasks(self, split):
+            return [rlrf.Task(f"{split}-{i}", f"Say {i}.") for i in range(4)]
+
+        def grade(self, task, completion):
+            told = rlrf.Feedback.of("wrong_answer", "Say a digit.")
+            return rlrf.Outcome(float(len(completion) % 2), told, {"length": len(completion)})
+
+    documented = set(re.findall(r"`([\w/]+)`", table_column(DOCS / "report.md")))
+    recorded = set()
+    for name, knobs in (("sdpo", {}), ("grpo", {"beta": 0.1})):
+        trainer = rlrf.make_trainer(
+            name,
+            model=HFPolicy(tiny_model(), tiny_tokenizer()),
+            env=Half(),
+            config={"max_steps": 2, "max_completion_length": 6, **knobs},
+            run_dir=tmp_path / name,
+        )
+        for line in trainer.train().history:
+            recorded |= set(line) - {"step"}
+        files = {p.name for p in (tmp_path / name).iterdir()}
+        assert files <= set(re.findall(r"`([\w.]+)/?`", (DOCS / "report.md").read_text()))
+    assert {"env/NAME" if k.startswith("env/") else k for k in recorded} == documented
+
+
+def table_column(page) -> str:
+    """The first cells of the rows below the heading ``Metrics``."""
+    _, _, text = page.read_text().partition("## Metrics")
+    return "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
 
 
 def test_every_file_a_page_links_to_is_there():

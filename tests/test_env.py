@@ -240,7 +240,10 @@ def test_hooks_may_come_from_a_mixin_a_decorator_or_a_parent():
     class Mixed(Grader, Echo):
         pass
 
-    assert Mixed().grade("train-no", "x").reward == 0.5
+    env = Mixed()
+    env.reset(seed=0)
+    assert env.grade("train-no", "x").reward == env.step("x").reward == 0.5
+    assert asyncio.run(env.agrade("train-no", "x")).reward == 0.5
 
     class Doubled(AsyncEcho):
         async def grade(self, task, completion):

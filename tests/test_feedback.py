@@ -86,6 +86,12 @@ def test_levels_compose_to_the_lower(feedback, a, b):
     assert feedback.at_level(a).at_level(b) == feedback.at_level(min(a, b))
 
 
+@pytest.mark.parametrize("a", Level)
+@pytest.mark.parametrize("b", Level)
+def test_every_pair_of_levels_composes(a, b):
+    assert EXAMPLE.at_level(a).at_level(b) == EXAMPLE.at_level(min(a, b))
+
+
 @given(feedbacks)
 def test_a_higher_level_says_no_less(feedback):
     for lower, higher in itertools.pairwise(Level):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -170,3 +171,16 @@ def test_how_a_run_ended_is_kept(tmp_path: Path) -> None:
     assert (run.status, run.info["message"]) == ("failed", "boom")
     run.finish("running")
     assert run.status == "running"
+
+
+def test_an_old_run_comes_back_if_no_new_one_begins(tmp_path: Path) -> None:
+    from rlrf.runs import set_aside
+
+    Run.create(tmp_path / "run", config={"n": 1}, env=None).finish("done")
+    with contextlib.suppress(RuntimeError), set_aside(tmp_path / "run"):
+        raise RuntimeError("no such model")
+    assert Run.open(tmp_path / "run").status == "done"
+    with set_aside(tmp_path / "run"):
+        Run.create(tmp_path / "run", config={"n": 2}, env=None)
+    assert Run.open(tmp_path / "run").config == {"n": 2}
+    assert not (tmp_path / "run" / ".overwritten").exists()

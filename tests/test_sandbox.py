@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import threading
 
@@ -198,6 +199,38 @@ for fd in range(3, 64):
 def test_nothing_but_the_right_output_is_accepted(pool, code):
     assert run(pool, code).verdict in (Verdict.WRONG_ANSWER, Verdict.RUNTIME_ERROR)
     assert healthy(pool)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"error": {"frames": 5}},
+        {"error": {"frames": [[1]], "line": 10**30}},
+        {"error": [1]},
+        {"result": {"float": 10**400}},
+        {"result": {"dict": [[[1], 2]]}},
+        {"result": {"list": 3}},
+        {"cpu": "x", "hello": None},
+    ],
+)
+def test_forged_messages_are_noise(walled, message):
+    code = f"""
+import json, os
+for fd in range(3, 64):
+    try:
+        os.write(fd, ({json.dumps(message)!r} + "\\n").encode())
+    except OSError:
+        pass
+os._exit(0)
+"""
+    report = run(walled, code + "def f():\n    return 1", [CallCase((), 1)], "f")
+    assert report.verdict in (Verdict.WRONG_ANSWER, Verdict.RUNTIME_ERROR)
+
+
+def test_a_limit_is_paid_once_not_on_every_case(pool):
+    cases = [StdinCase(str(i), "ok\n") for i in range(50)]
+    report = run(pool, "while True:\n    pass", cases, stop="never")
+    assert [c.verdict for c in report.cases] == [Verdict.TIME_LIMIT] + [Verdict.SKIPPED] * 49
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from rlrf_trainers.losses import selected_logps
 from rlrf_trainers.policies.hf import HFPolicy
 
 
-class ReinforceConfig(BaseModel):
+class ReinforceConfig(BaseModel, extra="forbid"):
     """Knobs of :class:`Reinforce`."""
 
     max_steps: int = 20

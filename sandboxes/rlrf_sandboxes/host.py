@@ -306,7 +306,7 @@ def _decode(value: Any) -> Any:
             return set(items)
         if kind == "dict":
             return {_decode(k): _decode(v) for k, v in inner}
-    except (TypeError, ValueError, RecursionError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         return MISSING
     return MISSING
 
@@ -315,11 +315,12 @@ def _program_error(about: Any) -> ProgramError:
     """The error a program reports, every field checked: it may be forged."""
     about = about if isinstance(about, dict) else {}
     frames = []
-    for frame in about.get("frames") or ():
+    given = about.get("frames")
+    for frame in given if isinstance(given, list) else ():
         if isinstance(frame, list) and len(frame) == 2 and isinstance(frame[0], int):
             frames.append((frame[0], str(frame[1])[:100]))
     line, column = about.get("line"), about.get("column")
-    if not isinstance(line, int):
+    if not isinstance(line, int) or not 0 < line < 10**6:
         line = frames[-1][0] if frames else None
     return ProgramError(
         type=str(about.get("type", "Error"))[:100],

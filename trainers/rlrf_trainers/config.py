@@ -58,8 +58,8 @@ class TrainerConfig(BaseModel):
     )
     warmup_steps: int = Field(0, ge=0, description="[P] §4: 0; §3: 10")
     weight_decay: float = Field(0.01, ge=0, description="[P] 0.01")
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="torch, [TRL] 0.9")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="torch, [TRL] 0.999")
     max_grad_norm: float = Field(1.0, gt=0, description="[P] 1.0")
 
     # --- what is trained
@@ -68,8 +68,12 @@ class TrainerConfig(BaseModel):
     lora_dropout: float = Field(
         0.0, ge=0, lt=1, description="0: dropout would make old and new log-probs differ"
     )
-    lora_target_modules: list[str] | Literal["all-linear"] = "all-linear"
-    gradient_checkpointing: bool = False
+    lora_target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear", description="names of modules, or every linear layer but the output's"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, slower"
+    )
 
     # --- off-policy correction
     rollout_is: bool = Field(
@@ -83,9 +87,9 @@ class TrainerConfig(BaseModel):
     eval_samples: int = Field(1, ge=1, description="rollouts per held-out task")
     eval_temperature: float = Field(0.6, ge=0, description="[P] validation: 0.6")
     eval_top_p: float = Field(0.95, gt=0, le=1, description="[P] validation: 0.95")
-    log_rollouts: bool = True
-    save_model: bool = True
-    seed: int = 0
+    log_rollouts: bool = Field(True, description="write rollouts.jsonl")
+    save_model: bool = Field(True, description="write model/ at the end")
+    seed: int = Field(0, description="of sampling, task order and adapter weights")
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
@@ -157,9 +161,9 @@ class SDPOConfig(TrainerConfig):
         True, description="feedback only where no demonstration is; [P] §4 True"
     )
     max_reprompt_len: int = Field(10240, ge=1, description="tokens; [P], [TRL] 10240")
-    reprompt_template: str = REPROMPT_TEMPLATE
-    solution_template: str = SOLUTION_TEMPLATE
-    feedback_template: str = FEEDBACK_TEMPLATE
+    reprompt_template: str = Field(REPROMPT_TEMPLATE, description="the teacher's user turn")
+    solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}")
+    feedback_template: str = Field(FEEDBACK_TEMPLATE, description="its {feedback}")
 
     @field_validator("feedback_kinds")
     @classmethod

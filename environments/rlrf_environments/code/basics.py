@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from importlib import resources
 from typing import Any
@@ -50,7 +51,9 @@ class CodeBasics(SingleTurnEnv):
             raise UsageError(f"tests is {tests!r}; it must be 'all' or 'public'")
         self.tests = tests
         self.limits = limits or Limits(cpu_s=2, wall_s=8, memory_mb=256, output_kb=64)
-        self._sandbox, self._allow_unsafe, self._slots = sandbox, allow_unsafe, slots
+        self._sandbox, self._allow_unsafe = sandbox, allow_unsafe
+        self._slots = slots or os.cpu_count() or 1
+        self.concurrency = sandbox.slots if isinstance(sandbox, SandboxPool) else self._slots
         self._pool: SandboxPool | None = sandbox if isinstance(sandbox, SandboxPool) else None
         self._lock = threading.Lock()
 

@@ -34,8 +34,7 @@ from rlrf.sandbox import (
 SHOWN_CHARS = 400
 """A test's input, output or expected value is shown up to this many characters."""
 
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[^\n`]*\n(.*?)^[ \t]*\1[ \t]*$", re.DOTALL | re.MULTILINE)
-_OPENING = re.compile(r"^[ \t]*(?:`{3,}|~{3,})", re.MULTILINE)
+_FENCE_LINE = re.compile(r"[ \t]*(`{3,}|~{3,})([^\n]*)\n?")
 
 
 @dataclass(frozen=True)
@@ -75,18 +74,25 @@ def extract(completion: str) -> Attempt | Segment:
     Returns:
         The program, or the segment that says why there is none.
     """
-    blocks = list(_FENCE.finditer(completion))
+    blocks: list[Attempt] = []
+    fence, opened, start, position = "", 0, 0, 0
+    for line in completion.splitlines(keepends=True):  # one pass: an attempt may be huge
+        found = _FENCE_LINE.fullmatch(line)
+        if found and not fence and not (found[1][0] == "`" and "`" in found[2]):
+            fence, opened, start = found[1], position, position + len(line)
+        elif found and fence and found[1].startswith(fence) and not found[2].strip():
+            blocks.append(Attempt(completion[start:position], start))
+            fence = ""
+        position += len(line)
     if blocks:
-        best = max(blocks, key=lambda m: len(m.group(2)))
-        return Attempt(best.group(2), best.start(2))
-    opened = _OPENING.search(completion)
-    if opened:
+        return max(blocks, key=lambda block: len(block.code))
+    if fence:
         return Segment(
             "truncated_attempt",
             "The code block is never closed: the reply was cut off, or the closing ``` is "
             "missing. Reply with one complete code block.",
             source="extractor",
-            span=(opened.start(), len(completion)),
+            span=(opened, len(completion)),
             priority=3,
         )
     return Segment(
@@ -168,7 +174,8 @@ def _missing_entry(attempt: Attempt, entry: str | None) -> Segment | None:
         tree = ast.parse(attempt.code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # the compiler will say it better
-    functions = {n.name: n.lineno for n in tree.body if isinstance(n, ast.FunctionDef)}
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    functions = {n.name: n.lineno for n in ast.walk(tree) if isinstance(n, kinds)}
     names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
     names |= {
         a.asname or a.name
