@@ -1,18 +1,15 @@
-"""The sandbox protocol, both backends, and programs that mean harm."""
+"""What programs may do and what becomes of them, on every backend; and the checkers."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import shutil
-import threading
 
 import pytest
 
-from rlrf import InfraError, UsageError
-from rlrf._async import run_sync
+from rlrf import UsageError, run_sync
 from rlrf.sandbox import (
     MISSING,
+    AssertCase,
     CallCase,
     Exact,
     Limits,
@@ -20,39 +17,31 @@ from rlrf.sandbox import (
     Program,
     RawRun,
     Returns,
-    SandboxInfo,
-    SandboxPool,
     StdinCase,
     Text,
     Tokens,
     Verdict,
-    open_sandbox,
     start_sandbox,
 )
+from tests.backends import BACKENDS, WALLED, options
 
 LIMITS = Limits(cpu_s=1, wall_s=5, memory_mb=256, output_kb=64)
-needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
-BACKENDS = [
-    pytest.param(("bubblewrap", {}), id="bubblewrap", marks=needs_bwrap),
-    pytest.param(("process", {"allow_unsafe": True}), id="process"),
-]
+
+
+def opened(backend):
+    made = run_sync(start_sandbox(backend, slots=2, **options(backend)))
+    yield made
+    run_sync(made.aclose())
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def pool(request):
-    name, options = request.param
-    made = run_sync(start_sandbox(name, slots=2, **options))
-    yield made
-    run_sync(made.aclose())
+    yield from opened(request.param)
 
 
-@pytest.fixture(scope="module")
-def walled():
-    if not shutil.which("bwrap"):
-        pytest.skip("bubblewrap is not installed")
-    made = run_sync(start_sandbox("bubblewrap", slots=2))
-    yield made
-    run_sync(made.aclose())
+@pytest.fixture(scope="module", params=WALLED)
+def walled(request):
+    yield from opened(request.param)
 
 
 def run(pool, code, cases=None, entry=None, **options):
@@ -303,13 +292,120 @@ def test_a_daemon_left_behind_does_not_hold_up_the_verdict(pool):
 
 def test_ending_the_parent_gains_nothing(walled):
     code = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill(1, 9)\nprint('no')"
-    assert run(walled, code).verdict is Verdict.WRONG_ANSWER
+    assert run(walled, code).verdict in (Verdict.WRONG_ANSWER, Verdict.RUNTIME_ERROR)
     assert healthy(walled)
 
 
-def test_files_of_one_run_are_gone_in_the_next(walled):
-    run(walled, "open('/tmp/left', 'w').write('x')")
-    assert run(walled, "import os\nprint(os.listdir('/tmp'))").cases[0].raw.text == "[]\n"
+def test_files_of_one_run_are_gone_in_the_next(pool):
+    plant = "import os\nos.makedirs('a/b')\nopen('a/b/left', 'w').write('x')\nos.chmod('a', 0)"
+    run(pool, plant)
+    assert run(pool, "import os\nprint(os.listdir('.'))").cases[0].raw.text == "[]\n"
+
+
+# --- asserts --------------------------------------------------------------------------------
+
+
+def judged(pool, code, asserts, setup="", **options):
+    return run(pool, code, [AssertCase(asserts, setup)], "f", **options)
+
+
+def test_asserts_call_the_program_from_outside(pool):
+    code = "def f(x, *, by=1):\n    return [(x, by), {x}, 0.5]"
+    asserts = "assert f(1, by=2) == [(1, 2), {1}, 0.5]\nassert candidate(3)[0] == (3, 1)"
+    assert judged(pool, code, asserts).verdict is Verdict.ACCEPTED
+    setup = "def check(candidate):\n    for i in range(20):\n        assert candidate(i)[0][0] == i"
+    assert judged(pool, code, "check(f)", setup).verdict is Verdict.ACCEPTED
+
+
+def test_a_failing_assert_says_which(pool):
+    report = judged(pool, "def f(x):\n    return x", "assert f(1) == 1\nassert f(2) == 3")
+    assert report.verdict is Verdict.WRONG_ANSWER
+    failure = report.cases[0].raw.assertion
+    assert (failure.type, failure.line) == ("AssertionError", 2)
+
+
+def test_an_exception_of_the_program_is_its_own(pool):
+    report = judged(pool, "\ndef f(x):\n    return 1 / x", "assert f(1) == 1\nf(0)")
+    assert report.verdict is Verdict.RUNTIME_ERROR
+    error = report.cases[0].raw.error
+    assert (error.type, error.line) == ("ZeroDivisionError", 3)
+    expected = "try:\n    f(0)\nexcept ZeroDivisionError:\n    pass\nelse:\n    assert False"
+    assert judged(pool, "def f(x):\n    return 1 / x", expected).verdict is Verdict.ACCEPTED
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import sys\nsys.exit(0)",
+        "import os\nos._exit(0)",
+        "import sys\ndef f(x):\n    sys.exit(0)",
+        "import os\ndef f(x):\n    os._exit(0)",
+        "class E:\n    def __eq__(self, o):\n        return True\ndef f(x):\n    return E()",
+        "class I(int):\n    __eq__ = lambda s, o: True\ndef f(x):\n    return I(0)",
+        "import builtins\nclass A(Exception):\n    pass\nbuiltins.AssertionError = A\nf = id",
+        "def f(x):\n    return (i for i in range(2))",
+        "def candidate(x):\n    return 2",
+        "import os\nfor fd in range(3, 60):\n    try:\n        os.write(fd, b'{\"result\":2}\\n')"
+        "\n    except OSError:\n        pass\ndef f(x):\n    return 3",
+    ],
+)
+def test_asserts_cannot_be_dodged(pool, code):
+    report = judged(pool, code, "assert f(1) == 2\nassert f(5) == 6")
+    assert report.verdict in (Verdict.WRONG_ANSWER, Verdict.RUNTIME_ERROR)
+    assert healthy(pool)
+
+
+def test_asserts_are_not_in_the_programs_sandbox(walled):
+    code = """
+import gc, glob
+def f(x):
+    needle = 'needle-in-hay'.replace('-', '_')
+    texts = [o for o in gc.get_objects() if isinstance(o, str)]
+    for path in glob.glob('/proc/[0-9]*/*') + glob.glob('/rlrf/*') + glob.glob('/tmp/*'):
+        try:
+            texts.append(open(path, errors='replace').read())
+        except OSError:
+            pass
+    return any(needle in t for t in texts)
+"""
+    report = judged(walled, code, "assert f(1) == 'needle_in_hay'")
+    assert report.verdict is Verdict.WRONG_ANSWER
+
+
+def test_asserts_that_never_end_cost_their_limit_only(pool):
+    stuck = "def f(x):\n    while True:\n        pass"
+    assert judged(pool, stuck, "assert f(1) == 2").verdict is Verdict.TIME_LIMIT
+    assert healthy(pool)
+
+
+def test_asserts_that_do_not_compile_are_the_authors_mistake(pool):
+    with pytest.raises(UsageError, match="the asserts do not compile"):
+        judged(pool, "def f(x):\n    return x", "assert f(1 ==")
+    assert healthy(pool)
+
+
+def test_values_of_every_builtin_kind_travel_both_ways(pool):
+    values = (
+        1 << 80,
+        -1.5,
+        float("inf"),
+        1 + 2j,
+        "\ud800é\0",
+        b"\xff",
+        (1, [2]),
+        {3},
+        {(1,): None},
+    )
+    case = CallCase((values,), values)
+    assert run(pool, "def f(x):\n    return x", [case], "f").verdict is Verdict.ACCEPTED
+    subclasses = """
+import collections
+P = collections.namedtuple('P', 'x y')
+def f():
+    return [P(1, 2), collections.Counter('aab'), collections.OrderedDict(a=1)]
+"""
+    case = CallCase((), [(1, 2), {"a": 2, "b": 1}, {"a": 1}])
+    assert run(pool, subclasses, [case], "f").verdict is Verdict.ACCEPTED
 
 
 # --- checkers -------------------------------------------------------------------------------
@@ -357,114 +453,3 @@ def test_returned_values(got, expected, right):
     assert Returns().accepts(RawRun(result=got), CallCase((), expected)) is right
     if got == 0.1 + 0.2:
         assert Returns(1e-9).accepts(RawRun(result=got), CallCase((), expected))
-
-
-# --- the pool -------------------------------------------------------------------------------
-
-
-class Fake:
-    """A backend of scripted outcomes."""
-
-    info = SandboxInfo("fake", "none")
-
-    def __init__(self, *outcomes):
-        self.outcomes = list(outcomes)
-        self.running = self.most = 0
-
-    async def start(self):
-        pass
-
-    async def execute(self, job):
-        self.running += 1
-        self.most = max(self.most, self.running)
-        try:
-            for _ in job.inputs:
-                await asyncio.sleep(0)
-                outcome = self.outcomes.pop(0) if self.outcomes else RawRun(stdout=b"ok")
-                if isinstance(outcome, Exception):
-                    raise outcome
-                yield outcome
-        finally:
-            self.running -= 1
-
-    async def aclose(self):
-        pass
-
-
-CASE = [StdinCase("", "ok")]
-
-
-def test_infrastructure_failures_are_retried_and_never_a_verdict():
-    async def go():
-        died = InfraError("died", kind="sandbox_died")
-        pool = SandboxPool(Fake(died, died), 1)
-        assert (await pool.run(Program("x"), CASE)).verdict is Verdict.ACCEPTED
-        with pytest.raises(InfraError, match="died"):
-            await SandboxPool(Fake(died, died, died), 1).run(Program("x"), CASE)
-
-    asyncio.run(go())
-
-
-def test_no_more_run_at_once_than_there_are_slots():
-    async def go():
-        fake = Fake()
-        pool = SandboxPool(fake, 3)
-        await asyncio.gather(*(pool.run(Program("x"), CASE) for _ in range(20)))
-        assert fake.most == 3
-
-    asyncio.run(go())
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_cancelling_ends_the_program(backend):
-    name, options = backend
-
-    async def go():
-        async with open_sandbox(name, slots=1, **options) as pool:
-            code = "import time\ntime.sleep(1000)"
-            limits = Limits(cpu_s=1, wall_s=1000, memory_mb=256)
-            task = asyncio.ensure_future(pool.run(Program(code), CASE, limits=limits))
-            while not [t for t in threading.enumerate() if t.name == "rlrf-hook"]:
-                await asyncio.sleep(0)
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            # the one slot is free again
-            assert (await pool.run(Program("print('ok')"), CASE)).verdict is Verdict.ACCEPTED
-
-    asyncio.run(go())
-
-
-def test_the_process_backend_refuses_untrusted_programs():
-    with pytest.raises(UsageError, match="allow_unsafe=True"):
-        run_sync(start_sandbox("process"))
-
-
-def test_auto_falls_back_to_a_refusal_that_says_why(monkeypatch):
-    monkeypatch.delenv("RLRF_SANDBOX", raising=False)
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with pytest.raises(UsageError, match="bubblewrap is not installed"):
-        run_sync(start_sandbox("auto"))
-    pool = run_sync(start_sandbox("auto", allow_unsafe=True))
-    assert pool.info.backend == "process"
-    assert "NOT a sandbox" in pool.info.guarantee
-
-
-def test_the_environment_variable_overrides_auto(monkeypatch):
-    monkeypatch.setenv("RLRF_SANDBOX", "process")
-    with pytest.raises(UsageError, match="process backend"):
-        run_sync(start_sandbox("auto"))
-
-
-@pytest.mark.parametrize(
-    ("cases", "entry"),
-    [([], None), ([CallCase((), 1)], None), ([StdinCase("", "")], "f")],
-)
-def test_cases_must_fit_the_program(cases, entry):
-    with pytest.raises(UsageError, match="CallCases"):
-        SandboxPool(Fake(), 1).run_sync(Program("x", entry), cases)
-
-
-def test_limits_must_be_positive():
-    with pytest.raises(UsageError, match=r"Limits\.cpu_s is 0"):
-        Limits(cpu_s=0)

@@ -2,130 +2,129 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import shutil
 import sys
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from rlrf.errors import InfraError
-from rlrf.sandbox import Job, Limits, Program, RawRun, SandboxInfo
-from rlrf_sandboxes import host
+from rlrf.sandbox import Job, RawRun, SandboxInfo
+from rlrf_sandboxes.local import spawn
+from rlrf_sandboxes.slot import PYTHON_FLAGS, RUNNER, Link, Settings, Slot
 
 NOBODY = 65534
 
 
 class BubblewrapSandbox:
-    """One ``bwrap`` per case: fresh user, pid, mount, network, ipc and uts namespaces.
+    """A runner in fresh user, pid, mount, network, ipc and uts namespaces.
 
-    The program sees ``/usr`` and a Python, read-only, and an empty ``/tmp`` in memory. When
-    started as root, it runs as ``nobody``.
+    Inside, every program gets namespaces of its own again: it sees no other process, an empty
+    ``/tmp`` in memory, ``/usr`` and a Python, read-only. When started as root, all of it runs as
+    ``nobody``.
 
     Args:
         python: the interpreter inside; None finds one that works.
         tmp_mb: size of ``/tmp``.
+        inodes: files and folders in it.
     """
 
-    def __init__(self, *, python: str | None = None, tmp_mb: int = 64) -> None:
-        self.python, self.tmp_mb = python, tmp_mb
-        self._bwrap = shutil.which("bwrap")
+    def __init__(self, *, python: str | None = None, tmp_mb: int = 64, inodes: int = 4096) -> None:
+        self._python = python
+        self._slot = Slot(self._launch, Settings("ns", tmp_mb, inodes))
 
     @property
     def info(self) -> SandboxInfo:
         """Name and guarantee."""
         return SandboxInfo(
             "bubblewrap",
-            "unprivileged namespaces, no network, read-only system, limits per process; the "
-            "kernel is shared with your account, and memory is limited per process, not in all",
+            "unprivileged namespaces and a system-call filter, no network, a read-only system; "
+            "memory is limited per process, not in all, and the kernel is shared with your account",
+            self._slot.warnings,
         )
 
     async def start(self) -> None:
-        """Find an interpreter that runs inside.
+        """Start the runner, in the first interpreter that works.
 
         Raises:
             InfraError: bubblewrap is missing or not permitted here; says what to do.
         """
-        if self._bwrap is None:
+        if shutil.which("bwrap") is None:
             raise InfraError(
                 "bubblewrap is not installed; get it with `apt-get install bubblewrap` (or your "
                 "system's package manager)",
                 kind="sandbox_missing",
                 retryable=False,
             )
+        if self._python is None:
+            self._python = _working_python
         tried = []
-        for python in [self.python] if self.python else _interpreters():
-            self.python = python
-            probe = Job(Program("print(6 * 7)"), ("",), Limits())
+        for python in [self._python] if self._python else _interpreters():
+            self._python = python
             try:
-                async with contextlib.aclosing(self.execute(probe)) as runs:
-                    async for raw in runs:
-                        if raw.stdout == b"42\n":
-                            return
-                        tried.append(f"{python}: exit code {raw.exit_code}")
+                await self._slot.start()
             except InfraError as error:
                 tried.append(f"{python}: {error}")
+                continue
+            _remember(python)
+            return
         raise InfraError(
             "bubblewrap is installed but runs no Python here: "
             + "; ".join(tried)
-            + ". Where unprivileged user namespaces are restricted (Ubuntu 24.04: "
-            "`sysctl kernel.apparmor_restrict_unprivileged_userns`), allow them for bwrap",
+            + ". `rlrf sandbox doctor` finds out why and what to do",
             kind="sandbox_forbidden",
             retryable=False,
         )
 
-    async def execute(self, job: Job) -> AsyncGenerator[RawRun, None]:
+    async def ping(self) -> None:
         """See :class:`rlrf.sandbox.Sandbox`."""
-        async with contextlib.aclosing(host.execute(job, self._prepare)) as runs:
-            async for raw in runs:
-                yield raw
+        await self._slot.ping()
+
+    def execute(self, job: Job) -> AsyncGenerator[RawRun, None]:
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        return self._slot.execute(job)
 
     async def aclose(self) -> None:
-        """Nothing outlives a run."""
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        await self._slot.aclose()
 
-    @contextlib.contextmanager
-    def _prepare(self, request: bytes, channel: int) -> Iterator[host.Launch]:
-        # Both files go in by descriptor: `nobody` could not read them where they lie.
-        runner, data = _memory_file(_runner_source()), _memory_file(request)
+    async def _launch(self) -> Link:
+        assert self._python is not None
+        # The runner goes in by descriptor: `nobody` could not read it where it lies.
+        source = os.memfd_create("runner", 0)
         try:
-            assert self._bwrap is not None
-            assert self.python is not None
-            yield host.Launch(
+            os.write(source, RUNNER.read_bytes())
+            os.lseek(source, 0, os.SEEK_SET)
+            return await spawn(
                 [
-                    self._bwrap,
-                    *("--unshare-all", "--die-with-parent", "--new-session"),
-                    *("--cap-drop", "ALL", "--hostname", "sandbox"),
-                    *_binds(self.python),
-                    *("--proc", "/proc", "--dev", "/dev"),
-                    *("--size", str(self.tmp_mb << 20), "--tmpfs", "/tmp"),
-                    *("--perms", "0444", "--ro-bind-data", str(runner), "/rlrf/runner.py"),
-                    *("--perms", "0444", "--ro-bind-data", str(data), "/rlrf/request.json"),
-                    *("--remount-ro", "/", "--chdir", "/tmp", "--"),
-                    self.python,
-                    *host.PYTHON_FLAGS,
-                    *("/rlrf/runner.py", "/rlrf/request.json", str(channel)),
+                    "bwrap",
+                    *("--unshare-all", "--as-pid-1", "--die-with-parent", "--new-session"),
+                    # The runner makes namespaces for its programs, within its own.
+                    *("--uid", "1000", "--gid", "1000"),
+                    *("--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"),
+                    *("--hostname", "sandbox"),
+                    *_binds(self._python),
+                    *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"),
+                    *("--perms", "0444", "--ro-bind-data", str(source), "/rlrf/runner.py"),
+                    *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--"),
+                    *(self._python, *PYTHON_FLAGS, "/rlrf/runner.py"),
                 ],
-                pass_fds=(runner, data),
-                popen={"user": NOBODY, "group": NOBODY, "extra_groups": []}
-                if os.geteuid() == 0
-                else {},
+                pass_fds=[source],
+                environment={"HOME": "/tmp", "TMPDIR": "/tmp"},
+                user=NOBODY if os.geteuid() == 0 else None,
             )
         finally:
-            os.close(runner)
-            os.close(data)
+            os.close(source)
 
 
-@functools.cache
-def _runner_source() -> bytes:
-    return host.RUNNER.read_bytes()
+_working_python: str | None = None
 
 
-def _memory_file(data: bytes) -> int:
-    fd = os.memfd_create("rlrf", 0)
-    os.write(fd, data)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
+def _remember(python: str) -> None:
+    """The next sandbox need not try again."""
+    global _working_python
+    _working_python = python
 
 
 def _binds(python: str) -> list[str]:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import shutil
 import sys
 import tempfile
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from rlrf.errors import UsageError
 from rlrf.sandbox import Job, RawRun, SandboxInfo
-from rlrf_sandboxes import host
+from rlrf_sandboxes.local import spawn
+from rlrf_sandboxes.slot import PYTHON_FLAGS, RUNNER, Link, Settings, Slot
 
 
 class ProcessSandbox:
-    """One process per case. NOT a sandbox: for programs you trust.
+    """A runner beside you. NOT a sandbox: for programs you trust.
 
     Args:
         allow_unsafe: must be True, or :meth:`start` refuses.
@@ -22,7 +23,9 @@ class ProcessSandbox:
     """
 
     def __init__(self, *, allow_unsafe: bool = False, instead_of: str = "") -> None:
-        self.allow_unsafe, self.instead_of = allow_unsafe, instead_of
+        self._allow_unsafe, self._instead_of = allow_unsafe, instead_of
+        self._slot = Slot(self._launch, Settings("plain"))
+        self._folders: list[Path] = []
 
     @property
     def info(self) -> SandboxInfo:
@@ -31,6 +34,7 @@ class ProcessSandbox:
             "process",
             "NOT a sandbox: limits and timeouts only; programs can read your files, use the "
             "network and end your processes",
+            self._slot.warnings,
         )
 
     async def start(self) -> None:
@@ -38,32 +42,39 @@ class ProcessSandbox:
 
         Raises:
             UsageError: without ``allow_unsafe=True``.
+            InfraError: the runner does not start.
         """
-        if not self.allow_unsafe:
-            why = f" Nothing safer could be used: {self.instead_of}." if self.instead_of else ""
+        if not self._allow_unsafe:
+            why = f" Nothing safer could be used: {self._instead_of}." if self._instead_of else ""
             raise UsageError(
                 "the process backend is no sandbox: a program in it can read your files, use "
-                f"the network and end your processes.{why} Install bubblewrap, or pass "
-                "allow_unsafe=True if you trust every program that will run"
+                f"the network and end your processes.{why} Install bubblewrap or Docker "
+                "(`rlrf sandbox doctor` says what is missing), or pass allow_unsafe=True if you "
+                "trust every program that will run"
             )
+        await self._slot.start()
 
-    async def execute(self, job: Job) -> AsyncGenerator[RawRun, None]:
+    async def ping(self) -> None:
         """See :class:`rlrf.sandbox.Sandbox`."""
-        async with contextlib.aclosing(host.execute(job, self._prepare)) as runs:
-            async for raw in runs:
-                yield raw
+        await self._slot.ping()
+
+    def execute(self, job: Job) -> AsyncGenerator[RawRun, None]:
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        return self._slot.execute(job)
 
     async def aclose(self) -> None:
-        """Nothing outlives a run."""
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        await self._slot.aclose()
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._folders.clear()
 
-    @contextlib.contextmanager
-    def _prepare(self, request: bytes, channel: int) -> Iterator[host.Launch]:
-        with tempfile.TemporaryDirectory(prefix="rlrf-", ignore_cleanup_errors=True) as folder:
-            path, work = Path(folder) / "request.json", Path(folder) / "work"
-            path.write_bytes(request)
-            work.mkdir()
-            yield host.Launch(
-                [sys.executable, *host.PYTHON_FLAGS, str(host.RUNNER), str(path), str(channel)],
-                pass_fds=(),
-                popen={"cwd": work},
-            )
+    async def _launch(self) -> Link:
+        folder = Path(tempfile.mkdtemp(prefix="rlrf-"))
+        self._folders.append(folder)
+        work = str(folder / "run")
+        return await spawn(
+            [sys.executable, *PYTHON_FLAGS, str(RUNNER)],
+            cwd=folder,
+            environment={"HOME": work, "TMPDIR": work},
+        )

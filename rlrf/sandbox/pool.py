@@ -1,0 +1,548 @@
+"""The pool: many sandboxes, fair turns, and no verdict from a failing machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from rlrf._async import background_loop
+from rlrf.errors import InfraError, RlrfError, UsageError
+from rlrf.plugins import Registry
+from rlrf.sandbox.checkers import Asserts, Checker, Lines, Returns
+from rlrf.sandbox.program import (
+    AssertCase,
+    CallCase,
+    Case,
+    CaseResult,
+    Job,
+    Limits,
+    Program,
+    RawRun,
+    RunReport,
+    Sandbox,
+    SandboxInfo,
+    StdinCase,
+    Verdict,
+)
+
+T = TypeVar("T")
+log = logging.getLogger("rlrf.sandbox")
+sandboxes = Registry("rlrf.sandboxes", "sandbox")
+
+PREFERRED = ("docker", "bubblewrap")
+"""What ``auto`` tries, best first; then ``process``, which refuses."""
+
+
+@dataclass
+class PoolStats:
+    """What a pool has done.
+
+    Attributes:
+        programs: programs that got a verdict.
+        cases: cases that ran.
+        retries: programs run again after the machinery failed.
+        starved: programs run again alone, after the machine was too busy for them.
+        started: sandboxes started.
+        replaced: sandboxes thrown away before their time: after a failure or a cancellation.
+        recycled: sandboxes thrown away because of their age.
+    """
+
+    programs: int = 0
+    cases: int = 0
+    retries: int = 0
+    starved: int = 0
+    started: int = 0
+    replaced: int = 0
+    recycled: int = 0
+
+
+@dataclass
+class _Slot:
+    """A place for one sandbox, which comes and goes."""
+
+    sandbox: Sandbox | None = None
+    programs: int = 0
+    born: float = 0.0
+    used: float = 0.0
+
+
+@dataclass
+class _Turns:
+    """Who may run next: free slots, and those who wait, one queue per group, served in turn."""
+
+    free: deque[_Slot]
+    size: int
+    waiting: OrderedDict[Hashable, deque[asyncio.Future[_Slot]]] = field(
+        default_factory=OrderedDict
+    )
+    alone: deque[asyncio.Future[_Slot]] = field(default_factory=deque)
+
+    async def take(self, group: Hashable, *, alone: bool = False) -> _Slot:
+        future: asyncio.Future[_Slot] = asyncio.get_running_loop().create_future()
+        if alone:
+            self.alone.append(future)
+        else:
+            self.waiting.setdefault(group, deque()).append(future)
+        self.serve()
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled():  # served and cancelled at once
+                self.give(future.result())
+            raise
+
+    def give(self, slot: _Slot) -> None:
+        self.free.appendleft(slot)  # the warmest goes first
+        self.serve()
+
+    def serve(self) -> None:
+        while self.alone and self.alone[0].cancelled():
+            self.alone.popleft()
+        if self.alone:  # wants the machine for itself: nobody else starts before
+            if len(self.free) == self.size:
+                self.alone.popleft().set_result(self.free.popleft())
+            return
+        while self.free and self.waiting:
+            group, queue = self.waiting.popitem(last=False)
+            future = queue.popleft()
+            if queue:
+                self.waiting[group] = queue  # to the end: the other groups come first
+            if not future.cancelled():
+                future.set_result(self.free.popleft())
+
+
+class SandboxPool:
+    """Runs programs in up to ``slots`` sandboxes; made by :func:`open_sandbox`.
+
+    Programs wait in line for a slot, first come first served within a group and in turn between
+    groups. A sandbox that failed, or whose program was cancelled, is replaced. The pool lives on
+    the event loop it was started on and may be used from any other and from any thread.
+
+    Args:
+        make: makes a sandbox, not yet started.
+        slots: programs at once.
+        retries: how often a program is run again, elsewhere, after the machinery failed.
+        recycle_programs: programs after which a sandbox is replaced.
+        recycle_s: seconds after which it is.
+        heartbeat_s: how long a sandbox may be idle before it is asked for a sign of life.
+        failures: after so many failures in a row the pool refuses at once, instead of starting
+            sandboxes that fail, until ``cooldown_s`` have passed.
+        cooldown_s: see ``failures``.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Sandbox],
+        slots: int,
+        *,
+        retries: int = 2,
+        recycle_programs: int = 2000,
+        recycle_s: float = 1800.0,
+        heartbeat_s: float = 30.0,
+        failures: int = 3,
+        cooldown_s: float = 5.0,
+    ) -> None:
+        if slots < 1:
+            raise UsageError(f"slots is {slots}; it must be >= 1")
+        self.slots, self.retries = slots, retries
+        self._make = make
+        self._recycle_programs, self._recycle_s = recycle_programs, recycle_s
+        self._heartbeat_s, self._failures, self._cooldown_s = heartbeat_s, failures, cooldown_s
+        self._slots = [_Slot() for _ in range(slots)]
+        self._turns = _Turns(deque(self._slots), slots)
+        self._stats = PoolStats()
+        self._failed, self._refuse_until = 0, 0.0
+        self._last_failure: InfraError | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self._info: SandboxInfo | None = None
+
+    @property
+    def info(self) -> SandboxInfo:
+        """What runs the programs."""
+        return self._info or self._make().info
+
+    def stats(self) -> PoolStats:
+        """What the pool has done so far."""
+        return self._stats
+
+    async def start(self) -> None:
+        """Start a first sandbox and prove it by running a program; the others start when needed.
+
+        Raises:
+            InfraError: the backend does not work here; the message says what to do.
+            UsageError: the backend refuses.
+        """
+        self._loop = asyncio.get_running_loop()
+        slot = await self._turns.take(None)
+        try:
+            await self._start(slot)
+        except BaseException:
+            await self.aclose()
+            raise
+        self._turns.give(slot)
+        probe = await self._run(Program("print(6 * 7)"), [StdinCase("", "42")])
+        if probe.verdict is not Verdict.ACCEPTED:
+            await self.aclose()
+            raise InfraError(
+                f"the sandbox {self.info.backend} gives {probe.verdict} for a program that is "
+                "right; see `rlrf sandbox doctor`",
+                kind="sandbox_wrong",
+                retryable=False,
+            )
+        self._spawn(self._heartbeat())
+
+    async def run(
+        self,
+        program: Program,
+        cases: Sequence[Case],
+        *,
+        limits: Limits | None = None,
+        checker: Checker | None = None,
+        stop: Literal["first_failure", "never"] = "first_failure",
+        group: Hashable = None,
+    ) -> RunReport:
+        """Run a program on its cases and judge it.
+
+        Args:
+            program: what to run.
+            cases: all :class:`StdinCase`, all :class:`CallCase` or all :class:`AssertCase`.
+            limits: per case; None for the defaults.
+            checker: None for :class:`Lines` (stdin cases) or :class:`Returns` (call cases).
+            stop: whether to skip the cases after the first failure; those after a compile
+                error or a limit are always skipped.
+            group: programs of different groups (say, prompts) take turns.
+
+        Raises:
+            UsageError: no cases, or cases that do not fit the program.
+            InfraError: the machinery failed again and again; there is no verdict.
+        """
+        return await self._here(
+            self._run(program, cases, limits=limits, checker=checker, stop=stop, group=group)
+        )
+
+    def run_sync(self, program: Program, cases: Sequence[Case], **options: Any) -> RunReport:
+        """Sync twin of :meth:`run`, for any thread but the event loop's own.
+
+        Raises:
+            UsageError: called on the pool's event loop, where waiting would never end.
+        """
+        loop = self._loop or background_loop()
+        with contextlib.suppress(RuntimeError):
+            if asyncio.get_running_loop() is loop:
+                raise UsageError("run_sync was called on the pool's own event loop; await run()")
+        future = asyncio.run_coroutine_threadsafe(self._run(program, cases, **options), loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _here(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do the work on the pool's own loop, whichever the caller's is."""
+        if self._loop is None or asyncio.get_running_loop() is self._loop:
+            return await work
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    async def _run(
+        self,
+        program: Program,
+        cases: Sequence[Case],
+        *,
+        limits: Limits | None = None,
+        checker: Checker | None = None,
+        stop: Literal["first_failure", "never"] = "first_failure",
+        group: Hashable = None,
+    ) -> RunReport:
+        job, check = _job(program, cases, limits or Limits(), checker)
+        alone = False
+        for attempt in range(self.retries + 1):
+            try:
+                report = await self._once(job, cases, check, stop, group, alone=alone)
+            except InfraError as error:
+                if attempt == self.retries or not error.retryable:
+                    raise
+                self._stats.retries += 1
+                continue
+            if not alone and any(c.raw is not None and c.raw.starved for c in report.cases):
+                # The machine, not the program, was too slow. Once more, with nobody beside it;
+                # what comes of that counts.
+                self._stats.starved += 1
+                alone = True
+                report = await self._once(job, cases, check, stop, group, alone=True)
+            self._stats.programs += 1
+            self._stats.cases += sum(c.raw is not None for c in report.cases)
+            return report
+        raise AssertionError("unreachable")
+
+    async def _once(
+        self,
+        job: Job,
+        cases: Sequence[Case],
+        check: Checker,
+        stop: str,
+        group: Hashable,
+        *,
+        alone: bool,
+    ) -> RunReport:
+        if self._closed:
+            raise UsageError("the sandbox pool is closed")
+        slot = await self._turns.take(group, alone=alone)
+        try:
+            self._check_breaker()
+            if slot.sandbox is None:
+                await self._start(slot)
+            assert slot.sandbox is not None
+            report = await _judge(slot.sandbox, job, cases, check, stop)
+        except UsageError:
+            raise
+        except BaseException as error:
+            # After a failure nobody knows what is in there; after a cancellation the program is.
+            self._discard(slot)
+            if isinstance(error, InfraError) and error.kind != "sandbox_refused":
+                self._failed += 1
+                self._last_failure = error
+                self._refuse_until = time.monotonic() + self._cooldown_s
+            raise
+        else:
+            self._failed = 0
+            slot.programs += 1
+            slot.used = time.monotonic()
+            if slot.programs >= self._recycle_programs or slot.used - slot.born >= self._recycle_s:
+                self._discard(slot, recycled=True)
+            return report
+        finally:
+            self._turns.give(slot)
+
+    def _check_breaker(self) -> None:
+        if self._failed >= self._failures and time.monotonic() < self._refuse_until:
+            raise InfraError(
+                f"sandboxes failed {self._failed} times in a row, last: {self._last_failure}",
+                kind="sandbox_refused",
+                retryable=False,
+            )
+
+    # --- sandboxes come and go --------------------------------------------------------------------
+
+    async def _start(self, slot: _Slot) -> None:
+        sandbox = self._make()
+        await sandbox.start()
+        self._stats.started += 1
+        self._info = sandbox.info
+        slot.sandbox, slot.programs = sandbox, 0
+        slot.born = slot.used = time.monotonic()
+
+    def _discard(self, slot: _Slot, *, recycled: bool = False) -> None:
+        sandbox, slot.sandbox = slot.sandbox, None
+        if sandbox is None:
+            return
+        if recycled:
+            self._stats.recycled += 1
+        else:
+            self._stats.replaced += 1
+        self._spawn(self._end(sandbox))
+
+    @staticmethod
+    async def _end(sandbox: Sandbox) -> None:
+        try:
+            await sandbox.aclose()
+        except RlrfError as error:
+            log.warning("a sandbox could not be ended: %s", error)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _heartbeat(self) -> None:
+        """Ask idle sandboxes for a sign of life, so that the next program finds a living one."""
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            await self._check_idle()
+
+    async def _check_idle(self) -> None:
+        for slot in list(self._turns.free):
+            idle_s = time.monotonic() - slot.used
+            if slot.sandbox is None or idle_s < self._heartbeat_s or slot not in self._turns.free:
+                continue
+            self._turns.free.remove(slot)
+            try:
+                await slot.sandbox.ping()
+                slot.used = time.monotonic()
+            except InfraError:
+                self._discard(slot)
+            finally:
+                self._turns.give(slot)
+
+    async def aclose(self) -> None:
+        """End all sandboxes; programs that run are cut off, those that wait get an error."""
+        if self._loop is not None and asyncio.get_running_loop() is not self._loop:
+            await self._here(self.aclose())
+            return
+        self._closed = True
+        for task in list(self._tasks):
+            if task.get_coro().__name__ == "_heartbeat":  # type: ignore[union-attr]  # our coroutines have names
+                task.cancel()
+        living = [s.sandbox for s in self._slots if s.sandbox is not None]
+        for slot in self._slots:
+            slot.sandbox = None
+        await asyncio.gather(*(self._end(s) for s in living), return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _job(
+    program: Program, cases: Sequence[Case], limits: Limits, checker: Checker | None
+) -> tuple[Job, Checker]:
+    """What a backend gets, and who judges what it gives."""
+    kinds = {type(c) for c in cases}
+    wanted = {StdinCase} if program.entry is None else {CallCase, AssertCase}
+    if len(kinds) != 1 or not kinds <= wanted:
+        names = sorted(k.__name__ for k in kinds)
+        raise UsageError(
+            f"{len(cases)} cases {names} for a program with entry={program.entry!r}: give "
+            "StdinCases without an entry, CallCases or AssertCases with one, not mixed, and at "
+            "least one"
+        )
+    if program.language != "python":
+        raise UsageError(f"language {program.language!r} is not supported; use 'python'")
+    inputs: list[str | tuple[Any, ...] | AssertCase] = []
+    for case in cases:
+        match case:
+            case StdinCase():
+                inputs.append(case.stdin)
+            case CallCase():
+                inputs.append(case.args)
+            case AssertCase():
+                inputs.append(case)
+    defaults: dict[type[Case], Checker] = {
+        StdinCase: Lines(),
+        CallCase: Returns(),
+        AssertCase: Asserts(),
+    }
+    return Job(program, tuple(inputs), limits), checker or defaults[kinds.pop()]
+
+
+async def _judge(
+    sandbox: Sandbox, job: Job, cases: Sequence[Case], checker: Checker, stop: str
+) -> RunReport:
+    results: list[CaseResult] = []
+    async with contextlib.aclosing(sandbox.execute(job)) as runs:
+        async for raw in runs:
+            case = cases[len(results)]
+            verdict = _verdict(raw, case, checker)
+            results.append(CaseResult(len(results), verdict, case, raw))
+            # A program that does not compile fails all cases alike, and one that ran into a
+            # limit would cost that limit again on every further case.
+            if verdict in _FINAL or (stop == "first_failure" and verdict is not Verdict.ACCEPTED):
+                break
+    bad = next((r.verdict for r in results if r.verdict is not Verdict.ACCEPTED), None)
+    if bad is None and len(results) < len(cases):
+        raise InfraError("the sandbox gave too few results", kind="sandbox_died")
+    skipped = [CaseResult(i, Verdict.SKIPPED, cases[i]) for i in range(len(results), len(cases))]
+    return RunReport(bad or Verdict.ACCEPTED, (*results, *skipped))
+
+
+_FINAL = frozenset(
+    {
+        Verdict.COMPILE_ERROR,
+        Verdict.TIME_LIMIT,
+        Verdict.MEMORY_LIMIT,
+        Verdict.OUTPUT_LIMIT,
+    }
+)
+
+
+def _verdict(raw: RawRun, case: Case, checker: Checker) -> Verdict:
+    if raw.compile_error:
+        return Verdict.COMPILE_ERROR
+    if raw.limit is not None:
+        return {
+            "time": Verdict.TIME_LIMIT,
+            "memory": Verdict.MEMORY_LIMIT,
+            "output": Verdict.OUTPUT_LIMIT,
+        }[raw.limit]
+    if raw.error is not None or raw.signal is not None or raw.exit_code:
+        return Verdict.RUNTIME_ERROR
+    return Verdict.ACCEPTED if checker.accepts(raw, case) else Verdict.WRONG_ANSWER
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def open_sandbox(
+    backend: str = "auto", *, slots: int | None = None, **options: Any
+) -> AsyncIterator[SandboxPool]:
+    """A pool on a backend that has proved it works here.
+
+    Args:
+        backend: a name, or ``"auto"``: the environment variable ``RLRF_SANDBOX`` if set; else
+            docker if its daemon answers and has our image; else bubblewrap if a program really
+            runs in it; else process (which refuses unless ``allow_unsafe=True``). The choice and
+            what it guarantees are logged in one line (logger ``rlrf.sandbox``).
+        slots: programs at once; None for one per core.
+        options: of the backend, e.g. ``runtime="runsc"`` for ``docker``; with ``"auto"`` only
+            ``allow_unsafe``.
+
+    Raises:
+        UnknownIdError: no such backend.
+        InfraError: the backend does not work here.
+        UsageError: the backend refuses, or does not know an option.
+    """
+    pool = await start_sandbox(backend, slots=slots, **options)
+    try:
+        yield pool
+    finally:
+        await pool.aclose()
+
+
+async def start_sandbox(
+    backend: str = "auto", *, slots: int | None = None, **options: Any
+) -> SandboxPool:
+    """:func:`open_sandbox` without the context manager; the caller closes the pool."""
+    name = os.environ.get("RLRF_SANDBOX") or "auto" if backend == "auto" else backend
+    slots = slots or os.cpu_count() or 1
+    if name != "auto":
+        if name != "process":
+            options.pop("allow_unsafe", None)  # only the process backend has anything to allow
+        return await _started(name, slots, options)
+    allowed = {k: options.pop(k) for k in ("allow_unsafe",) if k in options}
+    if options:
+        raise UsageError(
+            f"options {sorted(options)} with sandbox 'auto', whose backend is not known before; "
+            "name the backend"
+        )
+    reasons = []
+    for name in PREFERRED:
+        try:
+            pool = await _started(name, slots, {})
+        except RlrfError as why:
+            reasons.append(f"{name}: {why}")
+            continue
+        return pool
+    return await _started("process", slots, {**allowed, "instead_of": "; ".join(reasons)})
+
+
+async def _started(name: str, slots: int, options: dict[str, Any]) -> SandboxPool:
+    backend = sandboxes.load(name)
+
+    def make() -> Sandbox:
+        try:
+            made: Sandbox = backend(**options)
+        except TypeError as error:
+            raise UsageError(f"sandbox {name!r}: {error}") from error
+        return made
+
+    pool = SandboxPool(make, slots)
+    await pool.start()
+    weaker = "".join(f"; {w}" for w in pool.info.warnings)
+    log.info("sandbox: %s, %d at once: %s%s", name, slots, pool.info.guarantee, weaker)
+    return pool

@@ -1,0 +1,262 @@
+"""Programs in Docker: one warm, hardened container per slot."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from rlrf.errors import InfraError
+from rlrf.sandbox import Job, RawRun, SandboxInfo
+from rlrf_sandboxes import daemon, images
+from rlrf_sandboxes.slot import ENVIRONMENT, PYTHON_FLAGS, Link, Settings, Slot
+
+MEMORY_HEADROOM_MB = 64
+"""What the runner and the files in memory need beside the programs."""
+
+
+class DockerSandbox:
+    """A runner in a container with no network, no rights and a read-only file system.
+
+    Every program gets a uid of its own; nothing it leaves behind outlives it. The runner is root
+    *inside*, with four capabilities (SETUID, SETGID, KILL, CHOWN); programs have none. When the
+    process that made it dies, the container ends by itself.
+
+    Args:
+        image: None for the one that ``rlrf sandbox build`` or ``import`` made for this version.
+        runtime: ``runc``, or ``runsc`` (gVisor) where adversaries are real.
+        docker_host: the daemon; None for the usual one.
+        memory_mb: of all processes of a program together. ``Limits.memory_mb`` is per process.
+        tmp_mb: size of the folder a program may write.
+        inodes: files and folders in it.
+    """
+
+    def __init__(
+        self,
+        *,
+        image: str | None = None,
+        runtime: str = "runc",
+        docker_host: str | None = None,
+        memory_mb: int = 1024,
+        tmp_mb: int = 64,
+        inodes: int = 4096,
+    ) -> None:
+        self._image, self._runtime, self._docker_host = image, runtime, docker_host
+        self._memory_mb, self._tmp_mb, self._inodes = memory_mb, tmp_mb, inodes
+        self._slot = Slot(self._launch, Settings("uid", tmp_mb, inodes))
+
+    @property
+    def info(self) -> SandboxInfo:
+        """Name and guarantee."""
+        kernel = (
+            "a kernel of its own in user space (gVisor)"
+            if self._runtime == "runsc"
+            else "the kernel is shared: no defence against its own holes, so use a machine of its "
+            "own or runtime='runsc' against real adversaries"
+        )
+        return SandboxInfo(
+            "docker",
+            "a container without network, rights or a writable system, with limits on memory, "
+            f"processes and files, and a uid per program; {kernel}",
+            self._slot.warnings,
+        )
+
+    async def start(self) -> None:
+        """Start a container.
+
+        Raises:
+            InfraError: no daemon, no permission, no image; says what to do.
+        """
+        await self._slot.start()
+
+    async def ping(self) -> None:
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        await self._slot.ping()
+
+    def execute(self, job: Job) -> AsyncGenerator[RawRun, None]:
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        return self._slot.execute(job)
+
+    async def aclose(self) -> None:
+        """See :class:`rlrf.sandbox.Sandbox`."""
+        await self._slot.aclose()
+
+    async def _launch(self) -> Link:
+        made: list[_Container] = []
+        try:
+            container = await daemon.limited(self._start_container, made)
+        except asyncio.CancelledError:
+            # The thread may still be at it; whatever it makes must not stay.
+            threading.Thread(target=_remove_all, args=(made,), daemon=True).start()
+            raise
+
+        async def end() -> None:
+            await daemon.limited(container.remove)
+
+        return Link(container.sock, end, strip=_Demultiplexer(container), last_words=container.said)
+
+    def _start_container(self, made: list[_Container]) -> _Container:
+        client = daemon.connect(self._docker_host)
+        container = _Container(client)
+        made.append(container)
+        try:
+            image = images.find(client, self._image)
+            if image is None:
+                raise InfraError(
+                    f"docker has no image {self._image or images.tag()!r}; make it with `rlrf "
+                    "sandbox build`, or without a registry `rlrf sandbox import --from-host`",
+                    kind="sandbox_image_missing",
+                    retryable=False,
+                )
+            host_config = client.create_host_config(**self.hardening())
+            container.id = client.create_container(
+                image,
+                entrypoint=["python3", *PYTHON_FLAGS, "/rlrf/runner.py"],
+                command=[],
+                environment={**ENVIRONMENT, "HOME": "/sandbox/run", "TMPDIR": "/sandbox/run"},
+                hostname="sandbox",
+                user="0:0",
+                working_dir="/",
+                stdin_open=True,
+                labels=daemon.labels(),
+                host_config=host_config,
+                network_disabled=True,
+            )["Id"]
+            # Attached before the start, or its first words would be lost. `stdin_open` without
+            # `detach` sets StdinOnce: when this line is cut, its input ends, and it with it.
+            container.attach()
+            client.start(container.id)
+        except InfraError:
+            container.remove()
+            raise
+        except Exception as error:
+            container.remove()
+            raise InfraError(
+                f"docker could not start a sandbox: {error}", kind="sandbox_start"
+            ) from error
+        return container
+
+    def hardening(self) -> dict[str, Any]:
+        """The arguments of docker's ``create_host_config``."""
+        memory = (self._memory_mb + MEMORY_HEADROOM_MB) << 20
+        return {
+            "network_mode": "none",
+            "read_only": True,
+            "cap_drop": ["ALL"],
+            "cap_add": ["SETUID", "SETGID", "KILL", "CHOWN"],
+            "security_opt": ["no-new-privileges"],
+            "ipc_mode": "none",
+            "pids_limit": 96,
+            "mem_limit": memory,
+            "memswap_limit": memory,
+            "nano_cpus": 1_000_000_000,
+            "ulimits": [
+                {"name": "core", "soft": 0, "hard": 0},
+                {"name": "nofile", "soft": 512, "hard": 512},
+                {"name": "stack", "soft": 256 << 20, "hard": 256 << 20},
+            ],
+            "tmpfs": {
+                "/sandbox": f"rw,nosuid,nodev,noexec,size={self._tmp_mb}m,"
+                f"nr_inodes={self._inodes},mode=0755",
+                "/dev/mqueue": "ro,size=4k",  # docker's own is writable for all
+            },
+            "auto_remove": True,
+            "log_config": {"Type": "none", "Config": {}},
+            "runtime": self._runtime,
+        }
+
+
+class _Container:
+    """A container, from its making to its end; used in threads."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+        self.id: str | None = None
+        self.sock: socket.socket
+        self.errors = bytearray()
+
+    def attach(self) -> None:
+        """Open its standard streams as one non-blocking socket."""
+        params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
+        stream = self.client.attach_socket(self.id, params=params)
+        inner = getattr(stream, "_sock", stream)
+        if isinstance(inner, socket.socket) and type(inner) is socket.socket:
+            self.sock = socket.socket(fileno=os.dup(inner.fileno()))
+            stream.close()
+            inner.close()
+        else:  # TLS or ssh: the event loop cannot read these
+            self.sock = _bridge(inner)
+        self.sock.setblocking(False)
+
+    def said(self) -> str:
+        """The end of its standard error."""
+        return bytes(self.errors[-2000:]).decode(errors="replace")
+
+    def remove(self) -> None:
+        """End and remove it; that it is gone already is no error."""
+        try:
+            if self.id is not None:
+                self.client.remove_container(self.id, force=True)
+        except daemon.sdk().errors.APIError as error:
+            if error.status_code not in (404, 409):  # gone, or going
+                raise InfraError(
+                    f"container {self.id} could not be removed: {error}", kind="sandbox_remove"
+                ) from error
+        except OSError as error:  # the daemon is away; the container ends by itself
+            raise InfraError(
+                f"container {self.id} could not be removed: {error}", kind="sandbox_remove"
+            ) from error
+        finally:
+            self.client.close()
+
+
+def _remove_all(made: list[_Container]) -> None:
+    for container in made:
+        with contextlib.suppress(InfraError):
+            container.remove()
+
+
+class _Demultiplexer:
+    """Takes docker's framing off: 8 bytes of stream number and length before each piece."""
+
+    def __init__(self, container: _Container) -> None:
+        self._container = container
+        self._buffer = bytearray()
+
+    def __call__(self, data: bytes) -> bytes:
+        """What of the received is standard output."""
+        self._buffer += data
+        out = bytearray()
+        while len(self._buffer) >= 8:
+            size = int.from_bytes(self._buffer[4:8], "big")
+            if len(self._buffer) < 8 + size:
+                break
+            piece = self._buffer[8 : 8 + size]
+            if self._buffer[0] == 1:
+                out += piece
+            else:
+                self._container.errors += piece
+                del self._container.errors[:-4000]
+            del self._buffer[: 8 + size]
+        return bytes(out)
+
+
+def _bridge(stream: Any) -> socket.socket:
+    """A plain socket that two threads connect with a stream that is none."""
+    ours, theirs = socket.socketpair()
+
+    def pump(read: Callable[[int], bytes], write: Callable[[bytes], Any]) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while data := read(1 << 16):
+                write(data)
+        for one in (theirs, stream):
+            with contextlib.suppress(OSError, ValueError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    for read, write in ((stream.recv, theirs.sendall), (theirs.recv, stream.sendall)):
+        threading.Thread(target=pump, args=(read, write), name="rlrf-docker", daemon=True).start()
+    return ours

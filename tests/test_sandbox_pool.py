@@ -1,0 +1,417 @@
+"""The pool: turns, retries, replacements, refusals; and choosing a backend."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rlrf import InfraError, UsageError, run_sync
+from rlrf.sandbox import (
+    CallCase,
+    Limits,
+    Program,
+    RawRun,
+    SandboxInfo,
+    SandboxPool,
+    StdinCase,
+    Verdict,
+    open_sandbox,
+    start_sandbox,
+)
+from tests.backends import BACKENDS, options
+
+CASE = [StdinCase("", "ok")]
+OK = RawRun(stdout=b"ok")
+DIED = InfraError("died", kind="sandbox_died")
+
+
+class Fakes:
+    """Makes sandboxes of scripted outcomes, and remembers what became of them."""
+
+    def __init__(self, *outcomes, dead_on_arrival=0):
+        self.outcomes, self.dead_on_arrival = list(outcomes), dead_on_arrival
+        self.running = self.most = self.alive = self.pings = 0
+        self.order = []
+        self.hold = None  # an event that programs wait for
+
+    def __call__(self):
+        return Fake(self)
+
+
+class Fake:
+    info = SandboxInfo("fake", "none")
+
+    def __init__(self, all_):
+        self.all = all_
+
+    async def start(self):
+        if self.all.dead_on_arrival:
+            self.all.dead_on_arrival -= 1
+            raise InfraError("does not start", kind="sandbox_start")
+        self.all.alive += 1
+
+    async def ping(self):
+        self.all.pings += 1
+        if self.all.outcomes and self.all.outcomes[0] == "silent":
+            raise self.all.outcomes.pop(0) and DIED
+
+    async def execute(self, job):
+        self.all.running += 1
+        self.all.most = max(self.all.most, self.all.running)
+        self.all.order.append(job.program.code)
+        try:
+            if self.all.hold is not None:
+                await self.all.hold.wait()
+            for _ in job.inputs:
+                await asyncio.sleep(0)
+                outcome = self.all.outcomes.pop(0) if self.all.outcomes else OK
+                if isinstance(outcome, Exception):
+                    raise outcome
+                yield outcome
+        finally:
+            self.all.running -= 1
+
+    async def aclose(self):
+        self.all.alive -= 1
+
+
+async def started(fakes, slots, **options):
+    """A pool whose first programs are not eaten by the probe."""
+    outcomes, fakes.outcomes = fakes.outcomes, [RawRun(stdout=b"42")]
+    pool = SandboxPool(fakes, slots, **options)
+    await pool.start()
+    fakes.outcomes = outcomes
+    fakes.order.clear()
+    return pool
+
+
+def test_infrastructure_failures_are_retried_elsewhere_and_never_a_verdict():
+    async def go():
+        fakes = Fakes(DIED, DIED)
+        pool = await started(fakes, 1)
+        assert (await pool.run(Program("x"), CASE)).verdict is Verdict.ACCEPTED
+        assert (pool.stats().retries, pool.stats().replaced) == (2, 2)
+        fakes.outcomes = [DIED] * 3
+        with pytest.raises(InfraError, match="died"):
+            await pool.run(Program("x"), CASE)
+        await pool.aclose()
+        assert fakes.alive == 0
+
+    asyncio.run(go())
+
+
+def test_a_failure_that_no_retry_helps_is_not_retried():
+    async def go():
+        pool = await started(Fakes(InfraError("no", retryable=False)), 1)
+        with pytest.raises(InfraError, match="no"):
+            await pool.run(Program("x"), CASE)
+        assert pool.stats().retries == 0
+
+    asyncio.run(go())
+
+
+def test_too_few_results_are_a_failure_not_a_pass():
+    class Short(Fake):
+        async def execute(self, job):
+            yield OK
+
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 1)
+        pool._slots[0].sandbox.__class__ = Short
+        fakes.outcomes = []
+        report = await pool.run(Program("x"), CASE * 2)  # a retry gets a sound sandbox
+        assert report.verdict is Verdict.ACCEPTED
+        assert pool.stats().retries == 1
+
+    asyncio.run(go())
+
+
+def test_no_more_run_at_once_than_there_are_slots():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 3)
+        await asyncio.gather(*(pool.run(Program("x"), CASE) for _ in range(20)))
+        assert fakes.most == 3
+
+    asyncio.run(go())
+
+
+def test_groups_take_turns_and_a_group_keeps_its_order():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 1)
+        fakes.hold = asyncio.Event()
+        jobs = [("first", None), ("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("b2", "b")]
+        runs = [
+            asyncio.ensure_future(pool.run(Program(code), CASE, group=group))
+            for code, group in jobs
+        ]
+        while not fakes.running:
+            await asyncio.sleep(0)
+        fakes.hold.set()
+        await asyncio.gather(*runs)
+        assert fakes.order == ["first", "a1", "b1", "a2", "b2", "a3"]
+
+    asyncio.run(go())
+
+
+def test_a_cancelled_program_costs_its_sandbox_and_nobody_elses_turn():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 1)
+        fakes.hold = asyncio.Event()
+        running = asyncio.ensure_future(pool.run(Program("x"), CASE))
+        waiting = asyncio.ensure_future(pool.run(Program("y"), CASE))
+        third = asyncio.ensure_future(pool.run(Program("z"), CASE))
+        while not fakes.running:
+            await asyncio.sleep(0)
+        waiting.cancel()
+        running.cancel()
+        fakes.hold.set()
+        assert (await third).verdict is Verdict.ACCEPTED
+        assert fakes.order == ["x", "z"]
+        assert pool.stats().replaced == 1
+        await pool.aclose()
+        assert fakes.alive == 0
+
+    asyncio.run(go())
+
+
+def test_a_program_that_the_machine_starved_runs_again_alone():
+    async def go():
+        starved = RawRun(limit="time", starved=True)
+        fakes = Fakes(starved)
+        pool = await started(fakes, 4)
+        reports = await asyncio.gather(*(pool.run(Program(str(i)), CASE) for i in range(8)))
+        assert {r.verdict for r in reports} == {Verdict.ACCEPTED}
+        assert pool.stats().starved == 1
+        fakes.outcomes = [starved, starved]
+        report = await pool.run(Program("slow"), CASE)  # the second time counts
+        assert report.verdict is Verdict.TIME_LIMIT
+
+    asyncio.run(go())
+
+
+def test_after_failures_in_a_row_it_refuses_and_then_tries_again():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 1, cooldown_s=0.0)
+        pool._cooldown_s = 1000.0
+        fakes.outcomes, fakes.dead_on_arrival = [DIED], 1000
+        with pytest.raises(InfraError, match="does not start"):
+            await pool.run(Program("x"), CASE)
+        tried = fakes.dead_on_arrival
+        with pytest.raises(InfraError, match="3 times in a row, last: does not start"):
+            await pool.run(Program("x"), CASE)
+        assert fakes.dead_on_arrival == tried  # it has not even tried
+        fakes.dead_on_arrival, pool._refuse_until = 0, 0.0
+        assert (await pool.run(Program("x"), CASE)).verdict is Verdict.ACCEPTED
+
+    asyncio.run(go())
+
+
+def test_sandboxes_are_recycled_by_age_and_checked_when_idle():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 1, recycle_programs=3, heartbeat_s=0.0)
+        for _ in range(6):
+            await pool.run(Program("x"), CASE)
+        assert (pool.stats().recycled, pool.stats().replaced) == (2, 0)
+        await pool.run(Program("x"), CASE)
+        await pool._check_idle()
+        assert (fakes.pings, pool.stats().replaced) == (1, 0)
+        fakes.outcomes = ["silent"]
+        await pool._check_idle()
+        assert pool.stats().replaced == 1
+        await pool.aclose()
+        assert fakes.alive == 0
+
+    asyncio.run(go())
+
+
+def test_a_sandbox_that_gives_wrong_answers_is_not_used():
+    async def go():
+        fakes = Fakes(RawRun(stdout=b"41"))
+        with pytest.raises(InfraError, match="gives wrong_answer for a program that is right"):
+            await SandboxPool(fakes, 1).start()
+        assert fakes.alive == 0
+
+    asyncio.run(go())
+
+
+def test_it_may_be_used_from_any_loop_and_any_thread():
+    pool = run_sync(start_sandbox("process", slots=2, allow_unsafe=True))
+    program = Program("print('ok')")
+    reports = [pool.run_sync(program, CASE), asyncio.run(pool.run(program, CASE))]
+    thread = threading.Thread(target=lambda: reports.append(pool.run_sync(program, CASE)))
+    thread.start()
+    thread.join()
+    assert [r.verdict for r in reports] == [Verdict.ACCEPTED] * 3
+
+    async def inside():
+        with pytest.raises(UsageError, match="await run"):
+            pool.run_sync(program, CASE)
+
+    run_sync(inside())
+    asyncio.run(pool.aclose())
+    with pytest.raises(UsageError, match="closed"):
+        pool.run_sync(program, CASE)
+
+
+# --- real backends --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cancelling_ends_the_program(backend, tmp_path):
+    async def go():
+        async with open_sandbox(backend, slots=1, **options(backend)) as pool:
+            limits = Limits(cpu_s=1000, wall_s=1000, memory_mb=256)
+            task = asyncio.ensure_future(pool.run(Program("while True: pass"), CASE, limits=limits))
+            while pool._turns.free:  # any moment after that will do
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert (await pool.run(Program("print('ok')"), CASE)).verdict is Verdict.ACCEPTED
+            assert pool.stats().replaced == 1
+
+    asyncio.run(go())
+
+
+OWNER = """
+import asyncio, sys
+from rlrf.sandbox import *
+async def go():
+    async with open_sandbox(sys.argv[1], slots=2, **eval(sys.argv[2])) as pool:
+        limits = Limits(cpu_s=1000, wall_s=1000, memory_mb=256)
+        code = "import os\\nos.fork()\\nos.setsid() if os.fork() == 0 else 0\\nwhile True: pass"
+        runs = [asyncio.ensure_future(pool.run(Program(code), [StdinCase("", "")], limits=limits))
+                for _ in range(2)]
+        await asyncio.gather(*runs)
+asyncio.run(go())
+"""
+
+
+def descendants(session):
+    """Processes that carry a mark in their environment or command line, and their children."""
+    found = {}
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                fields = file.read().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        found[int(name)] = int(fields[1])
+    below, level = set(), {session}
+    while level:
+        level = {pid for pid, parent in found.items() if parent in level} - below
+        below |= level
+    return below
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] != "docker"])
+def test_nothing_outlives_an_owner_that_is_killed(backend):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, backend, repr(options(backend))])
+    # Two sandboxes, each with a runner, a zygote and four processes of a program.
+    assert eventually(lambda: len(descendants(owner.pid)) >= 12, 60)
+    born = {pid: start_time(pid) for pid in descendants(owner.pid)}
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert eventually(lambda: not any(start_time(p) == start for p, start in born.items()), 10)
+
+
+def eventually(holds, seconds):
+    """Whether it holds before so many seconds have passed."""
+    pause = threading.Event()
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        pause.wait(0.01)
+    return True
+
+
+def start_time(pid):
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == b"Z" else fields[19]
+
+
+# --- opening --------------------------------------------------------------------------------
+
+
+def test_the_process_backend_refuses_untrusted_programs():
+    with pytest.raises(UsageError, match="allow_unsafe=True"):
+        run_sync(start_sandbox("process"))
+
+
+@pytest.fixture
+def nothing_safe(monkeypatch):
+    monkeypatch.delenv("RLRF_SANDBOX", raising=False)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
+
+
+def test_auto_falls_back_to_a_refusal_that_says_why(nothing_safe):
+    with pytest.raises(UsageError, match=r"docker: .*bubblewrap: bubblewrap is not installed"):
+        run_sync(start_sandbox("auto"))
+    pool = run_sync(start_sandbox("auto", allow_unsafe=True))
+    assert pool.info.backend == "process"
+    assert "NOT a sandbox" in pool.info.guarantee
+    run_sync(pool.aclose())
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+def test_auto_takes_the_best_there_is_and_says_so(backend, monkeypatch, caplog):
+    options(backend)
+    monkeypatch.delenv("RLRF_SANDBOX", raising=False)
+    if backend != "docker":
+        monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
+    with caplog.at_level("INFO", logger="rlrf.sandbox"):
+        pool = run_sync(start_sandbox("auto", slots=1))
+    assert pool.info.backend == backend
+    assert [r.message.split(",")[0] for r in caplog.records] == [f"sandbox: {backend}"]
+    run_sync(pool.aclose())
+
+
+def test_the_environment_variable_overrides_auto(monkeypatch):
+    monkeypatch.setenv("RLRF_SANDBOX", "process")
+    with pytest.raises(UsageError, match="process backend"):
+        run_sync(start_sandbox("auto"))
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(UsageError, match=r"sandbox 'bubblewrap': .*'memory'"):
+        run_sync(start_sandbox("bubblewrap", memory=3))
+    with pytest.raises(UsageError, match=r"'memory_mb'.* with sandbox 'auto'"):
+        run_sync(start_sandbox("auto", memory_mb=3))
+
+
+@pytest.mark.parametrize(
+    ("cases", "entry"),
+    [
+        ([], None),
+        ([CallCase((), 1)], None),
+        ([StdinCase("", "")], "f"),
+        ([CallCase((), 1), StdinCase("", "")], "f"),
+    ],
+)
+def test_cases_must_fit_the_program(cases, entry):
+    with pytest.raises(UsageError, match="CallCases"):
+        SandboxPool(Fakes(), 1).run_sync(Program("x", entry), cases)
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(UsageError, match=r"Limits\.cpu_s is 0"):
+        Limits(cpu_s=0)
