@@ -210,7 +210,15 @@ class Slot:
             yield
         except UsageError:
             raise
-        except (EOFError, OSError, TimeoutError, ValueError, KeyError, TypeError) as error:
+        except (
+            EOFError,
+            OSError,
+            ValueError,
+            TypeError,
+            LookupError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             said = self._link.last_words().strip()[-500:] if self._link is not None else ""
             why = {EOFError: "it ended", TimeoutError: "it does not answer"}.get(type(error))
             raise InfraError(

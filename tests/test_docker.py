@@ -1,0 +1,277 @@
+"""The docker backend: how its containers are locked up, and what happens when the daemon fails."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from rlrf import InfraError, run_sync
+from rlrf.sandbox import Limits, Program, SandboxPool, StdinCase, Verdict, open_sandbox
+from rlrf_sandboxes import daemon, images
+from rlrf_sandboxes.docker import DockerSandbox
+from tests.backends import options
+from tests.test_sandbox_pool import OWNER, eventually
+
+pytestmark = pytest.mark.docker
+CASE = [StdinCase("", "ok")]
+OK = Program("print('ok')")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def image():
+    options("docker")
+    client = daemon.connect()
+    yield images.find(client)
+    client.close()
+
+
+@pytest.fixture
+def client():
+    made = daemon.connect()
+    yield made
+    made.close()
+
+
+def ours(client, pid=None):
+    """Containers made by a process, this one unless told."""
+    label = f"{daemon.PREFIX}owner_pid={pid or os.getpid()}"
+    return client.containers(all=True, filters={"label": label})
+
+
+async def container_of(pool, client):
+    """The container of a pool's first slot."""
+    slot = pool._slots[0].sandbox._slot
+    (one,) = [c for c in ours(client) if c["Id"] == slot._link._end.__closure__[0].cell_contents.id]
+    return one
+
+
+# --- how it is locked up --------------------------------------------------------------------
+
+
+def test_the_container_has_no_rights_network_or_writable_system(client):
+    async def go():
+        async with open_sandbox("docker", slots=1) as pool:
+            return client.inspect_container((await container_of(pool, client))["Id"])
+
+    about = run_sync(go())
+    host, config = about["HostConfig"], about["Config"]
+    assert host["Privileged"] is False
+    assert host["NetworkMode"] == "none"
+    assert host["ReadonlyRootfs"] is True
+    assert host["CapDrop"] == ["ALL"]
+    caps = {c.removeprefix("CAP_") for c in host["CapAdd"]}
+    assert caps == {"SETUID", "SETGID", "KILL", "CHOWN"}
+    assert any(o.startswith("no-new-privileges") for o in host["SecurityOpt"])
+    assert not any("unconfined" in o for o in host["SecurityOpt"])
+    assert host["IpcMode"] == "none"
+    assert (host["PidMode"], host["UTSMode"], host["UsernsMode"]) == ("", "", "")
+    assert 0 < host["PidsLimit"] <= 128
+    assert host["Memory"] == host["MemorySwap"] == (1024 + 64) << 20
+    assert host["NanoCpus"] == 1_000_000_000
+    assert not host["Binds"]
+    assert not host.get("Mounts")
+    assert not about["Mounts"]
+    assert not host["Devices"]
+    assert not host["VolumesFrom"]
+    assert host["AutoRemove"] is True
+    assert host["LogConfig"]["Type"] == "none"
+    assert set(host["Tmpfs"]) == {"/sandbox", "/dev/mqueue"}
+    for flag in ("nosuid", "nodev", "noexec", "size=64m", "nr_inodes=4096"):
+        assert flag in host["Tmpfs"]["/sandbox"]
+    assert host["Tmpfs"]["/dev/mqueue"].startswith("ro")
+    limits = {u["Name"]: (u["Soft"], u["Hard"]) for u in host["Ulimits"]}
+    assert limits["core"] == (0, 0)
+    assert config["OpenStdin"] is True
+    assert config["StdinOnce"] is True  # the dead-man switch: its input ends with our line
+    secrets = [e for e in config["Env"] if e.partition("=")[0] in os.environ]
+    assert {e.partition("=")[0] for e in secrets} <= {"PATH", "HOME", "LANG", "TMPDIR", *os.environ}
+    assert not [e for e in config["Env"] if "KEY" in e or "TOKEN" in e]
+
+
+def test_a_program_has_no_capability_and_a_uid_of_its_own():
+    code = """
+import os
+status = dict(l.split(':\\t') for l in open('/proc/self/status').read().splitlines() if ':\\t' in l)
+print(status['CapEff'], status['CapPrm'], status['CapAmb'], status['NoNewPrivs'], status['Seccomp'])
+print(os.getuid(), os.getgroups())
+"""
+
+    async def go():
+        async with open_sandbox("docker", slots=1) as pool:
+            reports = [await pool.run(Program(code), CASE) for _ in range(2)]
+            return [r.cases[0].raw.text.split("\n") for r in reports]
+
+    first, second = run_sync(go())
+    assert first[0] == "0" * 16 + " " + "0" * 16 + " " + "0" * 16 + " 1 2"
+    assert first[1] != second[1]
+    assert first[1].endswith("[]")
+
+
+def test_processes_that_take_too_much_memory_together_are_the_programs_fault():
+    code = """
+import os, time
+for _ in range(12):
+    if os.fork() == 0:
+        x = bytearray(os.urandom(1)) * (150 << 20)
+        time.sleep(30)
+        os._exit(0)
+for _ in range(12):
+    os.wait()
+print('ok')
+"""
+
+    async def go():
+        async with open_sandbox("docker", slots=1, memory_mb=512) as pool:
+            limits = Limits(cpu_s=4, wall_s=12, memory_mb=400)
+            report = await pool.run(Program(code), CASE, limits=limits)
+            assert report.verdict is Verdict.MEMORY_LIMIT
+            assert (await pool.run(OK, CASE)).verdict is Verdict.ACCEPTED
+            assert pool.stats().replaced == 0  # the runner has survived
+
+    run_sync(go())
+
+
+# --- when things fail -----------------------------------------------------------------------
+
+
+def test_a_container_that_is_killed_costs_a_retry_not_a_verdict(client):
+    async def go():
+        async with open_sandbox("docker", slots=1) as pool:
+            limits = Limits(cpu_s=30, wall_s=60)
+            code = "import time\nt = time.time()\nwhile time.time() < t + 1: pass\nprint('ok')"
+            task = asyncio.ensure_future(pool.run(Program(code), CASE, limits=limits))
+            while pool._turns.free:
+                await asyncio.sleep(0)
+            client.kill((await container_of(pool, client))["Id"])
+            report = await task
+            assert report.verdict is Verdict.ACCEPTED
+            assert (pool.stats().retries, pool.stats().replaced) == (1, 1)
+
+    run_sync(go())
+    assert eventually(lambda: not ours(client), 10)
+
+
+def test_nothing_outlives_an_owner_that_is_killed(client):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, "docker", "{}"])
+
+    def busy():
+        found = [c for c in ours(client, owner.pid) if c["State"] == "running"]
+        return len(found) == 2 and all(len(client.top(c["Id"])["Processes"]) >= 5 for c in found)
+
+    assert eventually(busy, 60)
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert eventually(lambda: not ours(client, owner.pid), 10)
+
+
+def test_a_missing_image_says_how_to_get_it():
+    with pytest.raises(InfraError, match="rlrf sandbox import --from-host"):
+        run_sync(SandboxPool(lambda: DockerSandbox(image="no-such-image:1"), 1).start())
+
+
+def test_a_full_folder_is_the_programs_error_and_is_emptied():
+    code = """
+import os
+for i in range({n}):
+    with open(str(i), 'wb') as file:
+        file.write(b'x' * {size})
+print('ok')
+"""
+
+    async def go():
+        async with open_sandbox("docker", slots=1, tmp_mb=4, inodes=64) as pool:
+            for n, size in ((3, 1 << 21), (100, 1)):
+                full = await pool.run(Program(code.format(n=n, size=size)), CASE)
+                assert full.verdict is Verdict.RUNTIME_ERROR
+                assert full.cases[0].raw.error.type == "OSError"
+                fits = await pool.run(Program(code.format(n=1, size=1 << 21)), CASE)
+                assert fits.verdict is Verdict.ACCEPTED
+            assert pool.stats().replaced == 0
+
+    run_sync(go())
+
+
+# --- a daemon that stops --------------------------------------------------------------------
+
+
+class Daemon:
+    """A docker daemon of our own, to be stopped at will."""
+
+    def __init__(self, folder):
+        self.folder, self.host = folder, f"unix://{folder}/docker.sock"
+        self.process = None
+
+    def start(self):
+        self.log = open(self.folder / "log", "ab")  # noqa: SIM115  # closed by stop()
+        self.process = subprocess.Popen(
+            [
+                "dockerd",
+                *("--host", self.host, "--data-root", str(self.folder / "data")),
+                *("--exec-root", str(self.folder / "exec"), "--bridge", "none"),
+                *("--pidfile", str(self.folder / "pid"), "--iptables=false", "--ip6tables=false"),
+            ],
+            stdout=self.log,
+            stderr=self.log,
+        )
+        assert eventually(self.answers, 60), (self.folder / "log").read_text()[-2000:]
+
+    def answers(self):
+        with contextlib.suppress(InfraError):
+            daemon.connect(self.host, timeout=2).close()
+            return True
+        return False
+
+    def stop(self):
+        self.process.terminate()
+        self.process.wait(60)
+        self.log.close()
+
+
+@pytest.fixture
+def own_daemon(tmp_path):
+    if os.geteuid() != 0 or shutil.which("dockerd") is None:
+        pytest.skip("a second docker daemon needs root and dockerd")
+    made = Daemon(tmp_path)
+    made.start()
+    yield made
+    if made.process.poll() is None:
+        made.stop()
+
+
+@pytest.mark.slow
+def test_a_daemon_that_stops_and_comes_back(own_daemon):
+    client = daemon.connect(own_daemon.host)
+    images.import_from_host(client)
+    client.close()
+
+    async def go():
+        async with open_sandbox("docker", slots=2, docker_host=own_daemon.host) as pool:
+            pool._cooldown_s = 0.0
+            assert (await pool.run(OK, CASE)).verdict is Verdict.ACCEPTED
+            limits = Limits(cpu_s=1000, wall_s=1000)
+            runs = [
+                asyncio.ensure_future(pool.run(Program("while True: pass"), CASE, limits=limits))
+                for _ in range(2)
+            ]
+            while pool._turns.free:
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(own_daemon.stop)
+            outcomes = await asyncio.gather(*runs, return_exceptions=True)
+            assert all(isinstance(o, InfraError) for o in outcomes)  # unscored, never a verdict
+            with pytest.raises(InfraError, match="docker daemon"):
+                await pool.run(OK, CASE)
+            await asyncio.to_thread(own_daemon.start)
+            reports = await asyncio.gather(*(pool.run(OK, CASE) for _ in range(8)))
+            assert {r.verdict for r in reports} == {Verdict.ACCEPTED}
+        left = daemon.connect(own_daemon.host)
+        assert eventually(lambda: not ours(left), 10)
+        left.close()
+
+    run_sync(go())
