@@ -97,6 +97,30 @@ def test_every_case_starts_afresh(pool):
     assert report.verdict is Verdict.ACCEPTED
 
 
+def test_every_case_finds_an_empty_folder(pool):
+    look = "import os\nprint('ok' if not os.listdir('.') else 'no')\n"
+    code = look + "os.makedirs('a/b')\nos.chmod('a', 0)"
+    report = run(pool, code, [StdinCase("", "ok")] * 3)
+    assert report.verdict is Verdict.ACCEPTED
+
+
+def test_random_is_the_same_every_time(pool):
+    code = "import random\nprint(random.random())"
+    assert len({run(pool, code).cases[0].raw.stdout for _ in range(3)}) == 1
+
+
+def test_what_happens_at_exit_and_in_threads_counts(pool):
+    code = """
+import atexit, threading, time
+atexit.register(lambda: print('k'))
+def late():
+    time.sleep(0.01)
+    print('o', end='')
+threading.Thread(target=late).start()
+"""
+    assert run(pool, code).verdict is Verdict.ACCEPTED
+
+
 def test_the_same_program_gives_the_same_bytes(pool):
     code = "print({'a', 'b', 'c', 'd'}, hash('x'))\nprint(object())"
     first, second = (run(pool, code).cases[0].raw.stdout for _ in range(2))

@@ -497,6 +497,8 @@ def _number(value: Any) -> int:
 
 def _message(text: Any) -> dict[str, Any]:
     """What the program's own process left on its channel: anything at all, so far as we know."""
+    if not text:
+        return {}
     with contextlib.suppress(ValueError, RecursionError):
         message = json.loads(str(text).encode("latin-1"))
         if isinstance(message, dict):
