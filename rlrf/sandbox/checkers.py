@@ -66,13 +66,13 @@ class Tokens:
         )
 
     def _close(self, a: str, b: str) -> bool:
-        if not self.tolerance:
+        if not self.tolerance or not a.isascii() or "_" in a:
             return False
         try:
             x, y = float(a), float(b)
         except ValueError:
             return False
-        return math.isclose(x, y, rel_tol=self.tolerance, abs_tol=self.tolerance)
+        return _close(x, y, self.tolerance)
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,20 @@ class Returns:
             return isinstance(a, bool) and isinstance(b, bool) and a is b
         if isinstance(a, (int, float)) and isinstance(b, (int, float)):
             if self.tolerance and (isinstance(a, float) or isinstance(b, float)):
-                return math.isclose(a, b, rel_tol=self.tolerance, abs_tol=self.tolerance)
+                return _close(a, b, self.tolerance)
             return a == b
         if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
             return len(a) == len(b) and all(map(self._equal, a, b))
         if isinstance(a, dict) and isinstance(b, dict):
             return a.keys() == b.keys() and all(self._equal(a[k], b[k]) for k in a)
         return type(a) is type(b) and bool(a == b)
+
+
+def _close(a: float, b: float, tolerance: float) -> bool:
+    try:
+        return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
+    except OverflowError:  # an integer that no float can hold
+        return a == b
 
 
 def _stdin_case(case: Case) -> StdinCase:
@@ -124,10 +131,15 @@ def _lines(text: str) -> list[str]:
 
 
 def _decimals(line: str) -> list[Decimal] | None:
+    # Decimal would take digits of any script and underscores; and a signalling NaN that a program
+    # prints would raise when it is compared.
+    if not line.isascii() or "_" in line:
+        return None
     try:
-        return [Decimal(word) for word in line.split()]
+        numbers = [Decimal(word) for word in line.split()]
     except InvalidOperation:
         return None
+    return numbers if all(n.is_finite() for n in numbers) else None
 
 
 @dataclass(frozen=True)

@@ -132,8 +132,8 @@ class SandboxPool:
         recycle_programs: programs after which a sandbox is replaced.
         recycle_s: seconds after which it is.
         heartbeat_s: how long a sandbox may be idle before it is asked for a sign of life.
-        failures: after so many failures in a row the pool refuses at once, instead of starting
-            sandboxes that fail, until ``cooldown_s`` have passed.
+        failures: after failing for so many programs in a row the pool refuses at once, instead of
+            starting sandboxes that fail, until ``cooldown_s`` have passed.
         cooldown_s: see ``failures``.
     """
 
@@ -269,6 +269,7 @@ class SandboxPool:
                 report = await self._once(job, cases, check, stop, group, alone=alone)
             except InfraError as error:
                 if attempt == self.retries or not error.retryable:
+                    self._note_failure(error)
                     raise
                 self._stats.retries += 1
                 continue
@@ -304,13 +305,9 @@ class SandboxPool:
             report = await _judge(slot.sandbox, job, cases, check, stop)
         except UsageError:
             raise
-        except BaseException as error:
+        except BaseException:
             # After a failure nobody knows what is in there; after a cancellation the program is.
             self._discard(slot)
-            if isinstance(error, InfraError) and error.kind != "sandbox_refused":
-                self._failed += 1
-                self._last_failure = error
-                self._refuse_until = time.monotonic() + self._cooldown_s
             raise
         else:
             self._failed = 0
@@ -322,10 +319,18 @@ class SandboxPool:
         finally:
             self._turns.give(slot)
 
+    def _note_failure(self, error: InfraError) -> None:
+        # Counted by program: one that knows how to break sandboxes must not stop all others.
+        if error.kind != "sandbox_refused":
+            self._failed += 1
+            self._last_failure = error
+            self._refuse_until = time.monotonic() + self._cooldown_s
+
     def _check_breaker(self) -> None:
         if self._failed >= self._failures and time.monotonic() < self._refuse_until:
             raise InfraError(
-                f"sandboxes failed {self._failed} times in a row, last: {self._last_failure}",
+                f"sandboxes failed for {self._failed} programs in a row, last: "
+                f"{self._last_failure}",
                 kind="sandbox_refused",
                 retryable=False,
             )

@@ -487,8 +487,7 @@ class Leader:
                 word = self.boss.recv(1)
                 if not word:
                     os._exit(0)
-                if os.listdir("."):  # what the test before has written
-                    empty(".")
+                self.tidy()
                 if word == GO_LAST and self.zygote.mode != "ns":
                     self.boss.close()
                     self.test()
@@ -548,6 +547,16 @@ class Leader:
         limit(resource.RLIMIT_CPU, cpu)
         if mode == "ns":
             kernel.install_filter()
+
+    def tidy(self) -> None:
+        """Remove what the test before has written."""
+        folder = {"uid": RUN_DIR, "ns": "/tmp"}.get(self.zygote.mode, RUN)
+        try:
+            if not os.listdir(folder):
+                return
+        except PermissionError:  # its own folder, and it may lock itself out
+            pass
+        empty(folder)
 
     def compile(self, source: str) -> Any:
         """The program as a code object; what does not compile ends here."""
@@ -779,7 +788,7 @@ class Supervisor:
                 if len(self.buffer) >= 4 + size:
                     data = bytes(self.buffer[4 : 4 + size])
                     del self.buffer[: 4 + size]
-                    frame = _loads(data.decode())
+                    frame = _loads(data.decode("utf-8", "surrogatepass"))
                     return frame if isinstance(frame, dict) else {}
             if timeout is not None:
                 events = self.poll.poll(max(0.0, timeout * 1000))
@@ -1136,6 +1145,8 @@ class Supervisor:
                 continue
             if self.too_much_output():
                 limit_hit = "output"
+            elif self.oom_kills() > self.kills:  # it may be a child that its parent waits for
+                limit_hit = "memory"
             elif now >= min(cpu_s, wall_s):
                 used, runnable = self.usage()
                 used -= self.used
@@ -1363,8 +1374,9 @@ def empty(path: str) -> None:
 
     Folders are emptied breadth first: what is in a sub-folder is moved up, so no path gets long.
     """
+    os.chmod(path, 0o700)
     top = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    moved = 0
+    name_of_mine, moved = os.urandom(8).hex(), 0  # no program can have a file of that name
     while True:
         names = os.listdir(top)
         if not names:
@@ -1383,7 +1395,7 @@ def empty(path: str) -> None:
                 except OSError:
                     os.chmod(child, 0o700, dir_fd=inner)
                     moved += 1
-                    os.rename(child, f".moved-{moved}", src_dir_fd=inner, dst_dir_fd=top)
+                    os.rename(child, f"{name_of_mine}-{moved}", src_dir_fd=inner, dst_dir_fd=top)
             os.close(inner)
             os.rmdir(name, dir_fd=top)
     os.close(top)

@@ -512,15 +512,20 @@ def program_error(about: dict[str, Any]) -> ProgramError:
     given = about.get("frames")
     for place in given if isinstance(given, list) else ():
         if isinstance(place, list) and len(place) == 2 and _is_line(place[0]):
-            frames.append((place[0], str(place[1])[:100]))
+            frames.append((place[0], _text(place[1], 100)))
     line, column = about.get("line"), about.get("column")
     return ProgramError(
-        type=str(about.get("type", "Error"))[:100],
-        message=str(about.get("message", ""))[:2000],
+        type=_text(about.get("type", "Error"), 100),
+        message=_text(about.get("message", ""), 2000),
         frames=tuple(frames[:20]),
         line=line if _is_line(line) else frames[-1][0] if frames else None,
         column=column if _is_line(column) else None,
     )
+
+
+def _text(value: Any, chars: int) -> str:
+    """Text that every encoder takes."""
+    return str(value)[:chars].encode("utf-8", "replace").decode()
 
 
 def _is_line(value: Any) -> bool:
