@@ -8,11 +8,12 @@ MODEL ?= qwen2.5-coder-0.5b-instruct
 # OpenMP threads that spin while they wait starve whatever else runs on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test test-slow lint docs bench clean
+.PHONY: help setup demo test test-slow lint docs bench clean
 
 help:
 	@echo "make demo            train a 0.5B model with SDPO on format-rules-v0 and write a report"
 	@echo "make demo COMPARE=1  the same, and GRPO beside it, both curves in one report"
+	@echo "make setup           the virtual environment, with every extra"
 	@echo "make test            the fast tests, in parallel"
 	@echo "make test-slow       tests with a real model, a real browser, real packages"
 	@echo "make lint            ruff, mypy --strict, import-linter"
@@ -24,6 +25,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[all]'
 	@touch $@
+
+setup: $(VENV)/.ready
 
 demo: $(VENV)/.ready
 	$(BIN)/rlrf train docs/examples/demo_sdpo.toml --model $(MODEL) \

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from rlrf import InfraError, run_sync
+from rlrf import InfraError, UsageError, run_sync
 from rlrf.sandbox import Limits, Program, SandboxPool, StdinCase, Verdict, open_sandbox
 from rlrf_sandboxes import daemon, images
 from rlrf_sandboxes.docker import DockerSandbox
@@ -176,6 +176,17 @@ def test_a_missing_image_says_how_to_get_it():
         run_sync(SandboxPool(lambda: DockerSandbox(image="no-such-image:1"), 1).start())
 
 
+def test_more_memory_than_the_container_has_is_refused():
+    async def go():
+        async with open_sandbox("docker", slots=1, memory_mb=256) as pool:
+            with pytest.raises(UsageError, match="open the sandbox with memory_mb=512"):
+                await pool.run(OK, CASE, limits=Limits(memory_mb=512))
+            report = await pool.run(OK, CASE, limits=Limits(memory_mb=256))
+            assert report.verdict is Verdict.ACCEPTED
+
+    run_sync(go())
+
+
 def test_a_full_folder_is_the_programs_error_and_is_emptied():
     code = """
 import os
@@ -186,7 +197,8 @@ print('ok')
 """
 
     async def go():
-        async with open_sandbox("docker", slots=1, tmp_mb=4, inodes=64) as pool:
+        options = {"tmp_mb": 4, "inodes": 64, "memory_mb": 512}
+        async with open_sandbox("docker", slots=1, **options) as pool:
             for n, size in ((3, 1 << 21), (100, 1)):
                 full = await pool.run(Program(code.format(n=n, size=size)), CASE)
                 assert full.verdict is Verdict.RUNTIME_ERROR

@@ -189,7 +189,9 @@ class SandboxPool:
             await self.aclose()
             raise
         self._turns.give(slot)
-        probe = await self._run(Program("print(6 * 7)"), [StdinCase("", "42")])
+        probe = await self._run(
+            Program("print(6 * 7)"), [StdinCase("", "42")], limits=Limits(memory_mb=64)
+        )
         if probe.verdict is not Verdict.ACCEPTED:
             await self.aclose()
             raise InfraError(

@@ -10,7 +10,7 @@ import threading
 from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
-from rlrf.errors import InfraError
+from rlrf.errors import InfraError, UsageError
 from rlrf.sandbox import Job, RawRun, SandboxInfo
 from rlrf_sandboxes import daemon, images
 from rlrf_sandboxes.slot import ENVIRONMENT, PYTHON_FLAGS, Link, Settings, Slot
@@ -78,7 +78,16 @@ class DockerSandbox:
         await self._slot.ping()
 
     def execute(self, job: Job) -> AsyncGenerator[RawRun, None]:
-        """See :class:`rlrf.sandbox.Sandbox`."""
+        """See :class:`rlrf.sandbox.Sandbox`.
+
+        Raises:
+            UsageError: the limits allow a process more memory than the container has.
+        """
+        if job.limits.memory_mb > self._memory_mb:
+            raise UsageError(
+                f"Limits.memory_mb is {job.limits.memory_mb}, but the containers have "
+                f"{self._memory_mb} MB; open the sandbox with memory_mb={job.limits.memory_mb}"
+            )
         return self._slot.execute(job)
 
     async def aclose(self) -> None:
