@@ -210,6 +210,19 @@ print('ok')
     run_sync(go())
 
 
+@pytest.mark.slow
+def test_numpy_runs_where_the_image_has_it(client):
+    images.import_from_host(client, packages=("numpy",))
+    code = "import numpy as np\nprint(int((np.eye(300) @ np.arange(300)).sum()))"
+
+    async def go():
+        async with open_sandbox("docker", slots=1) as pool:
+            report = await pool.run(Program(code), [StdinCase("", "44850")])
+            assert report.verdict is Verdict.ACCEPTED, report.cases[0].raw
+
+    run_sync(go())
+
+
 # --- a daemon that stops --------------------------------------------------------------------
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import contextlib
 import json
 import socket
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -226,6 +229,24 @@ def test_dockers_framing_comes_off_however_it_is_cut(pieces, data):
         stream = stream[cut:]
     assert out == b"".join(p for n, p in pieces if n == 1)
     assert container.errors == b"".join(p for n, p in pieces if n == 2)[-4000:]
+
+
+def test_the_runner_needs_no_more_than_python_3_8():
+    source = Path(runner.__file__).read_text()
+    tree = ast.parse(source, feature_version=(3, 8))
+    imported = {
+        name.name.partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for name in node.names
+    } | {
+        (node.module or "").partition(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+    }
+    assert imported <= sys.stdlib_module_names
+    newer = ("removeprefix", "waitstatus_to_exitcode", "pidfd_open", "is_relative_to", "strict=")
+    assert not [name for name in newer if name in source]
 
 
 # --- from inside ----------------------------------------------------------------------------

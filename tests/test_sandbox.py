@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -324,6 +327,37 @@ def test_files_of_one_run_are_gone_in_the_next(pool):
     plant = "import os\nos.makedirs('a/b')\nopen('a/b/left', 'w').write('x')\nos.chmod('a', 0)"
     run(pool, plant)
     assert run(pool, "import os\nprint(os.listdir('.'))").cases[0].raw.text == "[]\n"
+
+
+def interpreters():
+    """Other Pythons of this machine, from 3.8 on."""
+    found = {shutil.which(f"python3.{minor}") for minor in range(8, 20)} - {None}
+    found |= {str(p) for p in Path.home().glob(".pyenv/versions/3.*/bin/python3")}
+    for path in sorted(found):
+        told = subprocess.run(
+            [path, "-c", "import sys; print(*sys.version_info[:2])"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        version = tuple(map(int, told.stdout.split()))
+        if version >= (3, 8):
+            yield pytest.param(path, id=".".join(map(str, version)))
+
+
+@pytest.mark.parametrize("python", list(interpreters()))
+def test_the_runner_works_in_every_python(python):
+    pool = run_sync(start_sandbox("process", slots=1, allow_unsafe=True, python=python))
+    code = "def f(x):\n    return {x: (1, [2.5])}"
+    assert run(pool, code, [CallCase((7,), {7: [1, [2.5]]})] * 3, "f").verdict == "accepted"
+    assert judged(pool, code, "assert f(7)[7] == (1, [2.5])").verdict is Verdict.ACCEPTED
+    assert run(pool, "while True: pass").verdict is Verdict.TIME_LIMIT
+    assert run(pool, "print('ok'").verdict is Verdict.COMPILE_ERROR
+    error = run(pool, "import json\njson.loads('{')").cases[0].raw.error
+    assert (error.type, error.line) == ("JSONDecodeError", 2)
+    assert healthy(pool)
+    assert pool.stats().replaced == 0
+    run_sync(pool.aclose())
 
 
 # --- asserts --------------------------------------------------------------------------------

@@ -287,6 +287,19 @@ def test_cancelling_ends_the_program(backend, tmp_path):
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_a_program_that_wanted_the_processor_gets_a_second_run(backend):
+    async def go():
+        async with open_sandbox(backend, slots=1, **options(backend)) as pool:
+            busy = Limits(cpu_s=10, wall_s=0.3)
+            for code, retried in (("import time\ntime.sleep(100)", 0), ("while True: pass", 1)):
+                report = await pool.run(Program(code), CASE, limits=busy)
+                assert report.verdict is Verdict.TIME_LIMIT
+                assert pool.stats().starved == retried
+
+    asyncio.run(go())
+
+
 OWNER = """
 import asyncio, sys
 from rlrf.sandbox import *

@@ -161,8 +161,9 @@ class RawRun:
         limit: the limit it ran into, or None.
         assertion: what the asserts of an :class:`AssertCase` raised, its line counted in their own
             code (setup first); None if nothing.
-        starved: it was ended by the wall clock while it had used less than half its CPU time and
-            wanted more: the machine's fault, so the pool runs it again, alone.
+        starved: it was ended by the wall clock with less than half its CPU time used, and stood in
+            line for a processor most of the rest: the machine's fault, so the pool runs it again,
+            alone.
         cpu_s: CPU seconds used.
         wall_s: wall seconds used.
         max_rss_kb: the most memory one of its processes held.

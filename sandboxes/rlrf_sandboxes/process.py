@@ -19,10 +19,14 @@ class ProcessSandbox:
 
     Args:
         allow_unsafe: must be True, or :meth:`start` refuses.
+        python: the interpreter, 3.8 or later; None for the running one.
         instead_of: why nothing better was chosen, for the message.
     """
 
-    def __init__(self, *, allow_unsafe: bool = False, instead_of: str = "") -> None:
+    def __init__(
+        self, *, allow_unsafe: bool = False, python: str | None = None, instead_of: str = ""
+    ) -> None:
+        self._python = python or sys.executable
         self._allow_unsafe, self._instead_of = allow_unsafe, instead_of
         self._slot = Slot(self._launch, Settings("plain"))
         self._folders: list[Path] = []
@@ -74,7 +78,7 @@ class ProcessSandbox:
         self._folders.append(folder)
         work = str(folder / "run")
         return await spawn(
-            [sys.executable, *PYTHON_FLAGS, str(RUNNER)],
+            [self._python, *PYTHON_FLAGS, str(RUNNER)],
             cwd=folder,
             environment={"HOME": work, "TMPDIR": work},
         )

@@ -1148,12 +1148,14 @@ class Supervisor:
             elif self.oom_kills() > self.kills:  # it may be a child that its parent waits for
                 limit_hit = "memory"
             elif now >= min(cpu_s, wall_s):
-                used, runnable = self.usage()
+                used, waited = self.usage()
                 used -= self.used
                 if used >= cpu_s:
                     limit_hit = "time"
                 elif now >= wall_s:
-                    limit_hit, starved = "time", runnable and used < 0.5 * cpu_s
+                    # What slept is slow by itself; what stood in line for a processor is not.
+                    limit_hit = "time"
+                    starved = used < 0.5 * cpu_s and used + waited > 0.8 * now
                 pause = max(0.02, min(0.25, cpu_s - used))
             elif now >= 0.05:
                 pause = min(0.25, max(0.01, cpu_s - now))
@@ -1339,10 +1341,17 @@ class Supervisor:
             found += level
         return found
 
-    def usage(self) -> tuple[float, bool]:
-        """CPU seconds of everything of the program, and whether any of it wants to run."""
+    def usage(self) -> tuple[float, float]:
+        """Seconds that everything of the program has run, and has waited for a processor."""
         tree = self.descendants()
-        return sum(p[3] for p in tree), any(p[2] in "RD" for p in tree)
+        waited = 0.0
+        for pid, _, _, _ in tree:
+            try:
+                with open("/proc/" + str(pid) + "/schedstat", "rb") as file:
+                    waited += int(file.read().split()[1]) / 1e9
+            except (OSError, IndexError):
+                pass
+        return sum(p[3] for p in tree), waited
 
     def clean(self) -> None:
         """Remove what the program wrote; a slot that cannot be cleaned is not used again."""
