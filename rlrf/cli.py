@@ -14,6 +14,7 @@ import datetime
 import importlib.util
 import inspect
 import json
+import logging
 import os
 import sys
 import traceback
@@ -47,6 +48,7 @@ from rlrf.messages import Messages
 from rlrf.plugins import EXTRAS, Registry
 from rlrf.policy import SamplingParams, make_policy, policies
 from rlrf.registry import accepted_options
+from rlrf.sandbox import sandboxes
 from rlrf.trainer import make_trainer, trainers
 
 app = typer.Typer(
@@ -57,12 +59,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 commands = Registry("rlrf.commands", "command")
-sandboxes = Registry("rlrf.sandboxes", "sandbox")
 
 
 def main() -> None:
     """Run the command line; the console script ``rlrf``."""
     _add_plugin_commands()
+    logging.getLogger("rlrf").setLevel(logging.INFO)
+    logging.getLogger("rlrf").addHandler(_ToStderr())
     try:
         app()
     except RlrfError as error:
@@ -71,6 +74,14 @@ def main() -> None:
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+class _ToStderr(logging.Handler):
+    """Prints what the library has to say, above a progress display if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Looked up each time: a progress display puts itself in the place of standard error.
+        print(self.format(record), file=sys.stderr)
 
 
 def _console() -> Console:

@@ -86,6 +86,7 @@ class CodeBasics(SingleTurnEnv):
             limits=self.limits,
             solution=row["solution"],
             checker=Text() if row["entry_point"] is None else None,
+            group=task.id,
         )
 
     def reference_solution(self, task: Task) -> str | None:

@@ -11,7 +11,7 @@ import ast
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,7 @@ def grade_program(
     limits: Limits,
     solution: str,
     checker: Checker | None = None,
+    group: Hashable = None,
 ) -> Outcome:
     """Grade a completion on all tests: reward 1 if every test passes, else 0.
 
@@ -125,6 +126,7 @@ def grade_program(
         limits: per test.
         solution: the reference, for feedback at level ``reference``.
         checker: None for the default of the kind of test.
+        group: of this attempt; attempts of different groups take turns in the pool.
 
     Returns:
         The outcome, with metrics ``tests_passed`` (a share) and ``compiles``.
@@ -154,6 +156,7 @@ def grade_program(
         limits=limits,
         checker=checker,
         stop="never",
+        group=group,
     )
     metrics = {
         "tests_passed": report.passed / len(order),
