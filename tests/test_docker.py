@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -176,11 +177,52 @@ def test_a_missing_image_says_how_to_get_it():
         run_sync(SandboxPool(lambda: DockerSandbox(image="no-such-image:1"), 1).start())
 
 
+def test_a_program_with_as_many_processes_as_it_may_have_is_still_ended():
+    code = "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass"
+
+    async def go():
+        async with open_sandbox("docker", slots=1) as pool:
+            limits = Limits(cpu_s=1, wall_s=4, memory_mb=64, processes=80)
+            report = await pool.run(Program(code), CASE, limits=limits)
+            assert report.verdict in (Verdict.TIME_LIMIT, Verdict.MEMORY_LIMIT)
+            assert (await pool.run(OK, CASE)).verdict is Verdict.ACCEPTED
+            assert pool.stats().replaced == 0
+
+    run_sync(go())
+
+
+def test_the_runtime_is_passed_through():
+    assert DockerSandbox(runtime="runsc").hardening()["runtime"] == "runsc"
+    assert "gVisor" in DockerSandbox(runtime="runsc").info.guarantee
+
+
+def test_no_more_than_four_calls_wait_on_the_daemon_at_once():
+    lock, pause = threading.Lock(), threading.Event()
+    now = most = 0
+
+    def call():
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        pause.wait(0.01)
+        with lock:
+            now -= 1
+
+    async def go():
+        await asyncio.gather(*(daemon.limited(call) for _ in range(20)))
+
+    run_sync(go())
+    assert most == 4
+
+
 def test_more_memory_than_the_container_has_is_refused():
     async def go():
         async with open_sandbox("docker", slots=1, memory_mb=256) as pool:
             with pytest.raises(UsageError, match="open the sandbox with memory_mb=512"):
                 await pool.run(OK, CASE, limits=Limits(memory_mb=512))
+            with pytest.raises(UsageError, match=r"Limits\.processes is 1000; .* at most 80"):
+                await pool.run(OK, CASE, limits=Limits(memory_mb=64, processes=1000))
             report = await pool.run(OK, CASE, limits=Limits(memory_mb=256))
             assert report.verdict is Verdict.ACCEPTED
 

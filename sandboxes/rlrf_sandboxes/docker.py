@@ -17,6 +17,8 @@ from rlrf_sandboxes.slot import ENVIRONMENT, PYTHON_FLAGS, Link, Settings, Slot
 
 MEMORY_HEADROOM_MB = 64
 """What the runner and the files in memory need beside the programs."""
+MAX_PROCESSES = 80
+"""The most that ``Limits.processes`` may be."""
 
 
 class DockerSandbox:
@@ -81,8 +83,13 @@ class DockerSandbox:
         """See :class:`rlrf.sandbox.Sandbox`.
 
         Raises:
-            UsageError: the limits allow a process more memory than the container has.
+            UsageError: the limits allow more memory or processes than the container has.
         """
+        if job.limits.processes > MAX_PROCESSES:
+            raise UsageError(
+                f"Limits.processes is {job.limits.processes}; the containers allow at most "
+                f"{MAX_PROCESSES}"
+            )
         if job.limits.memory_mb > self._memory_mb:
             raise UsageError(
                 f"Limits.memory_mb is {job.limits.memory_mb}, but the containers have "
@@ -159,7 +166,7 @@ class DockerSandbox:
             "cap_add": ["SETUID", "SETGID", "KILL", "CHOWN"],
             "security_opt": ["no-new-privileges"],
             "ipc_mode": "none",
-            "pids_limit": 96,
+            "pids_limit": MAX_PROCESSES + 16,  # the runner must be able to fork, come what may
             "mem_limit": memory,
             "memswap_limit": memory,
             "nano_cpus": 1_000_000_000,
