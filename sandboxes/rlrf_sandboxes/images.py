@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from rlrf.errors import InfraError, UsageError
-from rlrf_sandboxes import daemon
+from rlrf_sandboxes import daemon, runner
 
 REPOSITORY = "rlrf-sandbox"
 RUNNER = Path(__file__).with_name("runner.py")
@@ -39,7 +39,6 @@ RUNNER_LABEL = daemon.PREFIX + "runner"
 OLDEST_PYTHON = (3, 8)
 OFFLINE_REMEDY = "use `rlrf sandbox import --from-host`"
 
-_FLAGS = ("-s", "-S", "-B")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PROBE = "import json, math, heapq, decimal, re, collections, bisect, random; print(6 * 7)"
 
@@ -484,7 +483,7 @@ def _import(client: Any, archive: IO[bytes], python: str) -> str:
     """Hand a root filesystem to the daemon, and prove that it runs."""
     docker = daemon.sdk()
     archive.seek(0)
-    entry = json.dumps([python, *_FLAGS, RUNNER_PATH])
+    entry = json.dumps([python, *runner.FLAGS, RUNNER_PATH])
     changes = [
         f"ENV PATH={_PATH}",
         "ENV LANG=C.UTF-8",
@@ -535,7 +534,7 @@ def run_python(client: Any, image: str, code: str) -> tuple[int, str]:
     made = client.create_container(
         image,
         entrypoint=["python3"],
-        command=[*_FLAGS, "-c", code],
+        command=[*runner.FLAGS, "-c", code],
         labels=daemon.labels(),
         # Not the host's default: one that keeps no logs (or ships them away) could not be read.
         host_config=client.create_host_config(
