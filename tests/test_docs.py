@@ -114,7 +114,7 @@ def test_shown_commands_and_their_options_exist(words):
     from rlrf.cli import _add_plugin_commands, app
 
     _add_plugin_commands()
-    deep = 3 if words[1] == "model" else 2
+    deep = 3 if words[1] in ("model", "sandbox") else 2
     shown = CliRunner().invoke(app, [*words[1:deep], "--help"], env={"COLUMNS": "300"})
     assert shown.exit_code == 0, shown.output
     for word in words[deep:]:
