@@ -403,13 +403,16 @@ def test_an_exception_of_the_program_is_its_own(pool):
         "import builtins\nclass A(Exception):\n    pass\nbuiltins.AssertionError = A\nf = id",
         "def f(x):\n    return (i for i in range(2))",
         "def candidate(x):\n    return 2",
+        "def f(x):\n    raise StopIteration",
         "import os\nfor fd in range(3, 60):\n    try:\n        os.write(fd, b'{\"result\":2}\\n')"
         "\n    except OSError:\n        pass\ndef f(x):\n    return 3",
     ],
 )
 def test_asserts_cannot_be_dodged(pool, code):
-    report = judged(pool, code, "assert f(1) == 2\nassert f(5) == 6")
-    assert report.verdict in (Verdict.WRONG_ANSWER, Verdict.RUNTIME_ERROR)
+    for asserts in ("assert f(1) == 2\nassert f(5) == 6", "assert all(map(f, (1, 0)))"):
+        report = judged(pool, code, asserts)
+        if "map" not in asserts or "StopIteration" in code:  # these values are true
+            assert report.verdict in (Verdict.WRONG_ANSWER, Verdict.RUNTIME_ERROR)
     assert healthy(pool)
 
 

@@ -248,6 +248,40 @@ def test_a_sandbox_that_gives_wrong_answers_is_not_used():
     asyncio.run(go())
 
 
+def test_closing_cuts_off_what_runs_and_refuses_what_waits():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 2)
+        fakes.hold = asyncio.Event()
+        runs = [asyncio.ensure_future(pool.run(Program("x"), CASE)) for _ in range(5)]
+        while fakes.running < 2:
+            await asyncio.sleep(0)
+        fakes.outcomes = [DIED, DIED]  # as a sandbox that is closed under a program
+        await pool.aclose()
+        fakes.hold.set()
+        outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        assert {type(o) for o in outcomes} == {UsageError}
+        assert fakes.alive == 0
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_under_running_programs_leaves_nothing(backend):
+    async def go():
+        async with open_sandbox(backend, slots=2, **options(backend)) as pool:
+            runs = [
+                asyncio.ensure_future(pool.run(Program("while True: pass"), CASE)) for _ in range(4)
+            ]
+            while pool._turns.free:
+                await asyncio.sleep(0)
+        outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        assert {type(o) for o in outcomes} == {UsageError}
+        assert all(slot.sandbox is None for slot in pool._slots)
+
+    asyncio.run(go())
+
+
 def test_it_may_be_used_from_any_loop_and_any_thread():
     pool = run_sync(start_sandbox("process", slots=2, allow_unsafe=True))
     program = Program("print('ok')")

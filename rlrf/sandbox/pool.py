@@ -296,10 +296,10 @@ class SandboxPool:
         *,
         alone: bool,
     ) -> RunReport:
-        if self._closed:
-            raise UsageError("the sandbox pool is closed")
         slot = await self._turns.take(group, alone=alone)
         try:
+            if self._closed:
+                raise UsageError("the sandbox pool is closed")
             self._check_breaker()
             if slot.sandbox is None:
                 await self._start(slot)
@@ -343,6 +343,9 @@ class SandboxPool:
         sandbox = self._make()
         await sandbox.start()
         self._stats.started += 1
+        if self._closed:  # meanwhile
+            await self._end(sandbox)
+            raise UsageError("the sandbox pool is closed")
         self._info = sandbox.info
         slot.sandbox, slot.programs = sandbox, 0
         slot.born = slot.used = time.monotonic()

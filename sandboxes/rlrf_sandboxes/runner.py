@@ -735,7 +735,10 @@ def proxies(fd: int, entry: str) -> dict[str, Callable[..., Any]]:
         if "error" not in reply:
             return decode(reply["result"])
         kind = getattr(builtins, str(reply["error"].get("type")), None)
-        if not (isinstance(kind, type) and issubclass(kind, Exception)):
+        # A StopIteration would quietly end an `all(map(candidate, ...))`, and so pass.
+        if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(
+            kind, (StopIteration, StopAsyncIteration)
+        ):
             kind = RuntimeError
         try:
             error = kind(str(reply["error"].get("message", "")))

@@ -112,8 +112,13 @@ class Link:
 
     async def aclose(self) -> None:
         """Hang up, which ends the runner and all that is in it, and see that it has ended."""
-        self.sock.close()
-        await self._end()
+        # Shut down first and closed last: who still waits for a frame must hear of the end.
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+        try:
+            await self._end()
+        finally:
+            self.sock.close()
 
 
 Launch = Callable[[], Awaitable[Link]]
