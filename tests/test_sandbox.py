@@ -360,6 +360,13 @@ def test_the_runner_works_in_every_python(python):
     run_sync(pool.aclose())
 
 
+def test_the_most_output_of_the_worst_kind_still_travels(pool):
+    code = "import sys\nfor f in (sys.stdout, sys.stderr):\n    f.write('\\0' * (3072 << 10))"
+    limits = Limits(output_kb=3072, stderr_kb=3072)
+    raw = run(pool, code, limits=limits).cases[0].raw
+    assert (len(raw.stdout), len(raw.stderr), raw.limit) == (3072 << 10, 3072 << 10, None)
+
+
 # --- asserts --------------------------------------------------------------------------------
 
 

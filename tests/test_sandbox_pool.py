@@ -366,14 +366,16 @@ def descendants(session):
 
 
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] != "docker"])
-def test_nothing_outlives_an_owner_that_is_killed(backend):
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, backend, repr(options(backend))])
+def test_nothing_outlives_an_owner_that_is_killed(backend, tmp_path):
+    command = [sys.executable, "-c", OWNER, backend, repr(options(backend))]
+    owner = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(tmp_path)})
     # Two sandboxes, each with a runner, a zygote and four processes of a program.
     assert eventually(lambda: len(descendants(owner.pid)) >= 12, 60)
     born = {pid: start_time(pid) for pid in descendants(owner.pid)}
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert eventually(lambda: not any(start_time(p) == start for p, start in born.items()), 10)
+    assert eventually(lambda: not list(tmp_path.iterdir()), 10)  # its folders neither
 
 
 def eventually(holds, seconds):
@@ -463,3 +465,5 @@ def test_cases_must_fit_the_program(cases, entry):
 def test_limits_must_be_positive():
     with pytest.raises(UsageError, match=r"Limits\.cpu_s is 0"):
         Limits(cpu_s=0)
+    with pytest.raises(UsageError, match=r"Limits\.output_kb is 4000; it must be <= 3072"):
+        Limits(output_kb=4000)

@@ -23,6 +23,10 @@ class Verdict(enum.StrEnum):
     SKIPPED = "skipped"
 
 
+MAX_OUTPUT_KB = 3072
+"""The most that may be kept of what a program prints."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a program may use, per case.
@@ -59,6 +63,11 @@ class Limits:
             value = getattr(self, name)
             if not value > 0:
                 raise UsageError(f"Limits.{name} is {value!r}; it must be > 0")
+        for name in ("output_kb", "stderr_kb"):  # all of it travels in one message
+            if getattr(self, name) > MAX_OUTPUT_KB:
+                raise UsageError(
+                    f"Limits.{name} is {getattr(self, name)!r}; it must be <= {MAX_OUTPUT_KB}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -810,6 +810,13 @@ class Supervisor:
         """End everything of ours. As process 1 of its namespace, our end is everybody's."""
         if self.mode == "plain":
             self.kill_tree()
+            try:  # the host may be dead, and would have removed it
+                if os.path.isdir(RUN):
+                    empty(RUN)
+                    os.rmdir(RUN)
+                os.rmdir(os.getcwd())
+            except OSError:
+                pass
         os._exit(0)
 
     def send(self, frame: dict[str, Any], *, now: bool = True) -> None:
