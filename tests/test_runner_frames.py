@@ -27,7 +27,7 @@ from rlrf.sandbox import (
     start_sandbox,
 )
 from rlrf_sandboxes import runner
-from rlrf_sandboxes.docker import _Demultiplexer
+from rlrf_sandboxes.docker import _bridge, _Demultiplexer
 from rlrf_sandboxes.slot import (
     Link,
     Settings,
@@ -247,6 +247,23 @@ def test_the_runner_needs_no_more_than_python_3_8():
     assert imported <= sys.stdlib_module_names
     newer = ("removeprefix", "waitstatus_to_exitcode", "pidfd_open", "is_relative_to", "strict=")
     assert not [name for name in newer if name in source]
+
+
+def test_a_stream_that_is_no_plain_socket_is_bridged():
+    near, far = socket.socketpair()
+
+    class Tls:  # what docker's SDK gives for a daemon behind TLS: the methods, not the descriptor
+        recv, sendall, shutdown = near.recv, near.sendall, near.shutdown
+
+    bridged = _bridge(Tls())
+    bridged.sendall(b"there")
+    assert far.recv(5) == b"there"
+    far.sendall(b"back")
+    assert bridged.recv(4) == b"back"
+    far.close()
+    assert bridged.recv(1) == b""
+    bridged.close()
+    near.close()
 
 
 # --- from inside ----------------------------------------------------------------------------
