@@ -2110,7 +2110,9 @@ PAIRS = [
         """
         import os, resource, signal
         got = "LEFT" in os.environ or b"LEFT" in open("/proc/self/status", "rb").read()
-        got = got or os.nice(0) == 5 or os.umask(0) == 0o177
+        # Relative to the parent: the whole suite may run niced.
+        got = got or os.nice(0) != os.getpriority(os.PRIO_PROCESS, os.getppid())
+        got = got or os.umask(0) == 0o177
         got = got or signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
         got = got or signal.SIGUSR2 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         got = got or resource.getrlimit(resource.RLIMIT_NOFILE)[0] == 20
