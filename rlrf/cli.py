@@ -318,7 +318,7 @@ def eval_(
     policy: Annotated[str, typer.Option(help="Policy; see `rlrf list`.")] = "hf",
     model: Annotated[str | None, typer.Option(help="Model folder or name.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Split; the held-out one (eval) by default.")
+        str | None, typer.Option(help="Split; the environment's own for evaluation by default.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first so many tasks.")] = None,
     samples: Annotated[int, typer.Option(help="Attempts per task.")] = 1,
@@ -341,7 +341,7 @@ def eval_(
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
-    found = _make_env(env, option, {"split": split, "feedback": feedback}, prefer_split="eval")
+    found = _make_env(env, option, {"split": split, "feedback": feedback}, held_out=True)
     try:
         n_tasks = min(limit or sys.maxsize, len(found.tasks()))
         options = _assignments(policy_option)
@@ -416,13 +416,14 @@ def _make_env(
     id: str,
     option: list[str] | None,
     given: Mapping[str, Any],
-    prefer_split: str | None = None,
+    *,
+    held_out: bool = False,
 ) -> Env:
     options = _assignments(option)
     options |= {name: value for name, value in given.items() if value is not None}
     env = rlrf.make(id, **options)
-    if prefer_split in env.splits and "split" not in options:
-        env.split = prefer_split
+    if held_out and env.eval_split in env.splits and "split" not in options:
+        env.split = env.eval_split
     return env
 
 

@@ -134,6 +134,10 @@ class StepResult(NamedTuple):
     info: dict[str, Any]
 
 
+class _EmptySplitError(UsageError):
+    """A split without tasks."""
+
+
 class TaskSequence(Sequence[Task]):
     """The tasks of one split, loaded on first use; also looks tasks up by id.
 
@@ -247,7 +251,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         tokenizer: when given, every step's info also holds ``"feedback_tokens"``.
         max_feedback_tokens: budget of ``"feedback_tokens"``.
 
-    Class attributes an author may set: ``splits``, ``default_feedback_level``, ``reward_range``
+    Class attributes an author may set: ``splits``, ``eval_split`` (the one ``rlrf eval`` takes
+    unless told otherwise), ``default_feedback_level``, ``reward_range``
     (lowest and highest reward of a task), ``success_threshold`` (a reward at or above it counts
     as solved), ``concurrency`` (steps it can work on at once; the collector lets further ones
     wait without charging their deadline; None for no limit).
@@ -255,6 +260,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium's own attribute
     splits: ClassVar[tuple[str, ...]] = ("train", "eval")
+    eval_split: ClassVar[str] = "eval"
     default_feedback_level: ClassVar[str] = "explained"
     reward_range: tuple[float, float] = (0.0, 1.0)
     success_threshold: float = 1.0
@@ -324,7 +330,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     def _load(self, split: str) -> Sequence[Task]:
         tasks = self.load_tasks(split)
         if not len(tasks):
-            raise UsageError(
+            raise _EmptySplitError(
                 f"{type(self).__name__} has no task in split {split!r}; "
                 "check the data source, the filters, or choose another split"
             )
@@ -337,11 +343,17 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         task_id = task.id if isinstance(task, Task) else task
         if not isinstance(task_id, str):
             raise UsageError(f"a task is given by its id (a string) or as a Task, got {task_id!r}")
+        known: list[str] = []
         for split in dict.fromkeys((self.split, *self.splits)):
-            found = self._full_tasks(split).get(task_id)
+            try:
+                tasks = self._full_tasks(split)
+                found = tasks.get(task_id)
+            except _EmptySplitError:
+                continue
             if found is not None:
                 return found
-        raise UnknownIdError("task", task_id, self._full_tasks().ids()[:2000])
+            known = known or tasks.ids()[:2000]
+        raise UnknownIdError("task", task_id, known)
 
     # --- episodes -------------------------------------------------------------------------
 

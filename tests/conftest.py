@@ -6,6 +6,7 @@ import gymnasium
 import pytest
 
 import rlrf
+from tests import code_data
 from tests.environments_for_tests import Echo, Guess
 
 
@@ -18,6 +19,13 @@ def registered():
     yield
     for name in set(gymnasium.registry) - before:
         gymnasium.registry.pop(name)
+
+
+@pytest.fixture
+def published_code_data(tmp_path, monkeypatch):
+    """Small data sets in the published formats, named by the environment variables."""
+    for name, file in code_data.write_all(tmp_path).items():
+        monkeypatch.setenv(name, file)
 
 
 @pytest.fixture(scope="session")

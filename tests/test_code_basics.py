@@ -11,7 +11,8 @@ import pytest
 import rlrf
 from rlrf import Segment
 from rlrf.sandbox import Limits
-from rlrf_environments.code.grading import Attempt, extract, grade_program, parse_tests
+from rlrf_environments.code.extract import Attempt, extract
+from rlrf_environments.code.grading import Style, grade_completion
 
 if not shutil.which("bwrap"):
     pytest.skip("bubblewrap is not installed", allow_module_level=True)
@@ -38,18 +39,18 @@ TASKS = every_task()
 
 def test_there_are_enough_tasks_and_all_are_well_formed():
     assert len(TASKS) >= 60
-    assert sum(t.hidden["entry_point"] is None for t in TASKS) >= 20
+    assert sum(t.hidden.entry is None for t in TASKS) >= 20
     for task in TASKS:
-        tests = task.hidden["tests"]
-        assert sum(t["public"] for t in tests) >= 2, task.id
-        assert sum(not t["public"] for t in tests) >= 4, task.id
-        assert len({json.dumps(t["expected"]) for t in tests}) > 1, task.id
-        ast.parse(task.hidden["solution"])
+        tests = task.hidden.tests()
+        assert sum(t.public for t in tests) >= 2, task.id
+        assert sum(not t.public for t in tests) >= 4, task.id
+        assert len({json.dumps(t.case.expected) for t in tests}) > 1, task.id
+        ast.parse(task.hidden.solution)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.id)
 def test_the_reference_passes_and_doing_nothing_fails(env, task):
-    entry = task.hidden["entry_point"]
+    entry = task.hidden.entry
     solved = env.grade(task.id, env.reference_solution(task))
     assert solved.reward == 1.0
     assert not solved.feedback
@@ -190,16 +191,9 @@ def test_a_broken_sandbox_is_no_reward():
         def run_sync(self, *args, **kwargs):
             raise rlrf.InfraError("no slot", kind="sandbox_died")
 
-    row = TASKS[0].hidden
+    completion = block("def fold_digits(n):\n    return n")
     with pytest.raises(rlrf.InfraError):
-        grade_program(
-            block("def fold_digits(n):\n    return n"),
-            parse_tests(row["tests"], row["entry_point"]),
-            Broken(),  # type: ignore[arg-type]  # stands in for a pool
-            entry=row["entry_point"],
-            limits=Limits(),
-            solution="",
-        )
+        grade_completion(completion, TASKS[0].hidden, Broken, Style(Limits()))
 
 
 def test_rollouts_from_an_async_caller_share_the_pool(env):

@@ -148,7 +148,7 @@ def test_a_model_is_looked_for_in_order(tmp_path, monkeypatch):
     found = models.resolve_model("Qwen/Qwen2.5-Coder-0.5B-INSTRUCT", say=lambda line: None)
     # the hub's cache is looked at; the hub itself does not answer and is not asked for files
     assert calls == [("hub", "Qwen/Qwen2.5-Coder-0.5B-Instruct", True), ("pypi", name)]
-    assert found == models.cache_dir() / name
+    assert found == models.models_dir() / name
 
     found.mkdir(parents=True)
     calls.clear()

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 import shutil
+import warnings
 from collections import Counter
 
 import pytest
@@ -102,10 +103,16 @@ def test_an_id_is_made_and_closed(registered):
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-def test_our_environments_conform(name, tokenizer):
-    if name.startswith("code-") and not shutil.which("bwrap"):
+def test_our_environments_conform(name, tokenizer, published_code_data):
+    if name != "format-rules-v0" and not shutil.which("bwrap"):
         pytest.skip(f"{name} needs the sandbox bubblewrap, which is not installed")
-    check_env(name, tasks=1, tokenizer=tokenizer).raise_if_failed()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = rlrf.make(name)
+    try:
+        check_env(env, tasks=1, tokenizer=tokenizer).raise_if_failed()
+    finally:
+        env.close()
 
 
 def test_reports():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ class Lines:
     """LiveCodeBench's rule for standard output: equal line by line, or equal as numbers.
 
     The output is stripped, split into lines, each line stripped. Lines agree when they are equal,
-    or when both are whole lists of decimals with equal values (no tolerance).
+    or when both are whole lists of decimals with equal values (no tolerance). Unlike there,
+    a word like ``010`` is no number, as most often it is a string of digits.
     """
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
@@ -130,10 +132,13 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().split("\n")]
 
 
+_DIGIT_STRING = re.compile(r"(?<![^\s+-])0[0-9]")
+
+
 def _decimals(line: str) -> list[Decimal] | None:
     # Decimal would take digits of any script and underscores; and a signalling NaN that a program
     # prints would raise when it is compared.
-    if not line.isascii() or "_" in line:
+    if not line.isascii() or "_" in line or _DIGIT_STRING.search(line):
         return None
     try:
         numbers = [Decimal(word) for word in line.split()]

@@ -80,11 +80,14 @@ class Program:
             :class:`CallCase` and :class:`AssertCase` call; None for programs that talk over
             standard input and output.
         language: ``"python"``.
+        prelude: source that runs before the program, in its namespace: what a judge provides,
+            such as imports. Trusted; lines of the program count without it.
     """
 
     code: str
     entry: str | None = None
     language: str = "python"
+    prelude: str = ""
 
 
 @dataclass(frozen=True, slots=True)

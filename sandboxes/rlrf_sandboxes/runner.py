@@ -480,6 +480,9 @@ class Leader:
             self.settle()
             request = _loads(read_all(self.code, MAX_FRAME).decode("utf-8", "surrogatepass"))
             os.close(self.code)
+            self.prelude = request["prelude"] and compile(
+                request["prelude"], "<prelude>", "exec", dont_inherit=True
+            )
             self.program = self.compile(request["code"])
             self.entry, self.kind = request["entry"], request["kind"]
             self.boss.send(ENDED.pack(b"C", 0, time.process_time(), 0, False))
@@ -632,6 +635,8 @@ class Leader:
         try:
             if self.kind == "script":
                 scope.update(proxies(self.rpc, self.entry))
+            if self.prelude:
+                exec(self.prelude, scope)
             exec(self.program, scope)
             if self.kind == "call":
                 return 0, {"result": encode(find(scope, self.entry)(*args))}
@@ -1077,7 +1082,7 @@ class Supervisor:
             os.chown(RUN_DIR, self.uid, self.uid)
         elif self.mode == "plain":
             os.makedirs(RUN, mode=0o700, exist_ok=True)
-        code = {"code": job["code"], "entry": job["entry"], "kind": job["kind"]}
+        code = {name: job[name] for name in ("code", "prelude", "entry", "kind")}
         self.files = [
             memory_file("code"),
             memory_file("stdin"),

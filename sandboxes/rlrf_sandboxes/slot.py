@@ -315,6 +315,7 @@ class _Session:
                 "op": "run",
                 "nonce": self.nonce,
                 "code": job.program.code,
+                "prelude": job.program.prelude,
                 "entry": job.program.entry or "",
                 "kind": kind,
                 "limits": limits,

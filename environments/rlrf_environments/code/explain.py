@@ -1,0 +1,387 @@
+"""Why a program failed a test, in words.
+
+Nothing hardware-dependent gets into a feedback (no timings, no addresses), so the same attempt
+always gets the same words. The faulty line is located and blamed by its characters, but not
+quoted unless asked: a teacher that reads a wrong line again finds it likelier.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rlrf import Segment
+from rlrf.feedback import Kind, shorten
+from rlrf.sandbox import (
+    MISSING,
+    AssertCase,
+    CallCase,
+    Case,
+    Limits,
+    ProgramError,
+    RawRun,
+    StdinCase,
+    Verdict,
+)
+from rlrf_environments.code.extract import Attempt
+
+SHOWN_CHARS = 400
+"""A test's input, output or expected value is shown up to this many characters."""
+
+_LINE_CHARS = 120
+_COMPARED_CHARS = 200_000  # beyond, finding what two outputs have in common costs too much
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test of a task; a public one may be shown, a hidden one only as the level allows."""
+
+    __test__: ClassVar[bool] = False  # not pytest's
+    case: Case
+    public: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A test that a program did not pass.
+
+    Attributes:
+        number: of the test in the order they ran, from 1.
+        test: the test.
+        verdict: what became of the program.
+        raw: what it did.
+    """
+
+    number: int
+    test: Test
+    verdict: Verdict
+    raw: RawRun
+
+
+def explain(attempt: Attempt, failure: Failure, limits: Limits, *, quote: bool) -> list[Segment]:
+    """The segments for one failing test.
+
+    Args:
+        attempt: the program; spans count in the completion it stands in.
+        failure: the test it failed.
+        limits: what it was given.
+        quote: whether to quote the faulty lines of the attempt.
+
+    Returns:
+        What is wrong (``reveals="nothing"``), where, if that is known (``"location"``), and for a
+        hidden test its input and expected answer (``"expected"``).
+    """
+    raw, test, verdict = failure.raw, failure.test, failure.verdict
+    error = raw.error
+    line = error.line if error is not None else None
+    span = attempt.line_span(line)
+    kind, text, untrusted = _what_happened(failure, limits)
+    # A program that does not compile fails without any test.
+    tested = verdict is not Verdict.COMPILE_ERROR
+    if verdict is Verdict.WRONG_ANSWER:
+        hint = _hint(test.case, raw)
+        text += f" {hint}" if hint else ""
+    if tested and test.public:
+        text += f"\n{_input(test.case)}"
+        if verdict is Verdict.WRONG_ANSWER:
+            compared = _compared(test.case, raw)
+            text, untrusted = f"{text}\n{compared}".rstrip("\n"), True
+    segments = [Segment(kind, text, source="tests", span=span, priority=3, untrusted=untrusted)]
+    if error is not None and line is not None:
+        where = _location(error)
+        if quote:
+            where = _quoted(attempt, error, where)
+        segments.append(
+            Segment(
+                kind,
+                where,
+                source="tests",
+                reveals="location",
+                span=span,
+                priority=2,
+                untrusted=quote,
+            )
+        )
+    if tested and not test.public:
+        segments.append(
+            Segment(
+                kind,
+                f"The hidden test:\n{_input(test.case)}\n{_compared(test.case, raw)}".rstrip("\n"),
+                source="tests",
+                reveals="expected",
+                priority=1,
+                untrusted=True,
+            )
+        )
+    return segments
+
+
+def several_blocks(attempt: Attempt) -> Segment:
+    """A word of warning: which of the reply's code blocks was graded."""
+    return Segment(
+        "format_error",
+        f"The reply has {attempt.blocks} code blocks; one of them was graded. Put the whole "
+        "program into a single block.",
+        severity="warning",
+        source="extractor",
+        priority=0,
+    )
+
+
+def reference(solution: str) -> Segment:
+    """The segment of the reference solution."""
+    return Segment(
+        "reference",
+        f"A correct program:\n{solution.rstrip()}",
+        severity="info",
+        source="author",
+        reveals="reference",
+    )
+
+
+# --- what happened ----------------------------------------------------------------------------
+
+
+def _what_happened(failure: Failure, limits: Limits) -> tuple[Kind, str, bool]:
+    """Kind, words, and whether the words quote the program."""
+    raw, verdict, error = failure.raw, failure.verdict, failure.raw.error
+    which = "a public test" if failure.test.public else "a hidden test"
+    if verdict is Verdict.COMPILE_ERROR:
+        assert error is not None
+        return "compile_error", f"The program does not compile: {_named(error)}.", True
+    if verdict is Verdict.TIME_LIMIT:
+        text = f"The time limit of {limits.cpu_s:g} s of CPU time was exceeded on {which}."
+        return "time_limit", text + _size(failure.test.case), False
+    if verdict is Verdict.MEMORY_LIMIT:
+        text = f"The memory limit of {limits.memory_mb} MB was exceeded on {which}."
+        return "memory_limit", text + _size(failure.test.case), False
+    if verdict is Verdict.OUTPUT_LIMIT:
+        text = f"The program printed more than {limits.output_kb} kB on {which}."
+        head = raw.text[:_LINE_CHARS].strip()
+        text += f" The output begins:\n{head}" if head else ""
+        return "output_limit", text, bool(head)
+    if verdict is Verdict.RUNTIME_ERROR:
+        if error is not None:
+            text = f"The program raised an error on {which}: {_named(error)}."
+            return "runtime_error", text, True
+        how = f"was ended by signal {raw.signal}" if raw.signal else f"exited with {raw.exit_code}"
+        return "runtime_error", f"The program {how} on {which}.", False
+    if not isinstance(failure.test.case, AssertCase) and _nothing(raw):
+        return "wrong_answer", f"The program ended without an answer on {which}.", False
+    raised = raw.assertion
+    if raised is not None and raised.type != "AssertionError":
+        text = f"The answer is wrong on {which}: the test's own code raised {_named(raised)}."
+        return "wrong_answer", text, True
+    return "wrong_answer", f"The answer is wrong on {which}.", False
+
+
+def _nothing(raw: RawRun) -> bool:
+    return raw.result is MISSING and raw.exit_code == 0 and not raw.stdout
+
+
+def _named(error: ProgramError) -> str:
+    message = shorten(error.message, SHOWN_CHARS).rstrip(".")
+    return f"{error.type}: {message}" if message else error.type
+
+
+def _size(case: Case) -> str:
+    """How large an input is: what a program that is too slow or too big should know."""
+    if isinstance(case, StdinCase):
+        lines, chars = case.stdin.rstrip("\n").count("\n") + 1, len(case.stdin)
+    elif isinstance(case, CallCase):
+        lines, chars = 1, sum(len(repr(a)) for a in case.args)
+    else:
+        return ""
+    in_lines = f" in {lines} lines" if lines > 1 else ""
+    return f" Its input has {chars} characters{in_lines}."
+
+
+def _location(error: ProgramError) -> str:
+    """Where, in the program's own lines, innermost first."""
+    if not error.frames:
+        column = f", column {error.column}" if error.column else ""
+        return f"Line {error.line} of the program{column}."
+    places = [
+        f"line {line}" + ("" if name == "<module>" else f" in {name}")
+        for line, name in reversed(error.frames)
+    ]
+    first, *callers = places[:4]
+    called = f", called from {', '.join(callers)}" if callers else ""
+    return f"{first[0].upper()}{first[1:]} of the program{called}."
+
+
+def _quoted(attempt: Attempt, error: ProgramError, where: str) -> str:
+    """The location with the lines it names, the innermost first, as a traceback has them."""
+    if not error.frames:
+        line = attempt.line(error.line)
+        if line is None:
+            return where
+        caret = "\n" + " " * (error.column - 1) + "^" if error.column else ""
+        return f"{where}\n{shorten(line, _LINE_CHARS)}" + (caret if len(line) < _LINE_CHARS else "")
+    lines = [attempt.line(number) for number, _ in list(reversed(error.frames))[:4]]
+    shown = [f"  {shorten(line.strip(), _LINE_CHARS)}" for line in lines if line is not None]
+    return "\n".join([where, *shown])
+
+
+# --- tests in words ---------------------------------------------------------------------------
+
+
+def _input(case: Case) -> str:
+    if isinstance(case, StdinCase):
+        return f"Input:\n{_cut(case.stdin.rstrip(chr(10)))}"
+    if isinstance(case, CallCase):
+        return f"Input:\n{_cut(chr(10).join(value_text(a) for a in case.args))}"
+    return f"The test:\n{_cut(case.code.strip())}"
+
+
+def _compared(case: Case, raw: RawRun) -> str:
+    """What came out, what should have, and the first place where they part."""
+    if isinstance(case, AssertCase):
+        return ""
+    if isinstance(case, CallCase):
+        early = "(nothing: the program ended early)"
+        got = early if raw.result is MISSING else value_text(raw.result)
+        told = f"Returned:\n{_cut(got)}\nExpected:\n{_cut(value_text(case.expected))}"
+        path = _path(raw.result, case.expected) if raw.result is not MISSING else ""
+        return told + (f"\nThe first difference is at {path} of the result." if path else "")
+    got, wanted = raw.text.rstrip("\n"), case.expected.rstrip("\n")
+    told = f"Output:\n{_cut(got) or '(nothing)'}\nExpected:\n{_cut(wanted)}"
+    return told + _line_difference(got, wanted)
+
+
+def _line_difference(got: str, wanted: str) -> str:
+    """The first line, and the first word in it, where two outputs part."""
+    a, b = got.split("\n"), wanted.split("\n")
+    pairs = enumerate(zip(a, b, strict=False), 1)
+    part = next((i for i, (x, y) in pairs if x.rstrip() != y.rstrip()), None)
+    if part is None:
+        return f"\nThe output has {len(a)} lines, {len(b)} are expected." if got else ""
+    if len(b) == 1:
+        return ""
+    told = f"\nThe first difference is in line {part} of the output"
+    x, y = a[part - 1].split(), b[part - 1].split()
+    word = next((i for i, (p, q) in enumerate(zip(x, y, strict=False), 1) if p != q), None)
+    if word is not None and max(len(x), len(y)) > 1:
+        told += f", word {word}"
+    told += "."
+    if max(len(got), len(wanted)) > SHOWN_CHARS:  # the two lines themselves may have been cut away
+        told += (
+            f"\nThat line: {shorten(a[part - 1], _LINE_CHARS)}"
+            f"\nExpected: {shorten(b[part - 1], _LINE_CHARS)}"
+        )
+    return told
+
+
+def _path(got: Any, wanted: Any) -> str:
+    """Where two nested values part first, as indices; "" when already at the top."""
+    if isinstance(got, (list, tuple)) and isinstance(wanted, (list, tuple)):
+        for i, (a, b) in enumerate(zip(got, wanted, strict=False)):
+            if a != b:
+                return f"[{i}]{_path(a, b)}"
+        return f"[{min(len(got), len(wanted))}]" if len(got) != len(wanted) else ""
+    if isinstance(got, dict) and isinstance(wanted, dict):
+        for key in wanted:
+            if key not in got:
+                return f"[{value_text(key)}]"
+            if got[key] != wanted[key]:
+                return f"[{value_text(key)}]{_path(got[key], wanted[key])}"
+    return ""
+
+
+def _cut(text: str) -> str:
+    return shorten(text, SHOWN_CHARS)
+
+
+def value_text(value: Any) -> str:
+    """A value as Python writes it, sets in a fixed order."""
+    if isinstance(value, (set, frozenset)):
+        inner = ", ".join(sorted(map(repr, value)))
+        text = "{" + inner + "}" if value else "set()"
+        return text if isinstance(value, set) else f"frozenset({text if value else ''})"
+    try:
+        return repr(value)
+    except ValueError:  # an integer beyond Python's limit of digits
+        return hex(value) if isinstance(value, int) else "(a value too large to print)"
+
+
+# --- nearly right -----------------------------------------------------------------------------
+
+
+def _hint(case: Case, raw: RawRun) -> str:
+    """What an answer that is nearly right gets wrong, without saying what would be right."""
+    if isinstance(case, StdinCase):
+        if max(len(case.expected), len(raw.stdout)) > _COMPARED_CHARS:
+            return ""
+        return _output_hint(raw.text.strip(), case.expected.strip())
+    if isinstance(case, CallCase):
+        return _result_hint(raw, case.expected)
+    return ""
+
+
+def _output_hint(got: str, wanted: str) -> str:
+    if not got or not wanted:
+        return ""
+    if got.casefold() == wanted.casefold():
+        return "It differs from the right answer only in upper and lower case."
+    if "".join(got.split()) == "".join(wanted.split()):
+        return "It differs from the right answer only in white space and line breaks."
+    lines = iter([line.strip() for line in got.split("\n")])
+    if all(line.strip() in lines for line in wanted.split("\n")):
+        return "The right answer stands in the output, but there are other lines: print no more."
+    a, b = got.split("\n"), wanted.split("\n")
+    if len(a) == len(b) and all(_ends_with(x, y) for x, y in zip(a, b, strict=True)):
+        return "The right answer stands in the output, but with other words: print it alone."
+    if _nearly(got.split(), wanted.split()):
+        return "The numbers are nearly right: mind rounding and the number of digits."
+    return ""
+
+
+def _ends_with(line: str, wanted: str) -> bool:
+    words, last = line.split(), wanted.split()
+    return bool(last) and words[-len(last) :] == last
+
+
+def _nearly(a: Sequence[str], b: Sequence[str]) -> bool:
+    if len(a) != len(b):
+        return False
+    try:
+        return all(
+            p == q
+            or ("." in p + q and math.isclose(float(p), float(q), rel_tol=1e-4, abs_tol=1e-4))
+            for p, q in zip(a, b, strict=True)
+        )
+    except ValueError:
+        return False
+
+
+def _result_hint(raw: RawRun, wanted: Any) -> str:
+    got = raw.result
+    if got is MISSING:
+        return ""
+    if got is None and wanted is not None:
+        printed = raw.text.strip()
+        if printed and printed in (str(wanted), repr(wanted)):
+            return "The function prints the right answer instead of returning it."
+        return "The function returned None: a path through it has no return."
+    a, b = _type_name(got), _type_name(wanted)
+    if a != b:
+        if isinstance(got, str) and got == str(wanted):
+            return f"The right value was returned as a string, not as {b}."
+        return f"The function returned {a}, not {b}."
+    if isinstance(got, (list, tuple)) and sorted(map(repr, got)) == sorted(map(repr, wanted)):
+        return "The elements are right, but their order is not."
+    if isinstance(got, str) and got.casefold() == wanted.casefold():
+        return "It differs from the right answer only in upper and lower case."
+    if isinstance(got, float) and math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-4):
+        return "The number is nearly right: mind rounding."
+    return ""
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    names = {"int": "an int", "float": "a float", "str": "a string", "NoneType": "None"}
+    name = type(value).__name__
+    return names.get(name, f"a {name}")

@@ -1,0 +1,295 @@
+"""Tasks as JSONL, one object a line: what ``code-v0`` reads.
+
+``id``, ``prompt`` and ``tests`` are required. A test is ``{"stdin": ..., "expected": ...}``, or
+``{"args": [...], "expected": ...}`` for a task with an ``entry_point``; ``"public": true`` lets
+feedback show it. ``entry_point``, ``starter_code``, ``solution``, ``checker``, ``limits``,
+``split`` and ``metadata`` are optional.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from rlrf import UsageError
+from rlrf.sandbox import (
+    CallCase,
+    Case,
+    Checker,
+    Exact,
+    Limits,
+    Lines,
+    RawRun,
+    Returns,
+    StdinCase,
+    Text,
+    Tokens,
+)
+from rlrf_environments.code.explain import Test
+from rlrf_environments.code.grading import Problem
+
+CheckerLike = Checker | Callable[[Any, Case], bool]
+"""A :class:`rlrf.sandbox.Checker`, or a function ``(answer, case) -> bool``.
+
+``answer`` is the standard output as text, or what the function returned.
+"""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TestRow(_Strict):
+    """A test in a task file."""
+
+    __test__ = False  # not pytest's
+
+    expected: Any = Field(description="The right output, or the right result.")
+    stdin: str | None = Field(None, description="Standard input.")
+    args: list[Any] | None = Field(None, description="Arguments of the entry point.")
+    public: bool = Field(False, description="Feedback may show it.")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> TestRow:
+        if (self.stdin is None) == (self.args is None):
+            raise ValueError("give either 'stdin' or 'args'")
+        if self.stdin is not None and not isinstance(self.expected, str):
+            raise ValueError(f"'expected' is {self.expected!r}; with 'stdin' it must be a string")
+        return self
+
+
+class CheckerRow(_Strict):
+    """A checker with its options in a task file."""
+
+    name: str
+    tolerance: float = Field(0.0, ge=0)
+
+
+class TaskRow(_Strict):
+    """A line of a task file."""
+
+    id: str = Field(min_length=1, description="Unique in the file.")
+    prompt: str = Field(min_length=1, description="The problem, as the policy reads it.")
+    tests: list[TestRow] = Field(min_length=1, description="At least one.")
+    entry_point: str | None = Field(
+        None, description="The function `args` are for: `f`, or `Solution.f`."
+    )
+    starter_code: str = Field("", description="Shown after the prompt.")
+    solution: str | None = Field(None, description="A correct program.")
+    checker: str | CheckerRow | None = Field(
+        None, description="Who compares: a name, or {name, tolerance}."
+    )
+    limits: dict[str, float] = Field(
+        default_factory=dict, description="Fields of rlrf.sandbox.Limits."
+    )
+    split: Literal["train", "eval"] | None = Field(
+        None, description="Without it, ids are dealt to train and eval by their hash."
+    )
+    metadata: dict[str, Any] = Field(default_factory=dict, description="What anyone may know.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TaskRow:
+        for i, test in enumerate(self.tests):
+            if (test.args is None) != (self.entry_point is None):
+                has, needs = (
+                    ("'stdin'", "no 'entry_point'")
+                    if test.args is None
+                    else ("'args'", "an 'entry_point'")
+                )
+                raise ValueError(f"tests.{i} has {has}, which needs {needs}")
+        known = {f.name: f.default for f in fields(Limits)}
+        for name in self.limits:
+            if name not in known:
+                raise ValueError(f"limits.{name}: unknown; limits are {', '.join(known)}")
+        return self
+
+
+@dataclass(frozen=True)
+class CodeTask:
+    """A task for a policy, and the problem for the grader.
+
+    Attributes:
+        problem: id, tests, limits: what only the grader knows.
+        prompt: the statement.
+        starter_code: shown after it.
+        metadata: what anyone may know.
+        split: the one it was written down for, or None.
+    """
+
+    problem: Problem
+    prompt: str
+    starter_code: str = ""
+    metadata: Mapping[str, Any] | None = None
+    split: str | None = None
+
+
+def read_tasks(
+    path: Path | str,
+    text: str | None = None,
+    *,
+    limits: Limits | None = None,
+    checkers: Mapping[str, CheckerLike] | None = None,
+) -> list[CodeTask]:
+    """The tasks of a JSONL file (``.gz`` too).
+
+    Args:
+        path: the file; names it in errors.
+        text: its content, if the caller has it.
+        limits: what a task's own ``limits`` start from.
+        checkers: further checkers that tasks may name.
+
+    Raises:
+        UsageError: names the file, the line and the field that is wrong.
+    """
+    tasks: list[CodeTask] = []
+    seen: dict[str, int] = {}
+    for number, data in read_jsonl(path, text):
+        try:
+            row = TaskRow.model_validate(data)
+            task = _task(row, limits or Limits(), checkers or {})
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "the task"
+            problem = first["msg"].removeprefix("Value error, ")
+            raise UsageError(f"{path}, line {number}: {place}: {problem}") from None
+        except UsageError as error:
+            raise UsageError(f"{path}, line {number}: {error}") from None
+        if row.id in seen:
+            raise UsageError(
+                f"{path}, line {number}: id: {row.id!r} is taken by line {seen[row.id]}; "
+                "ids must be unique"
+            )
+        seen[row.id] = number
+        tasks.append(task)
+    if not tasks:
+        raise UsageError(f"{path} holds no task")
+    return tasks
+
+
+def read_jsonl(path: Path | str, text: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers (from 1) and objects of a JSONL file, blank lines apart.
+
+    Raises:
+        UsageError: the file cannot be read, or a line is no JSON object.
+    """
+    if text is None:
+        try:
+            raw = Path(path).read_bytes()
+            text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise UsageError(f"cannot read {path}: {error}") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: no JSON: {error}") from None
+        if not isinstance(data, dict):
+            raise UsageError(f"{path}, line {number}: a JSON object is expected")
+        yield number, data
+
+
+def _task(row: TaskRow, limits: Limits, checkers: Mapping[str, CheckerLike]) -> CodeTask:
+    tests = []
+    for test in row.tests:
+        case: Case
+        if test.stdin is not None:
+            case = StdinCase(test.stdin, test.expected)
+        else:
+            case = CallCase(tuple(test.args or ()), test.expected)
+        tests.append(Test(case, test.public))
+    own = None
+    if row.limits:
+        whole = {f.name for f in fields(Limits) if isinstance(f.default, int)}
+        values: dict[str, Any] = {n: int(v) if n in whole else v for n, v in row.limits.items()}
+        own = replace(limits, **values)
+    return CodeTask(
+        problem=Problem(
+            row.id,
+            lambda: tests,
+            entry=row.entry_point,
+            solution=row.solution,
+            checker=_checker(row, checkers),
+            limits=own,
+        ),
+        prompt=row.prompt,
+        starter_code=row.starter_code,
+        metadata=row.metadata,
+        split=row.split,
+    )
+
+
+_STDIN_CHECKERS: dict[str, Callable[[float], Checker]] = {
+    "text": lambda tolerance: Text(),
+    "lcb": lambda tolerance: Lines(),
+    "tokens": Tokens,
+    "exact": lambda tolerance: Exact(),
+}
+_CALL_CHECKERS: dict[str, Callable[[float], Checker]] = {"returns": Returns}
+_TOLERANT = ("tokens", "returns")
+
+
+def _checker(row: TaskRow, own: Mapping[str, CheckerLike]) -> Checker:
+    builtin = _STDIN_CHECKERS if row.entry_point is None else _CALL_CHECKERS
+    wanted = row.checker if row.checker is not None else next(iter(builtin))
+    if isinstance(wanted, str):
+        wanted = CheckerRow(name=wanted, tolerance=0.0)
+    if wanted.name in own:
+        return as_checker(own[wanted.name])
+    if wanted.name not in builtin:
+        names = ", ".join([*builtin, *own])
+        kind = "a stdin task" if row.entry_point is None else "a task with an entry point"
+        raise UsageError(
+            f"checker: {wanted.name!r} is unknown for {kind}; checkers are {names}. Your own go "
+            "into the environment's option `checkers`"
+        )
+    if wanted.tolerance and wanted.name not in _TOLERANT:
+        raise UsageError(f"checker: {wanted.name!r} takes no tolerance; 'tokens' and 'returns' do")
+    return builtin[wanted.name](wanted.tolerance)
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A checker from a function."""
+
+    function: Callable[[Any, Case], bool]
+
+    def accepts(self, raw: RawRun, case: Case) -> bool:
+        return bool(self.function(raw.text if isinstance(case, StdinCase) else raw.result, case))
+
+
+def as_checker(value: CheckerLike) -> Checker:
+    """A checker from a checker or a function ``(answer, case) -> bool``."""
+    if hasattr(value, "accepts"):
+        return value
+    return _Function(value)
+
+
+EVAL_SHARE = 0.2
+"""The share of ids that are dealt to ``eval``, where tasks name no split."""
+
+
+def in_split(task_id: str, split: str) -> bool:
+    """Whether an id belongs to ``train`` or ``eval``, by its hash; to ``all`` all do.
+
+    So a task is on the same side whatever filters are set and whatever tasks are beside it.
+    """
+    if split == "all":
+        return True
+    share = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big") / 2**32
+    return (share < EVAL_SHARE) == (split == "eval")
+
+
+def of_split(tasks: Sequence[CodeTask], split: str) -> list[CodeTask]:
+    """The tasks of a split: by their own word, else by :func:`in_split`; ``all`` is all."""
+    if split == "all":
+        return list(tasks)
+    return [t for t in tasks if (t.split == split if t.split else in_split(t.problem.id, split))]
