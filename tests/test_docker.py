@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -302,14 +304,18 @@ class Daemon:
 
 
 @pytest.fixture
-def own_daemon(tmp_path):
+def own_daemon():
     if os.geteuid() != 0 or shutil.which("dockerd") is None:
         pytest.skip("a second docker daemon needs root and dockerd")
-    made = Daemon(tmp_path)
-    made.start()
-    yield made
-    if made.process.poll() is None:
-        made.stop()
+    # Not pytest's folder: with it containerd's socket has more than the 107 characters it may have.
+    with tempfile.TemporaryDirectory(prefix="rlrf", ignore_cleanup_errors=True) as folder:
+        made = Daemon(Path(folder))
+        try:
+            made.start()
+            yield made
+        finally:
+            if made.process.poll() is None:
+                made.stop()
 
 
 @pytest.mark.slow

@@ -521,3 +521,180 @@ def test_returned_values(got, expected, right):
     assert Returns().accepts(RawRun(result=got), CallCase((), expected)) is right
     if got == 0.1 + 0.2:
         assert Returns(1e-9).accepts(RawRun(result=got), CallCase((), expected))
+
+
+# --- one program and the next, one slot and the other -----------------------------------------
+
+
+def test_a_program_has_no_descriptors_but_its_own(pool):
+    code = (
+        "import os\n"
+        "names = []\n"
+        "for n in os.listdir('/proc/self/fd'):\n"
+        "    try:\n        names.append(os.readlink('/proc/self/fd/' + n))\n"
+        "    except FileNotFoundError:\n        pass  # listdir's own\n"
+        "print(sorted(n.partition(':')[2].split()[0] if 'memfd' in n else n for n in names))"
+    )
+    report = run(pool, code)
+    assert report.cases[0].raw.text == "['channel', 'stderr', 'stdin', 'stdout']\n"
+
+
+@pytest.mark.parametrize("family", ["AF_INET", "AF_INET6", "AF_NETLINK"])
+def test_there_is_no_network_not_even_a_loopback(walled, family):
+    code = (
+        f"import socket\ntry:\n    socket.socket(socket.{family})\nexcept OSError:\n    print('ok')"
+    )
+    assert run(walled, code).verdict is Verdict.ACCEPTED
+    own = "import socket\na, b = socket.socketpair()\na.send(b'ok')\nprint(b.recv(2).decode())"
+    assert run(walled, own).verdict is Verdict.ACCEPTED
+
+
+def test_memory_files_are_refused(walled):
+    code = "import os\ntry:\n    os.memfd_create('x')\nexcept PermissionError:\n    print('ok')"
+    assert run(walled, code).verdict is Verdict.ACCEPTED
+
+
+@pytest.mark.docker
+def test_slots_do_not_use_up_each_others_processes():
+    limits = Limits(cpu_s=4, wall_s=30, processes=12)
+    forks = (
+        "import os, time\npids = []\nfor _ in range(10):\n    pid = os.fork()\n"
+        "    if not pid:\n        time.sleep(0.5)\n        os._exit(0)\n    pids.append(pid)\n"
+        "for pid in pids:\n    os.waitpid(pid, 0)\nprint('ok')"
+    )
+    pool = run_sync(start_sandbox("docker", slots=4, **options("docker")))
+
+    async def go():
+        import asyncio
+
+        case = [StdinCase("", "ok\n")]
+        some = [pool.run(Program(forks), case, limits=limits) for _ in range(8)]
+        return await asyncio.gather(*some)
+
+    try:
+        assert [r.verdict for r in run_sync(go())] == [Verdict.ACCEPTED] * 8
+    finally:
+        run_sync(pool.aclose())
+
+
+@pytest.mark.docker
+def test_a_program_cannot_signal_what_ends_it():
+    """The helper that ends a program's processes has its effective uid only."""
+    code = (
+        "import os, signal, time\n"
+        "for _ in range(3):\n    if os.fork() == 0:\n        break\n"
+        "own = os.getpid()\n"
+        "while True:\n"
+        "    for pid in range(own + 1, own + 40):\n"
+        "        try:\n            os.kill(pid, signal.SIGSTOP)\n"
+        "        except OSError:\n            pass\n"
+    )
+    pool = run_sync(start_sandbox("docker", slots=1, **options("docker")))
+    try:
+        for _ in range(3):
+            report = run(pool, code, limits=Limits(cpu_s=30, wall_s=1.5, processes=8))
+            assert report.verdict is Verdict.TIME_LIMIT
+            assert healthy(pool)
+        assert pool.stats().replaced == 0
+    finally:
+        run_sync(pool.aclose())
+
+
+@pytest.mark.docker
+def test_what_hides_its_memory_is_ended_itself():
+    """A program may lower its score with the OOM killer; its memory still counts as its own."""
+    child = (
+        "open('/proc/self/oom_score_adj', 'w').write('0')\n"
+        "hold = []\n"
+        "while True: hold.append(bytearray(8 << 20))\n"
+    )
+    code = (
+        f"import subprocess, sys\nkids = [subprocess.Popen([sys.executable, '-c', {child!r}])"
+        " for _ in range(4)]\nfor kid in kids:\n    kid.wait()\nraise MemoryError"
+    )
+    pool = run_sync(start_sandbox("docker", slots=1, memory_mb=512, **options("docker")))
+    try:
+        limits = Limits(cpu_s=20, wall_s=40, memory_mb=512)
+        report = run(pool, code, limits=limits)
+        assert report.verdict is Verdict.MEMORY_LIMIT
+        assert healthy(pool)
+        assert pool.stats().replaced == 0
+    finally:
+        run_sync(pool.aclose())
+
+
+# --- as python would ------------------------------------------------------------------------
+
+
+def test_a_main_guard_does_not_run_in_a_module_that_is_called(pool):
+    code = "def f(x):\n    return x + 1\n\nif __name__ == '__main__':\n    f(input())\n"
+    assert run(pool, code, [CallCase((1,), 2)], entry="f").verdict is Verdict.ACCEPTED
+    asserts = [AssertCase("assert f(1) == 2")]
+    assert run(pool, code, asserts, entry="f").verdict is Verdict.ACCEPTED
+    assert run(pool, "if __name__ == '__main__':\n    print('ok')").verdict is Verdict.ACCEPTED
+
+
+def test_a_thread_may_fork(pool):
+    code = (
+        "import os, threading\n"
+        "def work():\n"
+        "    pid = os.fork()\n"
+        "    if pid == 0:\n"
+        "        print(threading.main_thread() is threading.current_thread())\n"
+        "        threading._shutdown()\n"
+        "        import sys; sys.stdout.flush(); os._exit(0)\n"
+        "    print(os.waitpid(pid, 0)[1])\n"
+        "t = threading.Thread(target=work)\nt.start()\nt.join()\n"
+    )
+    report = run(pool, code, [StdinCase("", "True\n0\n")])
+    assert report.verdict is Verdict.ACCEPTED, report.cases[0].raw
+
+
+def test_as_many_threads_start_as_processes_are_allowed(pool):
+    code = (
+        "import threading\ngate = threading.Event()\n"
+        "threads = [threading.Thread(target=gate.wait) for _ in range(12)]\n"
+        "for t in threads:\n    t.start()\ngate.set()\nprint('ok')"
+    )
+    limits = Limits(cpu_s=2, wall_s=10)
+    assert run(pool, code, limits=limits).verdict is Verdict.ACCEPTED
+
+
+def test_a_file_has_a_name_and_an_exit_a_reason(pool):
+    assert run(pool, "print('ok' if __file__ else '')").verdict is Verdict.ACCEPTED
+    raw = run(pool, "import sys\nsys.exit('no more')").cases[0].raw
+    assert (raw.exit_code, raw.stderr) == (1, b"no more\n")
+
+
+def test_a_prelude_runs_first_and_its_lines_do_not_count(pool):
+    program = Program(
+        "print(twice(len(sys.argv)))\n1 / 0",
+        prelude="import sys\n\ndef twice(n):\n    return 2 * n",
+    )
+    raw = pool.run_sync(program, [StdinCase("", "2\n")], limits=LIMITS).cases[0].raw
+    assert raw.stdout == b"2\n"
+    assert raw.error.line == 2
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"cpu_s": float("inf")},
+        {"compile_s": float("nan")},
+        {"memory_mb": 1.5},
+        {"processes": True},
+        {"file_mb": 1 << 45},
+        {"open_files": 3},
+        {"wall_s": "1"},
+    ],
+)
+def test_limits_that_make_no_sense(limits):
+    (name,) = limits
+    with pytest.raises(UsageError, match=f"Limits.{name} is "):
+        Limits(**limits)
+
+
+@pytest.mark.parametrize("entry", ["", "a b", "f(", "Solution."])
+def test_entries_that_are_no_names(entry):
+    with pytest.raises(UsageError, match=r"Program\.entry is"):
+        Program("x", entry=entry)

@@ -106,7 +106,7 @@ def test_a_build_without_a_registry_says_what_to_do_instead():
 @pytest.mark.docker
 def test_gc_with_nothing_to_do_says_nothing():
     options("docker")
-    assert CliRunner().invoke(app, ["gc"]).stdout == ""
+    assert CliRunner().invoke(app, ["gc"]).stdout == "nothing to remove\n"
 
 
 def test_import_wants_one_source():

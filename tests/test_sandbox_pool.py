@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 
 import pytest
 
@@ -17,6 +18,7 @@ from rlrf.sandbox import (
     CallCase,
     Limits,
     Program,
+    ProgramError,
     RawRun,
     SandboxInfo,
     SandboxPool,
@@ -25,6 +27,7 @@ from rlrf.sandbox import (
     open_sandbox,
     start_sandbox,
 )
+from rlrf.sandbox.pool import _Slot, _Turns
 from tests.backends import BACKENDS, options
 
 CASE = [StdinCase("", "ok")]
@@ -210,11 +213,88 @@ def test_after_failures_in_a_row_it_refuses_and_then_tries_again():
             with pytest.raises(InfraError, match="does not start"):
                 await pool.run(Program("x"), CASE)
         tried = fakes.dead_on_arrival
-        with pytest.raises(InfraError, match="for 3 programs in a row, last: does not start"):
-            await pool.run(Program("x"), CASE)
-        assert fakes.dead_on_arrival == tried  # it has not even tried
+        for _ in range(2):
+            with pytest.raises(InfraError, match="for 3 programs in a row, last: does not start"):
+                await pool.run(Program("x"), CASE)
+            assert fakes.dead_on_arrival == tried - 1  # once, then not even that
         fakes.dead_on_arrival, pool._refuse_until = 0, 0.0
+        fakes.outcomes = [RawRun(stdout=b"42")]  # for the probe
         assert (await pool.run(Program("x"), CASE)).verdict is Verdict.ACCEPTED
+
+    asyncio.run(go())
+
+
+def test_programs_that_break_their_sandbox_do_not_stop_the_others():
+    async def go():
+        pool = await started(fakes := Fakes(*[DIED] * 9), 1)
+        for _ in range(3):
+            with pytest.raises(InfraError):
+                await pool.run(Program("breaks"), CASE)
+        fakes.outcomes = [RawRun(stdout=b"42")]  # a fresh sandbox proves to work
+        assert (await pool.run(Program("x"), CASE)).verdict is Verdict.ACCEPTED
+
+    asyncio.run(go())
+
+
+def test_a_failure_while_alone_is_retried_too():
+    async def go():
+        starved = RawRun(limit="time", starved=True)
+        pool = await started(Fakes(starved, DIED), 1)
+        assert (await pool.run(Program("slow"), CASE)).verdict is Verdict.ACCEPTED
+        assert (pool.stats().starved, pool.stats().retries) == (1, 1)
+
+    asyncio.run(go())
+
+
+def test_one_who_wanted_to_be_alone_and_left_keeps_nobody_waiting():
+    async def go():
+        turns = _Turns(deque([_Slot(), _Slot()]), 2)
+        first = await turns.take(None)
+        alone = asyncio.ensure_future(turns.take(None, alone=True))
+        other = asyncio.ensure_future(turns.take(None))
+        await asyncio.sleep(0)
+        assert not other.done()
+        alone.cancel()
+        turns.give(await asyncio.wait_for(other, 5))
+        turns.give(first)
+
+    asyncio.run(go())
+
+
+def test_a_prelude_that_fails_is_its_authors_mistake():
+    async def go():
+        pool = await started(fakes := Fakes(), 1)
+        with pytest.raises(UsageError, match="does not compile"):
+            await pool.run(Program("x", prelude="def ("), CASE)
+        error = ProgramError("ZeroDivisionError", "division by zero")
+        for _ in range(2):  # asked again each time
+            fakes.outcomes = [RawRun(exit_code=1, error=error)]
+            with pytest.raises(UsageError, match=r"fails by itself: ZeroDivisionError: division"):
+                await pool.run(Program("x", prelude="1/0"), CASE)
+        fakes.outcomes = [RawRun()]
+        for _ in range(2):
+            report = await pool.run(Program("x", prelude="y = 1"), CASE)
+            assert report.verdict is Verdict.ACCEPTED
+        assert fakes.order.count("") == 3
+
+    asyncio.run(go())
+
+
+def test_a_program_may_print_what_is_expected_of_it():
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 1)
+        seen = []
+        real = Fake.execute
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Fake, "execute", lambda self, job: seen.append(job) or real(self, job))
+            limits = Limits(output_kb=1)
+            await pool.run(Program("x"), [StdinCase("", "a" * 4096)], limits=limits)
+            await pool.run(Program("x", entry="f"), [CallCase((), ["a" * 9999])], limits=limits)
+            await pool.run(Program("x"), CASE, limits=limits)
+        assert [job.limits.output_kb for job in seen] == [6, 25, 1]
+        with pytest.raises(UsageError, match="has 4000 kB, but no program may print more"):
+            await pool.run(Program("x"), [StdinCase("", "a" * 4_096_000)])
 
     asyncio.run(go())
 

@@ -9,7 +9,7 @@ import os
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from rlrf._async import background_loop
@@ -17,6 +17,7 @@ from rlrf.errors import InfraError, RlrfError, UsageError
 from rlrf.plugins import Registry
 from rlrf.sandbox.checkers import Asserts, Checker, Lines, Returns
 from rlrf.sandbox.program import (
+    MAX_OUTPUT_KB,
     AssertCase,
     CallCase,
     Case,
@@ -96,6 +97,8 @@ class _Turns:
         except asyncio.CancelledError:
             if future.done() and not future.cancelled():  # served and cancelled at once
                 self.give(future.result())
+            else:
+                self.serve()  # others may have waited for this one
             raise
 
     def give(self, slot: _Slot) -> None:
@@ -159,6 +162,7 @@ class SandboxPool:
         self._turns = _Turns(deque(self._slots), slots)
         self._stats = PoolStats()
         self._failed, self._refuse_until = 0, 0.0
+        self._preludes: set[str] = set()
         self._last_failure: InfraError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -189,9 +193,7 @@ class SandboxPool:
             await self.aclose()
             raise
         self._turns.give(slot)
-        probe = await self._run(
-            Program("print(6 * 7)"), [StdinCase("", "42")], limits=Limits(memory_mb=64)
-        )
+        probe = await self._run(*_PROBE, limits=Limits(memory_mb=64))
         if probe.verdict is not Verdict.ACCEPTED:
             await self.aclose()
             raise InfraError(
@@ -265,12 +267,15 @@ class SandboxPool:
         group: Hashable = None,
     ) -> RunReport:
         job, check = _job(program, cases, limits or Limits(), checker)
-        alone = False
-        for attempt in range(self.retries + 1):
+        if program.prelude and program.prelude not in self._preludes:
+            await self._check_prelude(program.prelude, job.limits)
+        alone, failed = False, 0
+        while True:
             try:
                 report = await self._once(job, cases, check, stop, group, alone=alone)
             except InfraError as error:
-                if attempt == self.retries or not error.retryable:
+                failed += 1
+                if failed > self.retries or not error.retryable:
                     self._note_failure(error)
                     raise
                 self._stats.retries += 1
@@ -280,11 +285,29 @@ class SandboxPool:
                 # what comes of that counts.
                 self._stats.starved += 1
                 alone = True
-                report = await self._once(job, cases, check, stop, group, alone=True)
+                continue
             self._stats.programs += 1
             self._stats.cases += sum(c.raw is not None for c in report.cases)
             return report
-        raise AssertionError("unreachable")
+
+    async def _check_prelude(self, prelude: str, limits: Limits) -> None:
+        """Run a prelude alone, once: its faults are its author's, not those of the programs."""
+        try:
+            compile(prelude, "<prelude>", "exec")
+        except (SyntaxError, ValueError) as error:
+            raise UsageError(f"Program.prelude does not compile: {error}") from None
+        self._preludes.add(prelude)
+        try:
+            alone = Program("", prelude=prelude)
+            report = await self._run(alone, [StdinCase("", "")], limits=limits)
+            if report.verdict is not Verdict.ACCEPTED:
+                raw = report.cases[0].raw
+                told = raw.error if raw is not None else None
+                why = f"{told.type}: {told.message}" if told else report.verdict
+                raise UsageError(f"Program.prelude fails by itself: {why}")
+        except BaseException:
+            self._preludes.discard(prelude)
+            raise
 
     async def _once(
         self,
@@ -300,7 +323,7 @@ class SandboxPool:
         try:
             if self._closed:
                 raise UsageError("the sandbox pool is closed")
-            self._check_breaker()
+            await self._check_breaker(slot)
             if slot.sandbox is None:
                 await self._start(slot)
             assert slot.sandbox is not None
@@ -322,20 +345,35 @@ class SandboxPool:
             self._turns.give(slot)
 
     def _note_failure(self, error: InfraError) -> None:
-        # Counted by program: one that knows how to break sandboxes must not stop all others.
         if error.kind != "sandbox_refused":
             self._failed += 1
             self._last_failure = error
-            self._refuse_until = time.monotonic() + self._cooldown_s
 
-    def _check_breaker(self) -> None:
-        if self._failed >= self._failures and time.monotonic() < self._refuse_until:
-            raise InfraError(
-                f"sandboxes failed for {self._failed} programs in a row, last: "
-                f"{self._last_failure}",
-                kind="sandbox_refused",
-                retryable=False,
-            )
+    async def _check_breaker(self, slot: _Slot) -> None:
+        """After failures in a row, refuse for a while; unless a fresh sandbox proves to work.
+
+        Programs that know how to break their sandbox must not stop all others.
+        """
+        if self._failed < self._failures:
+            return
+        if time.monotonic() >= self._refuse_until:
+            self._discard(slot)
+            try:
+                await self._start(slot)
+                assert slot.sandbox is not None
+                job, check = _job(*_PROBE, Limits(memory_mb=64), None)
+                report = await _judge(slot.sandbox, job, _PROBE[1], check, "never")
+                if report.verdict is Verdict.ACCEPTED:
+                    self._failed = 0
+                    return
+            except InfraError as error:
+                self._last_failure = error
+            self._refuse_until = time.monotonic() + self._cooldown_s
+        raise InfraError(
+            f"sandboxes failed for {self._failed} programs in a row, last: {self._last_failure}",
+            kind="sandbox_refused",
+            retryable=False,
+        )
 
     # --- sandboxes come and go --------------------------------------------------------------------
 
@@ -408,6 +446,9 @@ class SandboxPool:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+_PROBE = (Program("print(6 * 7)"), [StdinCase("", "42")])
+
+
 def _job(
     program: Program, cases: Sequence[Case], limits: Limits, checker: Checker | None
 ) -> tuple[Job, Checker]:
@@ -437,7 +478,31 @@ def _job(
         CallCase: Returns(),
         AssertCase: Asserts(),
     }
+    limits = _with_room(limits, cases)
     return Job(program, tuple(inputs), limits), checker or defaults[kinds.pop()]
+
+
+def _with_room(limits: Limits, cases: Sequence[Case]) -> Limits:
+    """The limits, with as much output as the largest right answer needs.
+
+    Raises:
+        UsageError: more than any limit can allow.
+    """
+    largest = 0
+    for case in cases:
+        if isinstance(case, StdinCase):
+            largest = max(largest, len(case.expected.encode("utf-8", "replace")))
+        elif isinstance(case, CallCase) and isinstance(case.expected, (str, list, tuple, dict)):
+            largest = max(largest, 2 * len(repr(case.expected)))
+    needed = largest // 1024 + 1
+    if needed <= limits.output_kb:
+        return limits
+    if needed > MAX_OUTPUT_KB:
+        raise UsageError(
+            f"an expected output has {largest >> 10} kB, but no program may print more than "
+            f"{MAX_OUTPUT_KB} kB; leave that test out"
+        )
+    return replace(limits, output_kb=min(needed + needed // 4, MAX_OUTPUT_KB))
 
 
 async def _judge(

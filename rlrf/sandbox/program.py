@@ -27,6 +27,9 @@ MAX_OUTPUT_KB = 3072
 """The most that may be kept of what a program prints."""
 
 
+_MOST = 1_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What a program may use, per case.
@@ -61,8 +64,14 @@ class Limits:
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if not value > 0:
-                raise UsageError(f"Limits.{name} is {value!r}; it must be > 0")
+            whole = not name.endswith("_s")
+            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+                kind = "a whole number" if whole else "a number"
+                raise UsageError(f"Limits.{name} is {value!r}; it must be {kind}")
+            if not 0 < value <= _MOST:  # also no NaN, no infinity
+                raise UsageError(f"Limits.{name} is {value!r}; it must be > 0 and <= {_MOST}")
+        if self.open_files < 16:
+            raise UsageError(f"Limits.open_files is {self.open_files}; it must be >= 16")
         for name in ("output_kb", "stderr_kb"):  # all of it travels in one message
             if getattr(self, name) > MAX_OUTPUT_KB:
                 raise UsageError(
@@ -88,6 +97,12 @@ class Program:
     entry: str | None = None
     language: str = "python"
     prelude: str = ""
+
+    def __post_init__(self) -> None:
+        if self.entry is not None and not all(p.isidentifier() for p in self.entry.split(".")):
+            raise UsageError(
+                f"Program.entry is {self.entry!r}; it must be a name, 'Class.method', or None"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,5 +109,8 @@ def import_(
 def gc(docker_host: _DockerHost = None) -> None:
     """Remove containers that dead processes of this host have left behind."""
     with contextlib.closing(daemon.connect(docker_host)) as client:
-        for container in images.gc(client):
+        removed = images.gc(client)
+        for container in removed:
             print(f"removed {container[:12]}")
+        if not removed:
+            print("nothing to remove")

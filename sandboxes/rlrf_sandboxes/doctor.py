@@ -216,7 +216,9 @@ def choice(findings: list[Finding], override: str | None) -> str:
     works = {f.backend for f in findings if f.works}
     best = next((b for b in PREFERRED if b in works), None)
     if override and override != "auto":
-        return f"{override}, as RLRF_SANDBOX says"
+        known = sandboxes.names()
+        wrong = "" if override in known else f"; but there is no such backend: {', '.join(known)}"
+        return f"{override}, as RLRF_SANDBOX says{wrong}"
     if best is None:
         return "process, which refuses untrusted programs: nothing safe works here"
     return best

@@ -48,7 +48,7 @@ RUN_DIR = "/sandbox/run"
 MAX_FRAME = 64 << 20
 IDLE_S = 600.0
 FLUSH_S = 0.02  # results that come quicker than this travel together: waking the host is not free
-FIRST_UID, LAST_UID = 20001, 59999
+UIDS = 20_000  # of one container, one per program and one for the supervisor's helpers
 # What programs import most, loaded once for all; a program then finds it in memory.
 PRELOAD = (
     "bisect collections copy datetime decimal fractions functools heapq io itertools linecache "
@@ -150,18 +150,20 @@ def decode(value: Any) -> Any:
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x08000000, 0x20000000
 _NEW_NAMESPACES = 0x7E020080
 # System calls that a program has no use for and that could reach past its walls or outlive it:
-# SysV ipc and message queues, keyrings, io_uring, namespaces and mounts, tracing, bpf, modules.
+# SysV ipc and message queues, keyrings, io_uring, namespaces and mounts, tracing, bpf, modules,
+# memory files (they count for no process: not for its limit, and not when memory runs out).
 _DENIED = {
     "x86_64": (
         "248 249 250 240 241 242 243 244 245 68 69 70 71 64 65 66 220 29 30 31 67 425 426 427 272 "
         "308 165 166 155 161 428 429 430 431 432 433 442 101 310 311 438 312 321 298 323 "
         "246 320 175 176 313 135 163 179 167 168 169 170 171 303 304 300 103 212 172 173 434 424 "
-        "435"
+        "319 447 435"
     ),
     "aarch64": (
         "217 218 219 180 181 182 183 184 185 186 187 188 189 190 191 192 193 194 195 196 197 425 "
         "426 427 97 268 40 39 41 51 428 429 430 431 432 433 442 117 270 271 438 272 280 241 282 "
-        "104 294 105 106 273 92 89 60 224 225 142 161 162 264 265 262 116 18 434 424 435"
+        "104 294 105 106 273 92 89 60 224 225 142 161 162 264 265 262 116 18 434 424 "
+        "279 447 435"
     ),
 }
 _ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -187,11 +189,11 @@ def _seccomp_program(machine: str) -> bytes | None:
         out += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, refuse(errno.ENOSYS))]  # x32
     sock, clone = _SOCKET_CLONE[machine]
     out += [
-        (0x15, 0, 6, sock),
+        # There is no network but a loopback, and what is left of a connection there outlives
+        # a program: a port that the next one cannot bind, a number that it can read.
+        (0x15, 0, 4, sock),
         (0x20, 0, 0, 16),
-        (0x15, 3, 0, socket.AF_UNIX),
-        (0x15, 2, 0, socket.AF_INET),
-        (0x15, 1, 0, socket.AF_INET6),
+        (0x15, 1, 0, socket.AF_UNIX),
         (0x06, 0, 0, refuse(errno.EAFNOSUPPORT)),
         (0x06, 0, 0, allow),
         (0x15, 0, 4, clone),
@@ -402,7 +404,7 @@ class Zygote:
         sys.setrecursionlimit(50_000)
         self.base_memory = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         self.module = types.ModuleType("__main__")
-        self.module.__dict__["__builtins__"] = builtins
+        self.module.__dict__.update(__builtins__=builtins, __file__=FILENAME)
         self.runner = sys.modules["__main__"]
         sys.modules["__main__"] = self.module
         compile("print(1)", FILENAME, "exec")
@@ -411,6 +413,7 @@ class Zygote:
             kernel.install_filter()
         gc.collect()
         gc.freeze()
+        os.closerange(256, 512)  # where what failed until here was to be told
 
     @staticmethod
     def leftovers() -> bool:
@@ -572,11 +575,10 @@ class Leader:
         self.boss.send(ENDED.pack(b"E", 0, time.process_time(), 0, False))
         os._exit(0)
 
-    @staticmethod
-    def end_all() -> None:
+    def end_all(self) -> None:
         """End what a test left running, before the next one; the leader itself is spared."""
-        if os.getpid() != 1 and os.getuid() < FIRST_UID:
-            return  # plain mode: kill(-1) would end the user's own processes
+        if self.zygote.mode == "plain":
+            return  #: kill(-1) would end the user's own processes
         try:
             os.kill(-1, signal.SIGKILL)
             while True:
@@ -628,7 +630,12 @@ class Leader:
     def attempt(self) -> tuple[int, Any]:
         """Run the program; exit code and what to tell the host."""
         scope = self.zygote.module.__dict__
+        # What `prepare` kept off, for the program's own forks.
+        os.register_at_fork(after_in_child=sys.modules["threading"]._after_fork)
         args: list[Any] = []
+        if self.kind in ("call", "serve"):  # imported, as it were, not run
+            scope["__name__"] = "solution"
+            sys.modules["solution"] = self.zygote.module
         if self.kind == "call":
             args = decode(_loads(read_all(self.channel, MAX_FRAME).decode()))
             os.ftruncate(self.channel, 0)
@@ -646,6 +653,7 @@ class Leader:
             code = stop.code
             if code is None or isinstance(code, int):
                 return int(code or 0), None
+            sys.stderr.write(str(code) + "\n")
             return 1, None
         except BaseException as error:
             # The frames hold what the program held: without this, MemoryError stays.
@@ -775,7 +783,7 @@ class Supervisor:
         self.out: list[bytes] = []
         self.flushed = 0.0
         self.mode = "plain"
-        self.uid = FIRST_UID - 1
+        self.uid = self.helper_uid = self.last_uid = 0
         self.compiled = self.resting = False
         self.used = 0.0  # CPU seconds of the present leader, up to its last test
         self.zygote: socket.socket | None = None
@@ -864,6 +872,8 @@ class Supervisor:
         """Say who we are; the first time, get ready."""
         if self.zygote is None:
             self.mode = frame["mode"]
+            self.uid = self.helper_uid = self.free_uids()
+            self.last_uid = self.uid + UIDS
             tmp = f"size={int(frame['tmp_mb'])}m,nr_inodes={int(frame['inodes'])},mode=0700"
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             pid = os.fork()
@@ -895,6 +905,18 @@ class Supervisor:
                 "cgroup": self.oom is not None,
             }
         )
+
+    @staticmethod
+    def free_uids() -> int:
+        """Where uids begin that no other container has.
+
+        The kernel counts processes by uid over all containers, so programs of two of them that
+        had the same one would use up each other's limit.
+        """
+        with open("/proc/self/uid_map") as file:
+            inside, _, count = map(int, file.readline().split())
+        low, high = (1 << 20, 1 << 31) if count > 1 << 31 else (inside + 1000, inside + count)
+        return low + int.from_bytes(os.urandom(4), "big") % max(1, high - low - UIDS)
 
     @staticmethod
     def open_oom_counter() -> int | None:
@@ -1076,7 +1098,7 @@ class Supervisor:
         job, limits = self.job, self.limits
         if self.mode == "uid":
             self.uid += 1
-            if self.uid > LAST_UID:
+            if self.uid > self.last_uid:
                 raise Broken("all uids are used up")
             os.mkdir(RUN_DIR, 0o700)
             os.chown(RUN_DIR, self.uid, self.uid)
@@ -1305,12 +1327,16 @@ class Supervisor:
             pass
 
     def as_program(self, function: Callable[[], None]) -> None:
-        """Run our own code with the program's uid, in a process of its own."""
+        """Run our own code with the program's rights, in a process of its own.
+
+        Only the effective uid is the program's: that is enough to end its processes and remove its
+        files, and not enough for them to signal this one.
+        """
         pid = os.fork()
         if pid == 0:
             try:
-                os.setresgid(self.uid, self.uid, self.uid)
-                os.setresuid(self.uid, self.uid, self.uid)
+                os.setresgid(self.helper_uid, self.uid, self.helper_uid)
+                os.setresuid(self.helper_uid, self.uid, self.helper_uid)
                 function()
             finally:
                 os._exit(0)
