@@ -13,7 +13,6 @@ import ast
 import datetime
 import importlib.util
 import inspect
-import json
 import logging
 import os
 import sys
@@ -48,6 +47,8 @@ from rlrf.messages import Messages
 from rlrf.plugins import EXTRAS, Registry
 from rlrf.policy import SamplingParams, make_policy, policies
 from rlrf.registry import accepted_options
+from rlrf.results import ResultsFile
+from rlrf.rollout import Rollout
 from rlrf.sandbox import sandboxes
 from rlrf.trainer import make_trainer, trainers
 
@@ -329,7 +330,12 @@ def eval_(
     seed: Annotated[int, typer.Option(help="Seeds sampling and episodes.")] = 0,
     max_concurrency: Annotated[int, typer.Option(help="Episodes under way at once.")] = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Write the report and its rollouts to this JSON file.")
+        Path | None,
+        typer.Option(help="The JSON file for report and rollouts; runs/eval/... by default."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace --out, and start anew.")] = False,
+    base_url: Annotated[
+        str | None, typer.Option(help="Server of the policy 'openai', up to and including /v1.")
     ] = None,
     option: _EnvOptions = None,
     policy_option: Annotated[
@@ -337,18 +343,49 @@ def eval_(
         typer.Option("--policy-option", help="Option of the policy, name=value; repeatable."),
     ] = None,
 ) -> None:
-    """Measure a policy on an environment."""
+    """Measure a policy on an environment. A run that was cut off is continued."""
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
-    found = _make_env(env, option, {"split": split, "feedback": feedback}, held_out=True)
+    given = {"split": split, "feedback": feedback}
+    policy_options = _assignments(policy_option)
+    policy_options |= {
+        name: value for name, value in (("model", model), ("base_url", base_url)) if value
+    }
+    found = _make_env(env, option, given, held_out=True)
     try:
         n_tasks = min(limit or sys.maxsize, len(found.tasks()))
-        options = _assignments(policy_option)
-        if model is not None:
-            options["model"] = model
-        player = _make_policy(policy, options)
-        with RolloutProgress(n_tasks * max(samples, 1)) as progress:
+        player = _make_policy(policy, policy_options)
+        settings = {
+            "env": env,
+            "env_options": _assignments(option),
+            "split": found.split,
+            "feedback": found.feedback_level.name,
+            "n_tasks": n_tasks,
+            "policy": policy,
+            "model": model,
+            "policy_options": {
+                k: v for k, v in policy_options.items() if k not in ("api_key", "base_url")
+            },
+            "samples_per_task": samples,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_tokens": max_tokens,
+            "seed": seed,
+        }
+        if out is not None:
+            results = ResultsFile(out, settings, overwrite=overwrite)
+        else:
+            name = "-".join((env, policy, *([Path(model).name] if model else [])))
+            results = ResultsFile.named(Path("runs", "eval"), name, settings)
+        if results.done:
+            print(f"continuing {results.partial}: {len(results.done)} done", file=sys.stderr)
+        with results, RolloutProgress(n_tasks * max(samples, 1), results.done) as progress:
+
+            def finished(rollout: Rollout) -> None:
+                results.add(rollout)
+                progress(rollout)
+
             report = evaluate(
                 found,
                 player,
@@ -357,26 +394,12 @@ def eval_(
                 seed=seed,
                 limit=limit,
                 max_concurrency=max_concurrency,
-                on_rollout=progress,
+                on_rollout=finished,
+                done=results.done,
             )
-        _print_eval(_console(), report)
-        if out is not None:
-            head = {
-                "env": env,
-                "split": found.split,
-                "feedback": found.feedback_level.name,
-                "policy": policy,
-                "model": model,
-                "samples_per_task": samples,
-                "temperature": temperature,
-                "top_p": top_p,
-                "max_tokens": max_tokens,
-                "seed": seed,
-                "lock": runs.environment_lock(found),
-            }
-            data = head | report.to_dict(rollouts=True)
-            out.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
-            print(f"written to {out}")
+        _print_eval(_console(), report, found.split)
+        results.finish(report, {"lock": runs.environment_lock(found)})
+        print(f"written to {results.path}")
     finally:
         found.close()
     if report.pass_rate is None:
@@ -384,17 +407,25 @@ def eval_(
         raise typer.Exit(1)
 
 
-def _print_eval(console: Console, report: EvalReport) -> None:
+def _print_eval(console: Console, report: EvalReport, split: str) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
-    rows: dict[str, str] = {"tasks": str(report.n_tasks), "rollouts": str(report.n_rollouts)}
+    rows: dict[str, str] = {
+        "split": split,
+        "tasks": str(report.n_tasks),
+        "rollouts": str(report.n_rollouts),
+    }
     if report.pass_rate is not None and report.pass_rate_ci is not None:
         low, high = report.pass_rate_ci
         rows["pass rate"] = f"{report.pass_rate:.1%}  (95 % CI {low:.1%} to {high:.1%})"
-        rows |= {f"pass@{k}": f"{v:.1%}" for k, v in report.pass_at_k.items() if k > 1}
+        for k, chance in report.pass_at_k.items():
+            low, high = report.pass_at_k_ci[k]
+            if k > 1:
+                rows[f"pass@{k}"] = f"{chance:.1%}  (95 % CI {low:.1%} to {high:.1%})"
         rows["mean reward"] = f"{report.mean_reward:.4f}"
-        rows["mean length"] = f"{report.mean_length:.1f} tokens"
+        if report.mean_length is not None:
+            rows["mean length"] = f"{report.mean_length:.1f} tokens"
     if report.n_unscored:
         rows["unscored"] = f"{report.n_unscored} (left out of every number): " + _counts(
             report.failures

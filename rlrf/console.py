@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -91,17 +91,22 @@ class RolloutProgress:
     """Counts rollouts of an evaluation, with the share solved so far.
 
     Args:
-        total: rollouts to come.
+        total: rollouts, those already there included.
+        done: those already there.
         console: where to; the default is standard error, so that results can be piped.
     """
 
-    def __init__(self, total: int, *, console: Console | None = None) -> None:
-        self.total, self.done, self.scored, self.solved = total, 0, 0, 0
+    def __init__(
+        self, total: int, done: Sequence[Rollout] = (), *, console: Console | None = None
+    ) -> None:
+        self.total, self.done = total, len(done)
+        self.scored = sum(r.scored for r in done)
+        self.solved = sum(r.solved for r in done)
         self.console = console or Console(stderr=True)
         self._live: Progress | None = None
         if self.console.is_terminal:
             self._live = _bar(self.console)
-            self._task = self._live.add_task("evaluating", total=total)
+            self._task = self._live.add_task("evaluating", total=total, completed=self.done)
 
     def __call__(self, rollout: Rollout) -> None:
         """Count one rollout."""

@@ -31,13 +31,15 @@ class EvalReport:
         mean_reward: mean over tasks of the mean reward; None when nothing was scored.
         pass_at_k: k to the unbiased pass@k (Chen et al. 2021, arXiv 2107.03374, eq. 1), averaged
             over the tasks with at least k scored attempts.
+        pass_at_k_ci: 95 % confidence interval of each, over the choice of tasks and of samples.
         n_tasks: tasks attempted.
         n_rollouts: attempts, the unscored ones included.
         n_unscored: attempts without a reward, for a fault of the infrastructure.
         failures: why they are unscored: kind of fault to count.
         feedback_kinds: kind of feedback to the number of attempts that got it.
         finish_reasons: how attempts ended, to count.
-        mean_length: mean tokens the policy sampled per scored attempt.
+        mean_length: mean tokens the policy sampled per scored attempt; None where it does not
+            report tokens.
         metrics: the environment's own numbers, mean over the scored attempts that have each.
         rollouts: every attempt; samples of a task together.
     """
@@ -54,6 +56,7 @@ class EvalReport:
     finish_reasons: Mapping[str, int] = field(default_factory=dict)
     mean_length: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    pass_at_k_ci: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     rollouts: tuple[Rollout, ...] = field(default=(), repr=False)
 
     @classmethod
@@ -75,12 +78,14 @@ class EvalReport:
         for rollout in scored:
             for name, value in rollout.metrics.items():
                 numbers.setdefault(name, []).append(float(value))
-        lengths = [float(sum(r.completion_mask)) for r in scored]
+        lengths = [float(sum(r.completion_mask)) for r in scored if r.completion_mask]
+        at_k = _pass_at_ks(counts)
         return cls(
             pass_rate=_mean([c / n for n, c in counts]),
             pass_rate_ci=pass_rate_interval(counts) if counts else None,
             mean_reward=_mean(rewards),
-            pass_at_k=_pass_at_ks(counts),
+            pass_at_k={k: value for k, (value, _) in at_k.items()},
+            pass_at_k_ci={k: interval for k, (_, interval) in at_k.items()},
             n_tasks=len(groups),
             n_rollouts=len(rollouts),
             n_unscored=len(rollouts) - len(scored),
@@ -103,6 +108,7 @@ class EvalReport:
             "pass_rate_ci": list(self.pass_rate_ci) if self.pass_rate_ci else None,
             "mean_reward": self.mean_reward,
             "pass_at_k": {str(k): v for k, v in self.pass_at_k.items()},
+            "pass_at_k_ci": {str(k): list(v) for k, v in self.pass_at_k_ci.items()},
             "n_tasks": self.n_tasks,
             "n_rollouts": self.n_rollouts,
             "n_unscored": self.n_unscored,
@@ -139,6 +145,7 @@ def evaluate(
     max_concurrency: int = 64,
     deadline_s: float | None = 120.0,
     on_rollout: Callable[[Rollout], None] | None = None,
+    done: Iterable[Rollout] = (),
 ) -> EvalReport:
     """Attempt every task and report.
 
@@ -153,6 +160,8 @@ def evaluate(
         max_concurrency: episodes under way at once.
         deadline_s: seconds of environment time per episode.
         on_rollout: called with each rollout as it finishes.
+        done: rollouts of an evaluation that was cut off, not to be made again; see
+            :func:`rlrf.rollout`.
 
     Raises:
         UsageError: no tasks, ``limit`` or ``samples_per_task`` below 1.
@@ -170,6 +179,7 @@ def evaluate(
             max_concurrency=max_concurrency,
             deadline_s=deadline_s,
             on_rollout=on_rollout,
+            done=done,
         )
     )
 
@@ -186,6 +196,7 @@ async def aevaluate(
     max_concurrency: int = 64,
     deadline_s: float | None = 120.0,
     on_rollout: Callable[[Rollout], None] | None = None,
+    done: Iterable[Rollout] = (),
 ) -> EvalReport:
     """Async twin of :func:`evaluate`."""
     for name, value in (("samples_per_task", samples_per_task), ("limit", limit)):
@@ -204,6 +215,7 @@ async def aevaluate(
         deadline_s=deadline_s,
         seed=seed,
         on_rollout=on_rollout,
+        done=done,
     )
     return EvalReport.of(rollouts)
 
@@ -242,8 +254,14 @@ def pass_rate_interval(
     """
     if not counts:
         raise UsageError("pass_rate_interval() was given no tasks")
-    rates = [c / n for n, c in counts]
-    tasks, attempts = len(rates), sum(n for n, _ in counts)
+    return _interval([c / n for n, c in counts], sum(n for n, _ in counts), z)
+
+
+def _interval(
+    rates: Sequence[float], attempts: int, z: float = 1.959963984540054
+) -> tuple[float, float]:
+    """:func:`pass_rate_interval` of the tasks' own chances, from so many attempts in all."""
+    tasks = len(rates)
     p = math.fsum(rates) / tasks
     effective = float(tasks)
     if attempts > tasks > 1:
@@ -259,13 +277,18 @@ def pass_rate_interval(
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _pass_at_ks(counts: Sequence[tuple[int, int]]) -> dict[int, float]:
+def _pass_at_ks(
+    counts: Sequence[tuple[int, int]],
+) -> dict[int, tuple[float, tuple[float, float]]]:
     most = max((n for n, _ in counts), default=0)
     ks = {1 << i for i in range(most.bit_length())} | {most}
     found = {}
     for k in sorted(k for k in ks if 1 <= k <= most):
-        values = [pass_at_k(n, c, k) for n, c in counts if n >= k]
-        found[k] = math.fsum(values) / len(values)
+        enough = [(n, c) for n, c in counts if n >= k]
+        values = [pass_at_k(n, c, k) for n, c in enough]
+        # k attempts at a task are one draw of "any of them solves it".
+        draws = max(len(values), sum(n // k for n, _ in enough))
+        found[k] = math.fsum(values) / len(values), _interval(values, draws)
     return found
 
 

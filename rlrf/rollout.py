@@ -51,6 +51,7 @@ class Rollout:
         spans: per step, the completion-token range ``(start, end)`` of each segment's blamed
             characters, or None where it blames none.
         solved: whether the reward reached the environment's success threshold.
+        sample: which sample of its group it is, from 0.
     """
 
     task_id: str
@@ -67,6 +68,7 @@ class Rollout:
     failure: str | None = None
     spans: tuple[tuple[tuple[int, int] | None, ...], ...] = ()
     solved: bool = False
+    sample: int = 0
 
     @property
     def scored(self) -> bool:
@@ -106,6 +108,7 @@ class Rollout:
             "failure": self.failure,
             "spans": [[list(s) if s else None for s in step] for step in self.spans],
             "solved": self.solved,
+            "sample": self.sample,
         }
 
     @classmethod
@@ -133,6 +136,7 @@ async def arollout(
     retries: int = 2,
     seed: int = 0,
     on_rollout: Callable[[Rollout], None] | None = None,
+    done: Iterable[Rollout] = (),
 ) -> list[Rollout]:
     """Async twin of :func:`rollout`."""
     if group_size < 1 or max_concurrency < 1 or retries < 0:
@@ -144,16 +148,23 @@ async def arollout(
     if not len(chosen):
         raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
     found = [env._find_task(task) for task in chosen]
-    batcher = _Batcher(
-        policy, params or SamplingParams(), seed, max_concurrency, len(found) * group_size
-    )
+    groups = [f"{i}:{task.id}" for i, task in enumerate(found)]
+    wanted = {(group, k) for group in groups for k in range(group_size)}
+    kept = {(r.group_id, r.sample): r for r in done if r.scored}
+    kept = {key: r for key, r in kept.items() if key in wanted}
+    unfinished = len(wanted) - len(kept)
+    batcher = _Batcher(policy, params or SamplingParams(), seed, max_concurrency, unfinished)
     slots = asyncio.Semaphore(max_concurrency)
     collector = _Collector(env, batcher, deadline_s, retries)
 
     async def one(position: int, task: Task, sample: int) -> Rollout:
-        number = position * group_size + sample
+        number, group = position * group_size + sample, groups[position]
+        known = kept.get((group, sample))
+        if known is not None:
+            return known
         async with slots:
-            rollout = await collector.collect(task, f"{position}:{task.id}", number, seed + number)
+            rollout = await collector.collect(task, group, number, seed + number)
+        rollout = replace(rollout, sample=sample)
         batcher.one_less()
         if on_rollout is not None:
             on_rollout(rollout)
@@ -186,6 +197,7 @@ def rollout(
     retries: int = 2,
     seed: int = 0,
     on_rollout: Callable[[Rollout], None] | None = None,
+    done: Iterable[Rollout] = (),
 ) -> list[Rollout]:
     """Run ``group_size`` episodes of every task.
 
@@ -201,6 +213,8 @@ def rollout(
         retries: fresh attempts after an infrastructure failure, before a rollout is unscored.
         seed: seeds sampling and episodes.
         on_rollout: called with each rollout as it finishes, e.g. for progress.
+        done: rollouts of an earlier call with the same tasks, ``group_size`` and ``seed``, which
+            was cut off: those that are scored are returned as they are and not run again.
 
     Returns:
         ``len(tasks) * group_size`` rollouts, in the order of the tasks, samples of a task
@@ -222,6 +236,7 @@ def rollout(
             retries=retries,
             seed=seed,
             on_rollout=on_rollout,
+            done=done,
         )
     )
 

@@ -20,6 +20,7 @@ lead to is looked at *before* the feedback level masks it, so one run covers eve
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import json
 import math
@@ -159,6 +160,32 @@ def check_env(
     return CheckReport(env if isinstance(env, str) else repr(env), results, strict)
 
 
+def pytest_suite(env: Env | str, **options: Any) -> Callable[[str], None]:
+    """The conformance suite as a test of pytest, with one case per check.
+
+    In a test module: ``test_conformance = rlrf.testing.pytest_suite("my-env-v0", tasks=1)``. Checks
+    that do not apply are skipped. The environment is made when the first case runs.
+
+    Args:
+        env: an environment, or an id for :func:`rlrf.make`.
+        options: of :func:`check_env`.
+    """
+    import pytest
+
+    @functools.cache
+    def results() -> dict[str, CheckResult]:
+        return {r.id: r for r in check_env(env, **options).results}
+
+    @pytest.mark.parametrize("check", CHECKS)
+    def test(check: str) -> None:
+        result = results()[check]
+        if result.status == "skip":
+            pytest.skip(result.detail)
+        assert result.status == "pass", result.detail
+
+    return test
+
+
 def _run(name: str, check: Callable[[], None]) -> CheckResult:
     try:
         check()
@@ -213,6 +240,7 @@ class _Suite:
     ) -> None:
         self.env, self.count, self.tokenizer, self.outage = env, tasks, tokenizer, outage
         self.actions = (*NO_OPS, HOSTILE, *actions)
+        self.replies = actions or NO_OPS
         self._chosen: list[Task] | None = None
         self._traces: dict[tuple[str, str, int], _Trace] = {}
 
@@ -537,12 +565,19 @@ class _Suite:
         """While the machinery is out of order no rollout gets a reward."""
         if self.outage is None:
             raise _Skip("no outage was given; pass check_env(..., outage=...) to try one")
-        policy = ScriptedPolicy(lambda messages: NO_OPS[-1])
+        # What reaches the machinery: a reply that is refused before is rightly scored without it.
+        task = self.tasks[0]
+        reply = self.env.reference_solution(task) or self.replies[-1]
+        policy = ScriptedPolicy(lambda messages: reply)
         with self.outage():
-            (rollout,) = run_sync(arollout(self.env, policy, self.tasks[:1], retries=0))
+            (rollout,) = run_sync(arollout(self.env, policy, [task], retries=0))
         assert rollout.reward is None, (
             f"a rollout during the outage was scored {rollout.reward}; raise rlrf.InfraError"
         )
+
+
+CHECKS: tuple[str, ...] = tuple(name for name, _ in object.__new__(_Suite).checks())
+"""The names of all checks, in the order they run."""
 
 
 def _own(shown: Feedback, full: Feedback) -> Iterator[Segment]:
@@ -557,10 +592,12 @@ def _difference(one: Feedback, other: Feedback) -> str:
 
 
 __all__ = [
+    "CHECKS",
     "HOSTILE",
     "MAX_FEEDBACK_CHARS",
     "NO_OPS",
     "CheckReport",
     "CheckResult",
     "check_env",
+    "pytest_suite",
 ]

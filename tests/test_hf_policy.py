@@ -18,7 +18,8 @@ from rlrf.errors import PromptTooLongError, RlrfError, UsageError
 from rlrf.feedback import token_offsets
 from rlrf.messages import assistant, system, user
 from rlrf.policy import Policy, Prompt, SamplingParams
-from rlrf_trainers.policies import HFPolicy, sampler
+from rlrf_trainers.policies import sampler
+from rlrf_trainers.policies.hf import HFPolicy
 from rlrf_trainers.policies.sampler import draw, next_token_logprobs, sample, score
 from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer
 
