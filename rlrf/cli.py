@@ -345,6 +345,9 @@ def eval_(
 ) -> None:
     """Measure a policy on an environment. A run that was cut off is continued."""
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
+    for name, value in (("limit", limit), ("samples", samples)):
+        if value is not None and value < 1:
+            raise UsageError(f"--{name} is {value}; it must be at least 1")
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
     given = {"split": split, "feedback": feedback}

@@ -6,6 +6,7 @@ that have finished. At the end ``NAME.json`` holds the report, and the partial f
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -86,14 +87,28 @@ class ResultsFile:
 
     def __enter__(self) -> ResultsFile:
         self.partial.parent.mkdir(parents=True, exist_ok=True)
+        before = self._claimed()
         # Written anew: without unscored rollouts, and without a line that was cut off.
         fresh = self.partial.with_name(self.partial.name + ".new")
         with fresh.open("w", encoding="utf-8") as file:
             for line in (self.settings, *(r.to_dict() for r in self.done)):
                 file.write(_line(line))
         fresh.replace(self.partial)
-        self._file = self.partial.open("a", encoding="utf-8")
+        self._file = self._claimed()
+        before.close()
         return self
+
+    def _claimed(self) -> TextIO:
+        """The partial file, open and ours: two evaluations must not write to it."""
+        file = self.partial.open("a", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            raise UsageError(
+                f"another evaluation writes to {self.partial}; wait for it, or give another --out"
+            ) from None
+        return file
 
     def __exit__(self, *_: object) -> None:
         if self._file is not None:

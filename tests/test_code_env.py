@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import httpx
 import pytest
@@ -14,15 +16,21 @@ from rlrf.sandbox import (
     MISSING,
     AssertCase,
     CallCase,
+    Exact,
     Limits,
+    Lines,
     ProgramError,
     RawRun,
+    Returns,
     StdinCase,
+    Text,
+    Tokens,
     Verdict,
 )
 from rlrf_environments.code import sdpo_compat, sources
+from rlrf_environments.code.answers import MANY_ANSWERS
 from rlrf_environments.code.explain import Failure, Test, explain
-from rlrf_environments.code.extract import Attempt, extract
+from rlrf_environments.code.extract import Attempt, extract, missing_entry
 from rlrf_environments.code.humaneval import Oracle, assert_cases, typed_inputs
 from rlrf_environments.code.sources import DataSet, locate
 from tests import code_data
@@ -117,6 +125,10 @@ def test_splits_by_word_and_by_hash(tasks):
         ({"explain_failures": 2}, "set run_all=True"),
         ({"remember": -1}, "remember is -1"),
         ({"limits": {"cpu_s": 0}}, r"Limits\.cpu_s is 0"),
+        ({"limits": {"cpu": 1}}, r"limits\.cpu: unknown; limits are cpu_s"),
+        ({"limits": 5}, "limits is 5; it must be a mapping"),
+        ({"explain_failures": "2"}, "explain_failures is '2'"),
+        ({"slots": 0}, "slots is 0; it must be a whole number >= 1"),
     ],
 )
 def test_wrong_options(tasks, options, why):
@@ -155,9 +167,18 @@ def test_own_checkers_limits_and_starter_code(tasks):
 # --- feedback ---------------------------------------------------------------------------------
 
 
-def told(case, verdict=Verdict.WRONG_ANSWER, *, public=True, quote=False, code="x = 1\n", **raw):
-    failure = Failure(1, Test(case, public), verdict, RawRun(**raw))
-    return explain(Attempt(code), failure, Limits(), quote=quote)
+def told(
+    case,
+    verdict=Verdict.WRONG_ANSWER,
+    *,
+    public=True,
+    quote=False,
+    code="x = 1\n",
+    checker=None,
+    **raw,
+):
+    failure = Failure(1, Test(case, public), verdict, RawRun(**{"cpu_s": 4.0, **raw}))
+    return explain(Attempt(code), failure, Limits(), checker, quote=quote)
 
 
 STDIN, LINES = StdinCase("1\n", "Yes\n"), StdinCase("1", "a b\nc 4 e\n")
@@ -267,10 +288,142 @@ def test_of_asserts_the_failing_one_is_told():
     assert "the test's own code raised TypeError: None < 1." in segment.text
 
 
+def test_addresses_and_control_characters_are_made_plain():
+    (segment,) = told(STDIN, stdout=b"<map object at 0x7f78b8d109d0>\x00")
+    assert "Output:\n<map object at 0x...>\\x00\nExpected" in segment.text
+    assert "0x7f78" not in sdpo((STDIN, WRONG, {"stdout": b"<x at 0x7f78b8d109d0>"})).text
+    (segment,) = told(CallCase((), 1), result="<f at 0x7f78b8d109d0>")
+    assert "at 0x...>" in segment.text
+    (segment,) = told(CallCase((), {"b": {3, "c"}}), result=[({"c", 3},)])
+    assert "Returned:\n[({'c', 3},)]\nExpected:\n{'b': {'c', 3}}" in segment.text
+    (segment,) = told(STDIN, stdout=b"0x7f78b8d109d0")  # an answer, not an address
+    assert "0x7f78b8d109d0" in segment.text
+
+
+def test_what_an_exit_said_and_what_could_not_be_called():
+    (segment,) = told(STDIN, Verdict.RUNTIME_ERROR, exit_code=1, stderr=b"no more\n")
+    assert "exited with 1 on a public test. It wrote to standard error:\nno more" in segment.text
+    error = ProgramError("NameError", "name 'f' is not defined")
+    (segment,) = told(CallCase((), 1), Verdict.RUNTIME_ERROR, error=error, exit_code=1)
+    assert "could not be called on a public test: NameError: name 'f'" in segment.text
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("def F(x): ...\ndef zzz(): ...", "'F'; rename it"),
+        ("def zzz(): ...\ndef helper(): ...", "function 'f'."),
+        ("def solve(x): ...", "'solve'; rename it"),
+    ],
+)
+def test_only_what_may_be_meant_is_named(code, words):
+    assert words in missing_entry(Attempt(code), "f").text
+
+
+def test_who_waits_is_not_told_to_be_faster():
+    (segment,) = told(STDIN, Verdict.TIME_LIMIT, cpu_s=0.01)
+    assert "did not end within 12 s" in segment.text
+    assert "it waits for something" in segment.text
+
+
+def test_a_result_that_cannot_travel_is_told_as_that():
+    error = ProgramError("TypeError", "a value of the type Fraction cannot be compared")
+    (segment,) = told(CallCase((1,), 1), Verdict.RUNTIME_ERROR, error=error, exit_code=1)
+    assert "a value of the type Fraction cannot be compared. Return plain numbers" in segment.text
+    assert "raised" not in segment.text
+
+
+@pytest.mark.parametrize(
+    ("checker", "out", "wanted", "where"),
+    [
+        (Lines(), "1.0\n 2\n4", "1\n2\n3", "in line 3"),
+        (Tokens(0.01), "1.001\n2.0\n4", "1.0\n2.0\n3.0", "in line 3"),
+        (Text(), "1.0\n2", "1\n2", "in line 1"),
+        (Exact(), "1 \n2", "1\n2", "in line 1"),
+        (MANY_ANSWERS["arc185_c"], "1\n2", "3\n4", None),
+    ],
+)
+def test_the_first_difference_is_by_the_rule_that_judged(checker, out, wanted, where):
+    (segment,) = told(StdinCase("", wanted), stdout=out.encode(), checker=checker)
+    assert ("first difference" in segment.text) is (where is not None)
+    assert where is None or f"The first difference is {where} of the output" in segment.text
+
+
+@pytest.mark.parametrize(
+    ("checker", "got", "wanted", "where"),
+    [
+        (None, [(1, 2), (3, 5)], [[1, 2], [3, 4]], "[1][1]"),
+        (Returns(0.01), [1.001, 3.0], [1.0, 2.0], "[1]"),
+        (None, [[True, 2]], [[1, 2]], "[0][0]"),
+        (MANY_ANSWERS["find-the-peaks"], [1], [2], None),
+    ],
+)
+def test_the_first_element_that_differs_is_by_the_rule_that_judged(checker, got, wanted, where):
+    (segment,) = told(CallCase((), wanted), result=got, checker=checker)
+    assert ("first difference" in segment.text) is (where is not None)
+    assert where is None or f"first difference is at {where} of the result" in segment.text
+
+
+def test_only_white_space_at_the_end():
+    (segment,) = told(StdinCase("", "4\n"), stdout=b"4", checker=Exact())
+    assert "only in white space" in segment.text
+    assert "upper" not in segment.text
+    assert "lines" not in segment.text.partition("Expected")[2]
+
+
 def test_blocks():
-    assert extract("```python\nlong one\n```\n```\nx\n```", "last").code == "x\n"
-    assert extract("```python\nlong one\n```\n```\nx\n```").blocks == 2
+    two = "```python\nlong one\n```\n```\nx\n```"
+    assert extract(two, "last").code == "x\n"
+    assert extract(two).blocks == 2
     assert extract("").span is None
+    assert extract("").kind == extract("", "last").kind == "format_error"
+    assert extract("so ```python\nx", "last").kind == "truncated_attempt"
+
+
+@pytest.mark.parametrize(
+    ("completion", "code"),
+    [
+        ("Answer: ```python\nprint(1)\n```\nDone.", "print(1)\n"),
+        ("```python\nprint(1)```", "print(1)"),
+        ("1. code\n   ```python\n   if 1:\n       x\n   ```\n", "if 1:\n    x\n"),
+        ("use ``` as a fence:\n```\nx\n```", "x\n"),
+        ("~~~python\ny\n~~~", "y\n"),
+        ("```python\ns = '```'\n```\n", "s = '```'\n"),
+        ("```python\na\x0cb\u2028c\n```", "a\x0cb\u2028c\n"),
+        ("```\r\nx\r\n```\r\n", "x\r\n"),
+    ],
+)
+def test_fences_as_models_write_them(completion, code):
+    attempt = extract(completion)
+    assert attempt.code == code
+    line = attempt.line(1)
+    assert completion[slice(*attempt.line_span(1))] == line.strip()
+
+
+def test_lines_are_counted_as_python_counts_them():
+    code = "x = 1\n\x0c\ny = 2 # \u2028 \x85 \x1c\nraise ValueError\n"
+    assert Attempt(code).line(4) == "raise ValueError"
+    assert code[slice(*Attempt(code).line_span(4))] == "raise ValueError"
+    indented = extract("- so:\n  ```\n  a = 1\n    b\n  ```")
+    assert indented.code == "a = 1\n  b\n"
+    assert "- so:\n  ```\n  a = 1\n    b\n  ```"[slice(*indented.line_span(2))] == "b"
+
+
+def test_programs_with_any_kind_of_definition_are_run():
+    dynamic = ("exec('def f(x): pass')", "globals()['f'] = 1", "setattr(x, 'f', 1)")
+    assert all(missing_entry(Attempt(code), "f") is None for code in dynamic)
+    assert missing_entry(Attempt("g = 1"), "f") is not None
+
+
+def test_what_the_compiler_warns_of_in_a_program_is_not_said():
+    code = (
+        "from rlrf_environments.code.extract import Attempt, missing_entry\n"
+        "missing_entry(Attempt(\"def f(): return '\\\\d' is 3\"), 'f')\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-W", "default", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr == ""
 
 
 @needs_sandbox
@@ -279,7 +432,9 @@ def test_several_blocks_are_warned_of(tasks):
     text = "First:\n```\nx\n```\nthen\n" + block("raise ValueError(1)")
     feedback = env.grade("double-0", text).feedback
     assert feedback[-1].severity == "warning"
-    assert "2 code blocks" in feedback[-1].text
+    assert "2 code blocks; the longest was graded" in feedback[-1].text
+    cut = env.grade("double-0", block("print(3)") + "better:\n```python\nprint(2").feedback
+    assert "is never closed; one before it was graded" in cut[-1].text
     assert text[slice(*feedback[0].span)] == "raise ValueError(1)"
     right = text.replace("raise ValueError(1)", "print(2 * int(input()))")
     assert not env.grade("double-0", right).feedback

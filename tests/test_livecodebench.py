@@ -152,6 +152,14 @@ def test_what_is_wrong_with_a_file_is_told(tmp_path, monkeypatch):
     broken.write_text("nothing")
     with pytest.raises(UsageError, match=r"line 1.*no JSON"):
         len(make(broken).tasks())
+    broken.write_bytes(b"\x1f\x8b")
+    with pytest.raises(UsageError, match="no UTF-8; if the file is compressed, unpack it"):
+        len(make(broken).tasks())
+    write_jsonl(broken, [question(0, _version="v6")])
+    with pytest.raises(UsageError, match="no question of release v2 in the data"):
+        len(rlrf.make("livecodebench-v2", data=broken).tasks())
+    with pytest.raises(UsageError, match="data is 5; it must be a path"):
+        len(make(5).tasks())
     row = question(0, public_test_cases='[{"input": "1"}]', private_test_cases="")
     env = make(write_jsonl(broken, [row]))
     with pytest.raises(UsageError, match="broken test"):
@@ -198,6 +206,8 @@ def test_filters(file):
         ({"difficulty": "simple"}, "difficulty is 'simple'; it must be one of easy, medium, hard"),
         ({"platform": ["codejam"]}, "platform is 'codejam'"),
         ({"contest_start": "May"}, "contest_start is 'May'; it must be a day"),
+        ({"contest_end": "2025-02-01x"}, "contest_end is '2025-02-01x'"),
+        ({"difficulty": 5}, "difficulty is 5"),
     ],
 )
 def test_wrong_options(file, options, why):

@@ -20,6 +20,7 @@ import rlrf
 from rlrf import ConfigError, InfraError, UsageError
 from rlrf.errors import PromptTooLongError
 from rlrf.policy import Prompt, SamplingParams
+from rlrf.results import ResultsFile
 from rlrf_trainers.policies.openai import OpenAIPolicy
 
 
@@ -115,6 +116,18 @@ def test_token_ids_of_a_server_that_gives_them(server):
     reply = ask(server, token_ids=True)
     assert server.requests[0]["return_token_ids"] is True
     assert (reply.prompt_ids, reply.token_ids, reply.logprobs) == ((1, 2), (5, 6), (-0.5, -1.5))
+
+
+def test_a_reply_in_parts_and_tokens_nobody_asked_for(server):
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
+    answer = completion("", message={"content": parts}, logprobs={"content": [{"token": "a"}]})
+    server.answer = lambda body: (200, answer, {})
+    assert ask(server).text == "ab"
+    with pytest.raises(InfraError, match="sent no chat completion"):
+        ask(server, token_ids=True)
+    server.answer = lambda body: (200, completion("", message={"content": 7}), {})
+    with pytest.raises(InfraError, match="sent no chat completion"):
+        ask(server)
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
@@ -261,6 +274,15 @@ def test_results_are_not_overwritten_and_settings_are_compared(server, tmp_path)
     assert last.returncode == 0
     assert not partial.exists()
     assert os.path.exists(tmp_path / "r.json")
+
+
+def test_two_evaluations_do_not_write_to_one_file(tmp_path):
+    first = ResultsFile(tmp_path / "r.json", {"seed": 0})
+    second = ResultsFile(tmp_path / "r.json", {"seed": 0})
+    with first, pytest.raises(UsageError, match="another evaluation writes to"), second:
+        pass
+    with second:
+        pass
 
 
 def test_progress_is_shown_in_plain_lines_where_there_is_no_terminal(server, tmp_path):

@@ -6,14 +6,18 @@ import math
 import re
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from rlrf.errors import UsageError
 from rlrf.sandbox.program import MISSING, CallCase, Case, RawRun, StdinCase
 
 
 class Checker(Protocol):
-    """Decides on the host whether what came out is right; called if the program ended well."""
+    """Decides on the host whether what came out is right; called if the program ended well.
+
+    One that sets ``partwise = True`` judges a line, a word or an element as it judges the whole; it
+    may be asked about them, to say where an answer goes wrong.
+    """
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """Whether the run answers the case."""
@@ -29,6 +33,8 @@ class Lines:
     a word like ``010`` is no number, as most often it is a string of digits.
     """
 
+    partwise: ClassVar[bool] = True
+
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`Checker`."""
         got, wanted = _lines(raw.text), _lines(_stdin_case(case).expected)
@@ -41,6 +47,8 @@ class Lines:
 @dataclass(frozen=True)
 class Text:
     """Equal text; white space at the ends of lines and blank lines at the end do not count."""
+
+    partwise: ClassVar[bool] = True
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`Checker`."""
@@ -58,6 +66,7 @@ class Tokens:
     ``tolerance`` 0 compares text.
     """
 
+    partwise: ClassVar[bool] = True
     tolerance: float = 0.0
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
@@ -81,6 +90,8 @@ class Tokens:
 class Exact:
     """Equal to the last byte."""
 
+    partwise: ClassVar[bool] = True
+
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`Checker`."""
         return raw.stdout == _stdin_case(case).expected.encode()
@@ -94,6 +105,7 @@ class Returns:
         tolerance: for floats, relative or absolute; 0 compares exactly.
     """
 
+    partwise: ClassVar[bool] = True
     tolerance: float = 0.0
 
     def accepts(self, raw: RawRun, case: Case) -> bool:

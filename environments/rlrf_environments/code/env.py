@@ -6,6 +6,7 @@ import abc
 import os
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any, ClassVar, get_args
 
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError, run_sync
@@ -78,18 +79,19 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         super().__init__(**kwargs)
         if tests not in ("all", "public"):
             raise UsageError(f"tests is {tests!r}; it must be 'all' or 'public'")
-        if explain_failures < 1:
-            raise UsageError(f"explain_failures is {explain_failures}; it must be at least 1")
+        for name, number, least in (
+            ("explain_failures", explain_failures, 1),
+            ("remember", remember, 0),
+            ("slots", 1 if slots is None else slots, 1),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise UsageError(f"{name} is {number!r}; it must be a whole number >= {least}")
         if explain_failures > 1 and not run_all:
             raise UsageError(
                 f"explain_failures is {explain_failures}, but tests stop at the first failure; "
                 "set run_all=True"
             )
-        if remember < 0:
-            raise UsageError(f"remember is {remember}; it must be >= 0")
-        if isinstance(limits, Mapping):
-            limits = Limits(**limits)  # type: ignore[arg-type]  # Limits checks its own values
-        self.limits = limits or self.default_limits
+        self.limits = as_limits(limits, self.default_limits)
         self.style = Style(
             self.limits,
             public_only=tests == "public",
@@ -118,7 +120,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         """The tasks of ``split``, with their prompts."""
         return [
             Task(
-                id=task.problem.id.partition("@")[0],
+                id=task.problem.id,
                 messages=self.pose(task),  # type: ignore[arg-type]  # Task makes messages of it
                 metadata=dict(task.metadata or {}),
                 hidden=task.problem,
@@ -170,6 +172,27 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
             elif pool is not None:
                 self._pool = pool
         super().close()
+
+
+def as_limits(value: Limits | Mapping[str, float] | None, default: Limits) -> Limits:
+    """Limits from limits, from a mapping of those that differ from ``default``, or from None.
+
+    Raises:
+        UsageError: an unknown name, a wrong value, or something else altogether.
+    """
+    if value is None or isinstance(value, Limits):
+        return value or default
+    known = [f.name for f in fields(Limits)]
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"limits is {value!r}; it must be a mapping, like {{'cpu_s': 2}}, or "
+            "rlrf.sandbox.Limits"
+        )
+    for name in value:
+        if name not in known:
+            raise UsageError(f"limits.{name}: unknown; limits are {', '.join(known)}")
+    changes: dict[str, Any] = dict(value)
+    return replace(default, **changes)
 
 
 class Code(CodeEnv):

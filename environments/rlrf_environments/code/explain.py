@@ -8,7 +8,8 @@ quoted unless asked: a teacher that reads a wrong line again finds it likelier.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,9 +20,12 @@ from rlrf.sandbox import (
     AssertCase,
     CallCase,
     Case,
+    Checker,
     Limits,
+    Lines,
     ProgramError,
     RawRun,
+    Returns,
     StdinCase,
     Verdict,
 )
@@ -60,13 +64,21 @@ class Failure:
     raw: RawRun
 
 
-def explain(attempt: Attempt, failure: Failure, limits: Limits, *, quote: bool) -> list[Segment]:
+def explain(
+    attempt: Attempt,
+    failure: Failure,
+    limits: Limits,
+    checker: Checker | None = None,
+    *,
+    quote: bool = False,
+) -> list[Segment]:
     """The segments for one failing test.
 
     Args:
         attempt: the program; spans count in the completion it stands in.
         failure: the test it failed.
         limits: what it was given.
+        checker: who judged; None for the default of the kind of test.
         quote: whether to quote the faulty lines of the attempt.
 
     Returns:
@@ -86,7 +98,7 @@ def explain(attempt: Attempt, failure: Failure, limits: Limits, *, quote: bool) 
     if tested and test.public:
         text += f"\n{_input(test.case)}"
         if verdict is Verdict.WRONG_ANSWER:
-            compared = _compared(test.case, raw)
+            compared = _compared(test.case, raw, checker)
             text, untrusted = f"{text}\n{compared}".rstrip("\n"), True
     segments = [Segment(kind, text, source="tests", span=span, priority=3, untrusted=untrusted)]
     if error is not None and line is not None:
@@ -105,10 +117,11 @@ def explain(attempt: Attempt, failure: Failure, limits: Limits, *, quote: bool) 
             )
         )
     if tested and not test.public:
+        shown = f"The hidden test:\n{_input(test.case)}\n{_compared(test.case, raw, checker)}"
         segments.append(
             Segment(
                 kind,
-                f"The hidden test:\n{_input(test.case)}\n{_compared(test.case, raw)}".rstrip("\n"),
+                shown,
                 source="tests",
                 reveals="expected",
                 priority=1,
@@ -118,16 +131,19 @@ def explain(attempt: Attempt, failure: Failure, limits: Limits, *, quote: bool) 
     return segments
 
 
-def several_blocks(attempt: Attempt) -> Segment:
-    """A word of warning: which of the reply's code blocks was graded."""
-    return Segment(
-        "format_error",
-        f"The reply has {attempt.blocks} code blocks; one of them was graded. Put the whole "
-        "program into a single block.",
-        severity="warning",
-        source="extractor",
-        priority=0,
-    )
+def warnings(attempt: Attempt) -> list[Segment]:
+    """Words of warning: which of the reply's code blocks was graded."""
+    told: list[tuple[Kind, str]] = []
+    if attempt.cut:
+        text = "The last code block of the reply is never closed; one before it was graded."
+        told.append(("truncated_attempt", text))
+    if attempt.blocks > 1:
+        text = f"The reply has {attempt.blocks} code blocks; the longest was graded."
+        told.append(("format_error", f"{text} Put the whole program into a single block."))
+    return [
+        Segment(kind, text, severity="warning", source="extractor", priority=0)
+        for kind, text in told
+    ]
 
 
 def reference(solution: str) -> Segment:
@@ -153,21 +169,36 @@ def _what_happened(failure: Failure, limits: Limits) -> tuple[Kind, str, bool]:
         return "compile_error", f"The program does not compile: {_named(error)}.", True
     if verdict is Verdict.TIME_LIMIT:
         text = f"The time limit of {limits.cpu_s:g} s of CPU time was exceeded on {which}."
+        if raw.cpu_s < 0.8 * limits.cpu_s:  # the wall clock ended it
+            text = (
+                f"The program did not end within {limits.wall_s:g} s on {which}, though it used "
+                f"less than its {limits.cpu_s:g} s of CPU time: it waits for something."
+            )
         return "time_limit", text + _size(failure.test.case), False
     if verdict is Verdict.MEMORY_LIMIT:
         text = f"The memory limit of {limits.memory_mb} MB was exceeded on {which}."
         return "memory_limit", text + _size(failure.test.case), False
     if verdict is Verdict.OUTPUT_LIMIT:
         text = f"The program printed more than {limits.output_kb} kB on {which}."
-        head = raw.text[:_LINE_CHARS].strip()
+        head = visible(raw.text[:_LINE_CHARS]).strip()
         text += f" The output begins:\n{head}" if head else ""
         return "output_limit", text, bool(head)
     if verdict is Verdict.RUNTIME_ERROR:
+        if error is not None and not error.frames and "cannot be compared" in error.message:
+            text = f"The result on {which} is of no use: {error.message.rstrip('.')}. Return "
+            text += "plain numbers, strings, lists, tuples, dicts or sets."
+            return "runtime_error", text, True
+        if error is not None and not error.frames:
+            text = f"The program could not be called on {which}: {_named(error)}."
+            return "runtime_error", text, True
         if error is not None:
             text = f"The program raised an error on {which}: {_named(error)}."
             return "runtime_error", text, True
         how = f"was ended by signal {raw.signal}" if raw.signal else f"exited with {raw.exit_code}"
-        return "runtime_error", f"The program {how} on {which}.", False
+        text = f"The program {how} on {which}."
+        words = visible(raw.stderr.decode("utf-8", errors="replace")).strip()[-_LINE_CHARS:]
+        text += f" It wrote to standard error:\n{words}" if words else ""
+        return "runtime_error", text, bool(words)
     if not isinstance(failure.test.case, AssertCase) and _nothing(raw):
         return "wrong_answer", f"The program ended without an answer on {which}.", False
     raised = raw.assertion
@@ -236,7 +267,7 @@ def _input(case: Case) -> str:
     return f"The test:\n{_cut(case.code.strip())}"
 
 
-def _compared(case: Case, raw: RawRun) -> str:
+def _compared(case: Case, raw: RawRun, checker: Checker | None) -> str:
     """What came out, what should have, and the first place where they part."""
     if isinstance(case, AssertCase):
         return ""
@@ -244,49 +275,64 @@ def _compared(case: Case, raw: RawRun) -> str:
         early = "(nothing: the program ended early)"
         got = early if raw.result is MISSING else value_text(raw.result)
         told = f"Returned:\n{_cut(got)}\nExpected:\n{_cut(value_text(case.expected))}"
-        path = _path(raw.result, case.expected) if raw.result is not MISSING else ""
+        judge = checker or Returns()
+        known = raw.result is not MISSING and getattr(judge, "partwise", False)
+
+        def agree(a: Any, b: Any) -> bool:
+            return judge.accepts(RawRun(result=a), CallCase((), b))
+
+        path = _path(raw.result, case.expected, agree) if known else ""
         return told + (f"\nThe first difference is at {path} of the result." if path else "")
     got, wanted = raw.text.rstrip("\n"), case.expected.rstrip("\n")
-    told = f"Output:\n{_cut(got) or '(nothing)'}\nExpected:\n{_cut(wanted)}"
-    return told + _line_difference(got, wanted)
+    told = f"Output:\n{_cut(visible(got)) or '(nothing)'}\nExpected:\n{_cut(wanted)}"
+    judge = checker or Lines()
+    if not getattr(judge, "partwise", False):
+        return told
+    return told + _line_difference(got, wanted, judge)
 
 
-def _line_difference(got: str, wanted: str) -> str:
-    """The first line, and the first word in it, where two outputs part."""
+def _line_difference(got: str, wanted: str, judge: Checker) -> str:
+    """The first line, and the first word in it, where two outputs part by the rule of ``judge``."""
+
+    def agree(x: str, y: str) -> bool:
+        return x == y or judge.accepts(RawRun(stdout=x.encode()), StdinCase("", y))
+
     a, b = got.split("\n"), wanted.split("\n")
     pairs = enumerate(zip(a, b, strict=False), 1)
-    part = next((i for i, (x, y) in pairs if x.rstrip() != y.rstrip()), None)
+    part = next((i for i, (x, y) in pairs if not agree(x, y)), None)
     if part is None:
-        return f"\nThe output has {len(a)} lines, {len(b)} are expected." if got else ""
+        lengths = got and len(a) != len(b)
+        return f"\nThe output has {len(a)} lines, {len(b)} are expected." if lengths else ""
     if len(b) == 1:
         return ""
     told = f"\nThe first difference is in line {part} of the output"
     x, y = a[part - 1].split(), b[part - 1].split()
-    word = next((i for i, (p, q) in enumerate(zip(x, y, strict=False), 1) if p != q), None)
+    words = enumerate(zip(x, y, strict=False), 1)
+    word = next((i for i, (p, q) in words if not agree(p, q)), None)
     if word is not None and max(len(x), len(y)) > 1:
         told += f", word {word}"
     told += "."
     if max(len(got), len(wanted)) > SHOWN_CHARS:  # the two lines themselves may have been cut away
         told += (
-            f"\nThat line: {shorten(a[part - 1], _LINE_CHARS)}"
+            f"\nThat line: {shorten(visible(a[part - 1]), _LINE_CHARS)}"
             f"\nExpected: {shorten(b[part - 1], _LINE_CHARS)}"
         )
     return told
 
 
-def _path(got: Any, wanted: Any) -> str:
+def _path(got: Any, wanted: Any, agree: Callable[[Any, Any], bool]) -> str:
     """Where two nested values part first, as indices; "" when already at the top."""
     if isinstance(got, (list, tuple)) and isinstance(wanted, (list, tuple)):
         for i, (a, b) in enumerate(zip(got, wanted, strict=False)):
-            if a != b:
-                return f"[{i}]{_path(a, b)}"
+            if not agree(a, b):
+                return f"[{i}]{_path(a, b, agree)}"
         return f"[{min(len(got), len(wanted))}]" if len(got) != len(wanted) else ""
     if isinstance(got, dict) and isinstance(wanted, dict):
         for key in wanted:
             if key not in got:
                 return f"[{value_text(key)}]"
-            if got[key] != wanted[key]:
-                return f"[{value_text(key)}]{_path(got[key], wanted[key])}"
+            if not agree(got[key], wanted[key]):
+                return f"[{value_text(key)}]{_path(got[key], wanted[key], agree)}"
     return ""
 
 
@@ -294,14 +340,35 @@ def _cut(text: str) -> str:
     return shorten(text, SHOWN_CHARS)
 
 
+_ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{5,}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def visible(text: str) -> str:
+    """What a program printed, such that two runs print the same and nothing is invisible.
+
+    Addresses, as in ``<map object at 0x7f...>``, differ from run to run; control characters would
+    be dropped from feedback, and with them the reason why an output is wrong.
+    """
+    text = _ADDRESS.sub("at 0x...", text)
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def value_text(value: Any) -> str:
-    """A value as Python writes it, sets in a fixed order."""
+    """A value as Python writes it, sets in a fixed order, addresses left out."""
     if isinstance(value, (set, frozenset)):
-        inner = ", ".join(sorted(map(repr, value)))
+        inner = ", ".join(sorted(map(value_text, value)))
         text = "{" + inner + "}" if value else "set()"
         return text if isinstance(value, set) else f"frozenset({text if value else ''})"
+    if isinstance(value, list):
+        return f"[{', '.join(map(value_text, value))}]"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(value_text, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, dict):
+        items = (f"{value_text(k)}: {value_text(v)}" for k, v in value.items())
+        return "{" + ", ".join(items) + "}"
     try:
-        return repr(value)
+        return _ADDRESS.sub("at 0x...", repr(value))
     except ValueError:  # an integer beyond Python's limit of digits
         return hex(value) if isinstance(value, int) else "(a value too large to print)"
 
@@ -323,7 +390,7 @@ def _hint(case: Case, raw: RawRun) -> str:
 def _output_hint(got: str, wanted: str) -> str:
     if not got or not wanted:
         return ""
-    if got.casefold() == wanted.casefold():
+    if got != wanted and got.casefold() == wanted.casefold():
         return "It differs from the right answer only in upper and lower case."
     if "".join(got.split()) == "".join(wanted.split()):
         return "It differs from the right answer only in white space and line breaks."
@@ -370,13 +437,17 @@ def _result_hint(raw: RawRun, wanted: Any) -> str:
         if isinstance(got, str) and got == str(wanted):
             return f"The right value was returned as a string, not as {b}."
         return f"The function returned {a}, not {b}."
-    if isinstance(got, (list, tuple)) and sorted(map(repr, got)) == sorted(map(repr, wanted)):
+    if isinstance(got, (list, tuple)) and _sorted(got) == _sorted(wanted):
         return "The elements are right, but their order is not."
     if isinstance(got, str) and got.casefold() == wanted.casefold():
         return "It differs from the right answer only in upper and lower case."
     if isinstance(got, float) and math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-4):
         return "The number is nearly right: mind rounding."
     return ""
+
+
+def _sorted(values: Sequence[Any]) -> list[str]:
+    return sorted(map(value_text, values))
 
 
 def _type_name(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,10 @@ from rlrf import Segment
 
 Take = Literal["longest", "last"]
 
-_FENCE_LINE = re.compile(r"[ \t]*(`{3,}|~{3,})([^\n]*)\n?")
+_OPENING = re.compile(r"(?P<before>.*?)(?P<fence>`{3,}|~{3,})(?P<info>[^`\n]*)\n?", re.DOTALL)
+_TAG = re.compile(r"[ \t]*[\w.+#-]*[ \t]*")
+# Where Python ends a line. str.splitlines() also splits at form feeds and Unicode's separators.
+_LINE = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 
 
 @dataclass(frozen=True)
@@ -20,25 +24,31 @@ class Attempt:
     """The program in a completion.
 
     Attributes:
-        code: the source.
+        code: the source, without the indentation of its fence.
         start: where it begins in the completion, in characters.
         blocks: how many code blocks the completion has.
+        cut: whether a further block follows that is never closed.
+        raw: the source as it stands in the completion; "" if that is the same.
     """
 
     code: str
     start: int = 0
     blocks: int = 1
+    cut: bool = False
+    raw: str = ""
 
     def line(self, number: int | None) -> str | None:
         """Line ``number`` (from 1), without its end; None if there is none."""
-        lines = self.code.splitlines()
-        return lines[number - 1] if number is not None and 1 <= number <= len(lines) else None
+        lines = _LINE.findall(self.code)
+        if number is None or not 1 <= number <= len(lines):
+            return None
+        return str(lines[number - 1]).rstrip("\r\n")
 
     def line_span(self, number: int | None) -> tuple[int, int] | None:
         """The characters of the completion that are line ``number``, indentation apart."""
-        if number is None or self.line(number) is None:
+        lines = _LINE.findall(self.raw or self.code)
+        if number is None or not 1 <= number <= len(lines):
             return None
-        lines = self.code.splitlines(keepends=True)
         before = sum(map(len, lines[: number - 1]))
         text = lines[number - 1].rstrip()
         indent = len(text) - len(text.lstrip())
@@ -48,28 +58,25 @@ class Attempt:
 def extract(completion: str, take: Take = "longest") -> Attempt | Segment:
     """The code block of a completion that is its program.
 
+    Blocks are those of CommonMark; besides, a fence may follow words on its line, and a closing
+    one the last line of code, as models write them.
+
     Args:
         completion: the policy's reply.
-        take: ``longest`` block, as the official SDPO grader has it, or the ``last``, as
-            LiveCodeBench has it.
+        take: ``longest`` block, as the official SDPO grader has it, or the ``last``: what stands
+            between the last two lines that hold a fence, as LiveCodeBench has it.
 
     Returns:
         The program, or the segment that says why there is none.
     """
-    blocks: list[tuple[int, int]] = []
-    fence, opened, start, position = "", 0, 0, 0
-    for line in completion.splitlines(keepends=True):  # one pass: an attempt may be huge
-        found = _FENCE_LINE.fullmatch(line)
-        if found and not fence and not (found[1][0] == "`" and "`" in found[2]):
-            fence, opened, start = found[1], position, position + len(line)
-        elif found and fence and found[1].startswith(fence) and not found[2].strip():
-            blocks.append((start, position))
-            fence = ""
-        position += len(line)
+    blocks, opened = _blocks(completion) if take == "longest" else _between_last(completion)
     if blocks:
-        start, end = blocks[-1] if take == "last" else max(blocks, key=lambda b: b[1] - b[0])
-        return Attempt(completion[start:end], start, len(blocks))
-    if fence:
+        start, end, indent = max(blocks, key=lambda b: b[1] - b[0])
+        raw = completion[start:end]
+        code = re.sub(rf"(?m)^ {{1,{indent}}}", "", raw) if indent else raw
+        cut = opened is not None
+        return Attempt(code, start, len(blocks), cut, raw if code != raw else "")
+    if opened is not None:
         return Segment(
             "truncated_attempt",
             "The code block is never closed: the reply was cut off, or the closing ``` is "
@@ -88,6 +95,59 @@ def extract(completion: str, take: Take = "longest") -> Attempt | Segment:
     )
 
 
+_Block = tuple[int, int, int]  # start, end, indentation of the fence
+
+
+def _blocks(completion: str) -> tuple[list[_Block], int | None]:
+    """The closed blocks, and where one begins that is never closed."""
+    blocks: list[_Block] = []
+    fence, opened, start, indent, position = "", 0, 0, 0, 0
+    for line in _LINE.findall(completion):  # one pass: an attempt may be huge
+        bare = line.strip()
+        if fence:
+            if bare.startswith(fence) and not bare.strip(fence[0]):
+                blocks.append((start, position, indent))
+                fence = ""
+            elif bare.endswith(fence) and fence[0] not in bare[: -len(fence)]:
+                blocks.append((start, position + line.rindex(fence), indent))
+                fence = ""
+        elif "```" in bare or "~~~" in bare:
+            found = _OPENING.fullmatch(line.rstrip("\r\n"))
+            if found is not None and (not found["before"].strip() or _TAG.fullmatch(found["info"])):
+                before = found["before"]
+                fence, opened = found["fence"], position + len(before)
+                indent = len(before) if not before.strip(" ") else 0
+                start = position + len(line)
+        position += len(line)
+    return blocks, opened if fence else None
+
+
+def _between_last(completion: str) -> tuple[list[_Block], int | None]:
+    """What stands between the last two lines with a fence, as the one block."""
+    position, marks = 0, []
+    for line in completion.split("\n"):
+        if "```" in line:
+            marks.append((position, position + len(line) + 1))
+        position += len(line) + 1
+    if len(marks) < 2:
+        return [], marks[0][0] if marks else None
+    return [(marks[-2][1], marks[-1][0], 0)], None
+
+
+# A program may hold what the compiler warns of, such as "\\d"; that is no affair of who grades it.
+warnings.filterwarnings("ignore", category=SyntaxWarning, module=r"<attempt>\Z")
+warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"<attempt>\Z")
+
+
+def parse(code: str) -> ast.Module:
+    """The syntax tree of somebody's program, without warnings.
+
+    Raises:
+        SyntaxError: it is no Python; also ValueError, RecursionError or MemoryError.
+    """
+    return ast.parse(code, filename="<attempt>")
+
+
 def missing_entry(attempt: Attempt, entry: str | None) -> Segment | None:
     """The fault of a program that does not define what it was asked for; None if it may.
 
@@ -95,10 +155,10 @@ def missing_entry(attempt: Attempt, entry: str | None) -> Segment | None:
         attempt: the program.
         entry: ``"f"``, ``"Solution.f"``, or None where nothing has to be defined.
     """
-    if entry is None:
-        return None
+    if entry is None or len(attempt.code) > _LONGEST:
+        return None  # the sandbox will say it, if less well
     try:
-        tree = ast.parse(attempt.code)
+        tree = parse(attempt.code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None  # the compiler will say it better
     holder, _, name = entry.rpartition(".")
@@ -113,7 +173,18 @@ def missing_entry(attempt: Attempt, entry: str | None) -> Segment | None:
     return _undefined(attempt, classes[-1], name, f"method of {holder!r}", _FUNCTIONS)
 
 
+_LONGEST = 200_000  # characters; reading millions takes seconds
+_DYNAMIC = {"*", "exec", "eval", "setattr", "globals", "locals", "vars", "type"}
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def _nearest(name: str, candidates: list[str]) -> list[str]:
+    """The candidate that may be meant: one written almost alike, or the only one there is."""
+    plain = {c.casefold().replace("_", ""): c for c in reversed(candidates)}
+    found = difflib.get_close_matches(name.casefold().replace("_", ""), plain, n=1, cutoff=0.6)
+    if found:
+        return [plain[found[0]]]
+    return candidates if len(candidates) == 1 else []
 
 
 def _undefined(
@@ -132,14 +203,14 @@ def _undefined(
         if isinstance(n, (ast.Import, ast.ImportFrom))
         for a in n.names
     }
-    if name in defined or name in bound or "*" in bound:
+    if name in defined or name in bound or bound & _DYNAMIC:
         return None
     alike = {
         n.name: n.lineno
         for n in ast.walk(tree)
         if isinstance(n, (*_FUNCTIONS, ast.ClassDef)) and isinstance(n, kinds) and n is not tree
     }
-    nearest = difflib.get_close_matches(name, alike, n=1, cutoff=0.0)
+    nearest = _nearest(name, [n for n in alike if not n.startswith("__")])
     word = what.partition(" ")[0]
     there = f" There is a {word} {nearest[0]!r}; rename it." if nearest else ""
     return Segment(

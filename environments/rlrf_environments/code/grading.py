@@ -22,7 +22,7 @@ from rlrf.sandbox import (
     Verdict,
 )
 from rlrf_environments.code import sdpo_compat
-from rlrf_environments.code.explain import Failure, Test, explain, reference, several_blocks
+from rlrf_environments.code.explain import Failure, Test, explain, reference, warnings
 from rlrf_environments.code.extract import Attempt, Take, extract, missing_entry
 
 Renderer = Literal["rlrf", "sdpo-compat"]
@@ -33,7 +33,7 @@ class Problem:
     """What the grader knows of a task; it is a task's ``hidden``.
 
     Attributes:
-        id: unique among all problems an environment grades, whatever the split.
+        id: of the task.
         load_tests: gives the tests; called when they are first needed (they may be large).
         entry: the function to call, ``"Solution.f"`` for a method; None for programs over
             standard input and output.
@@ -187,7 +187,7 @@ def grade_completion(
     if isinstance(attempt, Segment):
         return _failed([attempt], problem, compiles=False, passed=0.0 if style.whole else None)
     code = hashlib.sha256(attempt.code.encode("utf-8", "surrogatepass")).digest()
-    key = (problem.id, code, problem.limits or style.limits, style)
+    key = (problem, code, problem.limits or style.limits, style)
     outcome = memory.get(key) if memory is not None else None
     if outcome is None:
         outcome = _grade_attempt(replace(attempt, start=0), problem, pool, style)
@@ -220,7 +220,7 @@ def _grade_attempt(
     else:
         segments = []
         for failure in failures[: style.explain_failures]:
-            segments += explain(attempt, failure, limits, quote=style.quote)
+            segments += explain(attempt, failure, limits, problem.checker, quote=style.quote)
     compiles = report.verdict is not Verdict.COMPILE_ERROR
     passed = report.passed / len(tests) if style.whole else None
     return _failed(segments, problem, compiles=compiles, passed=passed)
@@ -255,6 +255,5 @@ def _moved(outcome: Outcome, attempt: Attempt) -> Outcome:
         replace(s, span=(s.span[0] + attempt.start, s.span[1] + attempt.start)) if s.span else s
         for s in outcome.feedback
     ]
-    if attempt.blocks > 1:
-        moved.append(several_blocks(attempt))
+    moved += warnings(attempt)
     return replace(outcome, feedback=Feedback(moved))

@@ -34,6 +34,7 @@ from rlrf.sandbox import (
 )
 from rlrf_environments.code.env import CodeEnv
 from rlrf_environments.code.explain import Test
+from rlrf_environments.code.extract import parse
 from rlrf_environments.code.grading import Problem
 from rlrf_environments.code.sources import DataSet, locate
 from rlrf_environments.code.tasks import CodeTask, in_split, read_jsonl
@@ -131,7 +132,9 @@ class HumanEval(_Benchmark):
         cases = assert_cases(
             _body_of_check(str(row["test"])), entry, setup=_helpers(str(row["prompt"]), entry)
         )
-        return _function_task(row, [Test(c, public=False) for c in cases], entry)
+        plain = isinstance(cases[0], CallCase)
+        tests = [Test(c, public=False) for c in cases]
+        return _function_task(row, tests, entry, checker=Equal() if plain else None)
 
 
 def _function_task(row: dict[str, Any], tests: Any, entry: str, **given: Any) -> CodeTask:
@@ -293,6 +296,8 @@ class MBPPPlus(_Plus):
 class Equal:
     """Python's ``==``, as the benchmarks' own asserts compare."""
 
+    partwise: ClassVar[bool] = True
+
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`rlrf.sandbox.Checker`."""
         assert isinstance(case, CallCase)
@@ -312,7 +317,7 @@ def assert_cases(source: str, entry: str, *, setup: str = "", plain: bool = True
     Raises:
         ValueError: the source is no Python.
     """
-    body = ast.parse(source).body
+    body = parse(source).body
     if not body:
         return []
     if plain:
@@ -360,7 +365,7 @@ def _as_call(node: ast.stmt, entry: str) -> CallCase | None:
 
 def _body_of_check(test: str) -> str:
     """The statements of HumanEval's ``check(candidate)``, and what stands before it."""
-    tree = ast.parse(test)
+    tree = parse(test)
     before: list[ast.stmt] = []
     for node in tree.body:
         if isinstance(node, ast.FunctionDef) and node.name == "check":
@@ -375,7 +380,7 @@ def _helpers(prompt: str, entry: str) -> str:
     """What a prompt defines beside the function that is asked for; three tests use it."""
     body = [
         n
-        for n in ast.parse(prompt + "    pass\n").body
+        for n in parse(prompt + "    pass\n").body
         if not (isinstance(n, ast.FunctionDef) and n.name == entry)
     ]
     return ast.unparse(ast.Module(body, []))
@@ -383,14 +388,14 @@ def _helpers(prompt: str, entry: str) -> str:
 
 def _imports(prompt: str) -> str:
     try:
-        body = ast.parse(prompt + "    pass\n").body
+        body = parse(prompt + "    pass\n").body
     except SyntaxError:
         return ""
     return "\n".join(ast.unparse(n) for n in body if isinstance(n, (ast.Import, ast.ImportFrom)))
 
 
 def _defined(code: str) -> list[str]:
-    return [n.name for n in ast.parse(code).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return [n.name for n in parse(code).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
 
 
 def called(asserts: Sequence[str], defined: Sequence[str]) -> str:
@@ -402,7 +407,7 @@ def called(asserts: Sequence[str], defined: Sequence[str]) -> str:
     names = [
         n.func.id
         for source in asserts
-        for n in ast.walk(ast.parse(source))
+        for n in ast.walk(parse(source))
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
     ]
     for name in names:
@@ -512,7 +517,7 @@ def typed_inputs(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
 
 
 def _assert_arguments(source: str, entry: str) -> Iterator[list[Any]]:
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == entry:
             try:
                 yield [ast.literal_eval(a) for a in node.args]

@@ -175,6 +175,8 @@ class LiveCodeBench(CodeEnv):
         if self._rows is None:
             self._rows = read_rows(self._data, self.release)
         rows = [r for r in self._rows if self._wanted(r.fields)]
+        if not self._rows:
+            raise UsageError(f"there is no question of release v{self.release} in the data")
         if not rows:
             raise UsageError(
                 f"none of {len(self._rows)} questions is left: contest_start="
@@ -200,11 +202,12 @@ class LiveCodeBench(CodeEnv):
     def _code_task(self, row: Row, *, half: bool) -> CodeTask:
         question = row.fields
         task_id = str(question["question_id"])
-        function = _json(question.get("metadata"), {}, task_id).get("func_name")
+        metadata = _json(question.get("metadata"), {}, task_id)
+        function = metadata.get("func_name") if isinstance(metadata, dict) else None
         entry = f"Solution.{function}" if function else None
         return CodeTask(
             problem=Problem(
-                f"{task_id}@half" if half else task_id,
+                task_id,
                 functools.partial(load_tests, row, half=half),
                 entry=entry,
                 prelude=PRELUDE + (_OFFICIAL_STDIN if self.compat and entry is None else ""),
@@ -289,7 +292,7 @@ class LiveCodeBenchV6(LiveCodeBench):
 def _several(name: str, value: str | Sequence[str] | None, known: tuple[str, ...]) -> Any:
     if value is None:
         return None
-    values = (value,) if isinstance(value, str) else tuple(value)
+    values = tuple(value) if isinstance(value, (list, tuple, set)) else (value,)
     for one in values:
         if one not in known:
             raise UsageError(f"{name} is {one!r}; it must be one of {', '.join(known)}")
@@ -300,7 +303,7 @@ def _day(name: str, value: str | None) -> str | None:
     if value is None:
         return None
     try:
-        return datetime.date.fromisoformat(str(value)[:10]).isoformat()
+        return datetime.datetime.fromisoformat(str(value)).date().isoformat()
     except ValueError:
         raise UsageError(f"{name} is {value!r}; it must be a day, like '2025-02-01'") from None
 
@@ -410,7 +413,13 @@ def _scan(path: Path) -> Iterator[Row]:
         for number, line in enumerate(file, 1):
             digest.update(line)
             if line.strip():
-                ((_, data),) = read_jsonl(f"{path}, line {number}", line.decode("utf-8"))
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError:
+                    raise UsageError(
+                        f"{path}, line {number}: no UTF-8; if the file is compressed, unpack it"
+                    ) from None
+                ((_, data),) = read_jsonl(f"{path}, line {number}", text)
                 missing = [f for f in _FIELDS if f not in data]
                 if missing:
                     raise UsageError(
@@ -494,7 +503,7 @@ def unpack_tests(packed: str, task_id: str = "") -> list[Any]:
             tests = json.loads(_pickled_string(raw))
         if not isinstance(tests, list):
             raise ValueError("no list")
-    except (ValueError, binascii.Error, zlib.error) as error:
+    except (ValueError, binascii.Error, zlib.error, RecursionError) as error:
         raise UsageError(
             f"the hidden tests of question {task_id!r} cannot be read: {error}"
         ) from None
@@ -533,6 +542,8 @@ class Results:
     Lists and tuples are alike, ``True`` is not 1 (:class:`rlrf.sandbox.Returns`).
     """
 
+    partwise: ClassVar[bool] = True
+
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`rlrf.sandbox.Checker`."""
         assert isinstance(case, CallCase)
@@ -556,6 +567,8 @@ class OfficialLines:
     ``1_000``, digits of other scripts, ``Infinity``. How a program exits does not matter there,
     which :data:`_OFFICIAL_STDIN` takes care of.
     """
+
+    partwise: ClassVar[bool] = True
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`rlrf.sandbox.Checker`."""
@@ -582,6 +595,8 @@ class OfficialReturns:
 
     So ``True`` passes for ``1``, and a list of tuples fails where a list of lists is expected.
     """
+
+    partwise: ClassVar[bool] = True
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`rlrf.sandbox.Checker`."""

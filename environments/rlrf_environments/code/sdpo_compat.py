@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from rlrf import Segment
 from rlrf.feedback import Kind
 from rlrf.sandbox import MISSING, AssertCase, CallCase, Case, ProgramError, StdinCase, Verdict
-from rlrf_environments.code.explain import Failure, value_text
+from rlrf_environments.code.explain import Failure, value_text, visible
 from rlrf_environments.code.extract import Attempt
 
 MAX_CHARS = 2000
@@ -87,7 +87,7 @@ def _wrong(failure: Failure) -> str:
     if isinstance(case, CallCase):
         got = "" if raw.result is MISSING else value_text(raw.result)
     else:
-        got = raw.text.rstrip("\n")
+        got = visible(raw.text.rstrip("\n"))
     return (
         f"Test Case {failure.number}: Wrong Answer\nInput\n{_input(case)}\n"
         f"Output\n{_field(got)}\nExpected\n{_field(_expected(case))}"

@@ -52,6 +52,8 @@ def named_file(name: str, variable: str, data: str | os.PathLike[str] | None) ->
     Raises:
         UsageError: it names nothing that exists.
     """
+    if data is not None and not isinstance(data, (str, os.PathLike)):
+        raise UsageError(f"data is {data!r}; it must be a path")
     by, value = ("data", os.fspath(data)) if data is not None else (variable, "")
     if data is None:
         value = os.environ.get(variable, "")

@@ -187,17 +187,14 @@ class OpenAIPolicy:
             data = answer.json()
             choice = data["choices"][0]
             raw = choice["message"]
-            text = raw.get("content") or ""
+            text = _text(raw.get("content"))
             message: Message = {"role": "assistant", "content": text}
             if raw.get("tool_calls"):
                 message["tool_calls"] = list(raw["tool_calls"])
             thought = raw.get("reasoning_content") or raw.get("reasoning")
             if thought:
                 message["reasoning_content"] = str(thought)
-            sampled = tuple(choice.get("token_ids") or ())
-            prompt_ids = tuple(data.get("prompt_token_ids") or choice.get("prompt_token_ids") or ())
-            listed = (choice.get("logprobs") or {}).get("content") or ()
-            logprobs = tuple(float(item["logprob"]) for item in listed)
+            sampled, prompt_ids, logprobs = self._tokens(data, choice)
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InfraError(
@@ -208,11 +205,34 @@ class OpenAIPolicy:
         return Completion(
             prompt_ids,
             sampled,
-            logprobs if len(logprobs) == len(sampled) else (),
+            logprobs,
             text,
             finish,
             message,
         )
+
+    def _tokens(
+        self, data: Mapping[str, Any], choice: Mapping[str, Any]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
+        """Sampled ids, prompt ids and log-probabilities, as far as they were asked for."""
+        if not self.token_ids:
+            return (), (), ()
+        sampled = tuple(int(i) for i in choice.get("token_ids") or ())
+        prompt = data.get("prompt_token_ids") or choice.get("prompt_token_ids") or ()
+        listed = (choice.get("logprobs") or {}).get("content") or ()
+        logprobs = tuple(float(item["logprob"]) for item in listed)
+        if len(logprobs) != len(sampled):
+            logprobs = ()
+        return sampled, tuple(int(i) for i in prompt), logprobs
+
+
+def _text(content: Any) -> str:
+    """A reply's text; some servers send it in parts."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    return "".join(str(part["text"]) for part in content if part.get("type") == "text")
 
 
 def _is_passing(answer: httpx.Response) -> bool:
