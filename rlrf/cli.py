@@ -325,7 +325,9 @@ def eval_(
     samples: Annotated[int, typer.Option(help="Attempts per task.")] = 1,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 1.0,
     top_p: Annotated[float, typer.Option(help="Nucleus mass.")] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Tokens per reply.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens per reply; the environment's suggestion by default.")
+    ] = None,
     feedback: Annotated[str | None, typer.Option(help="Feedback level.")] = None,
     seed: Annotated[int, typer.Option(help="Seeds sampling and episodes.")] = 0,
     max_concurrency: Annotated[int, typer.Option(help="Episodes under way at once.")] = 64,
@@ -344,7 +346,6 @@ def eval_(
     ] = None,
 ) -> None:
     """Measure a policy on an environment. A run that was cut off is continued."""
-    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     for name, value in (("limit", limit), ("samples", samples)):
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}; it must be at least 1")
@@ -356,6 +357,8 @@ def eval_(
         name: value for name, value in (("model", model), ("base_url", base_url)) if value
     }
     found = _make_env(env, option, given, held_out=True)
+    max_tokens = found.max_tokens if max_tokens is None else max_tokens
+    params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     try:
         n_tasks = min(limit or sys.maxsize, len(found.tasks()))
         player = _make_policy(policy, policy_options)
@@ -401,8 +404,21 @@ def eval_(
                 done=results.done,
             )
         _print_eval(_console(), report, found.split)
+        cut = report.finish_reasons.get("length", 0)
+        if 2 * cut > report.n_rollouts:
+            print(
+                f"warning: {cut} of {report.n_rollouts} replies were cut off at {max_tokens} "
+                "tokens; raise --max-tokens",
+                file=sys.stderr,
+            )
         results.finish(report, {"lock": runs.environment_lock(found)})
         print(f"written to {results.path}")
+        if report.n_unscored:
+            print(
+                f"{report.n_unscored} rollouts are unscored; the same command, with --out "
+                f"{results.path}, tries them again",
+                file=sys.stderr,
+            )
     finally:
         found.close()
     if report.pass_rate is None:

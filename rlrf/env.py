@@ -47,6 +47,7 @@ class Task:
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
     hidden: Any = field(default=None, repr=False, compare=False)
     _stripped: bool = field(default=False, repr=False, compare=False)
+    _split: str | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.id or not isinstance(self.id, str):
@@ -144,10 +145,17 @@ class TaskSequence(Sequence[Task]):
     Args:
         load: gives the tasks, hidden data included.
         public: whether to strip hidden data from what is handed out.
+        split: the split they are of.
     """
 
-    def __init__(self, load: Callable[[], Sequence[Task]], *, public: bool = True) -> None:
-        self._load, self._public = load, public
+    def __init__(
+        self,
+        load: Callable[[], Sequence[Task]],
+        *,
+        public: bool = True,
+        split: str | None = None,
+    ) -> None:
+        self._load, self._public, self._split = load, public, split
         self._items: Sequence[Task] | None = None
         self._index: dict[str, int] | None = None
         self._lock = threading.Lock()
@@ -168,7 +176,7 @@ class TaskSequence(Sequence[Task]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         task = self._tasks[index]
-        return task.public() if self._public else task
+        return replace(task.public(), _split=self._split) if self._public else task
 
     def __len__(self) -> int:
         return len(self._tasks)
@@ -252,7 +260,9 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         max_feedback_tokens: budget of ``"feedback_tokens"``.
 
     Class attributes an author may set: ``splits``, ``eval_split`` (the one ``rlrf eval`` takes
-    unless told otherwise), ``default_feedback_level``, ``reward_range``
+    unless told otherwise), ``overlapping_splits`` (whether tasks stand in several splits on
+    purpose), ``max_tokens`` (what ``rlrf eval`` lets a reply have unless told otherwise),
+    ``default_feedback_level``, ``reward_range``
     (lowest and highest reward of a task), ``success_threshold`` (a reward at or above it counts
     as solved), ``concurrency`` (steps it can work on at once; the collector lets further ones
     wait without charging their deadline; None for no limit).
@@ -261,6 +271,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium's own attribute
     splits: ClassVar[tuple[str, ...]] = ("train", "eval")
     eval_split: ClassVar[str] = "eval"
+    overlapping_splits: bool = False
+    max_tokens: ClassVar[int] = 256
     default_feedback_level: ClassVar[str] = "explained"
     reward_range: tuple[float, float] = (0.0, 1.0)
     success_threshold: float = 1.0
@@ -319,7 +331,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     def tasks(self, split: str | None = None) -> TaskSequence:
         """The tasks of ``split`` (the environment's own by default), hidden data stripped."""
         full = self._full_tasks(split)
-        return TaskSequence(lambda: full._tasks)
+        return TaskSequence(lambda: full._tasks, split=split or self.split)
 
     def _full_tasks(self, split: str | None = None) -> TaskSequence:
         split = self._check_split(split or self.split)
@@ -336,17 +348,22 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             )
         return tasks
 
-    def _find_task(self, task: str | Task) -> Task:
-        """The full task of an id, whichever split it is in (the environment's own first)."""
+    def _find_task(self, task: str | Task, split: str | None = None) -> Task:
+        """The full task of an id: of ``split``, else of whichever has it, our own first."""
         if isinstance(task, Task) and not task._stripped:
             return task
         task_id = task.id if isinstance(task, Task) else task
         if not isinstance(task_id, str):
             raise UsageError(f"a task is given by its id (a string) or as a Task, got {task_id!r}")
         known: list[str] = []
-        for split in dict.fromkeys((self.split, *self.splits)):
+        if split is not None:
+            own = [self._check_split(split)]
+        else:
+            first = task._split if isinstance(task, Task) else None
+            own = [s for s in (first, self.split, *self.splits) if s in self.splits]
+        for name in dict.fromkeys(own):
             try:
-                tasks = self._full_tasks(split)
+                tasks = self._full_tasks(name)
                 found = tasks.get(task_id)
             except _EmptySplitError:
                 continue
@@ -382,7 +399,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
                 f"unknown reset option {sorted(unknown)[0]!r}; options are 'task_id', 'split'"
             )
         if options.get("task_id") is not None:
-            task = self._find_task(options["task_id"])
+            task = self._find_task(options["task_id"], options.get("split"))
         else:
             tasks = self._full_tasks(options.get("split"))
             task = tasks[int(self.np_random.integers(len(tasks)))]
@@ -397,7 +414,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
 
         Args:
             seed: seeds the choice of the task and the episode.
-            options: ``task_id`` picks the task, ``split`` the split to draw from.
+            options: ``task_id`` picks the task, ``split`` the split to draw from or to find it in.
 
         Returns:
             The opening chat messages, and an info with ``task_id``, ``feedback`` (empty) and

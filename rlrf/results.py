@@ -1,7 +1,8 @@
 """Results of an evaluation in a file, written rollout by rollout: a killed one is continued.
 
 While an evaluation runs, ``NAME.json.partial`` holds its settings and, a line each, the rollouts
-that have finished. At the end ``NAME.json`` holds the report, and the partial file goes.
+that have finished. At the end ``NAME.json`` holds the report, and the partial file goes; unless
+some rollouts are unscored, which the same command then tries again.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class ResultsFile:
         self, path: Path | str, settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
         self.path = Path(path)
+        if not self.path.name or self.path.is_dir():
+            raise UsageError(f"{str(path)!r} is a folder; name a file for the results")
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
         self._file: TextIO | None = None
         if overwrite:
             self.partial.unlink(missing_ok=True)
-        elif self.path.exists():
+        elif self.path.exists() and not self.partial.exists():
             raise UsageError(
                 f"{self.path} exists; --overwrite replaces it, another --out leaves it alone"
             )
@@ -71,12 +74,20 @@ class ResultsFile:
             if number == 0:
                 self._compare(data)
             else:
-                rollout = Rollout.from_dict(data)
+                try:
+                    rollout = Rollout.from_dict(data)
+                except (LookupError, TypeError, AttributeError) as error:
+                    raise UsageError(
+                        f"{self.partial}, line {number + 1}, is no rollout ({error!r}); "
+                        "--overwrite starts anew"
+                    ) from None
                 if rollout.scored:  # what the machinery failed at is tried again
                     rollouts.append(rollout)
         return rollouts
 
-    def _compare(self, there: Mapping[str, Any]) -> None:
+    def _compare(self, there: Any) -> None:
+        if not isinstance(there, dict):
+            raise UsageError(f"{self.partial} is damaged; --overwrite starts anew")
         for key in {**there, **self.settings}:
             if there.get(key) != self.settings.get(key):
                 raise UsageError(
@@ -129,7 +140,8 @@ class ResultsFile:
         fresh.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
         fresh.replace(self.path)
         self.__exit__()
-        self.partial.unlink(missing_ok=True)
+        if not report.n_unscored:
+            self.partial.unlink(missing_ok=True)
 
 
 def _line(data: Mapping[str, Any]) -> str:

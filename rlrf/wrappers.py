@@ -58,8 +58,8 @@ class FeedbackWrapper(Env):
     def _full_tasks(self, split: str | None = None) -> TaskSequence:
         return self.env._full_tasks(split or self.split)
 
-    def _find_task(self, task: str | Task) -> Task:
-        return self.env._find_task(task)
+    def _find_task(self, task: str | Task, split: str | None = None) -> Task:
+        return self.env._find_task(task, split)
 
     def reference_solution(self, task: Task) -> str | None:
         """The inner environment's."""

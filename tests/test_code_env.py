@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 
 import httpx
 import pytest
@@ -78,6 +79,14 @@ CALL = {"args": [1], "expected": 2}
         ({"limits": {"cpu_s": -1}}, r"line 1: Limits\.cpu_s is -1"),
         ({"checker": "returns"}, "line 1: checker: 'returns' is unknown for a stdin task"),
         ({"checker": {"name": "exact", "tolerance": 0.1}}, "'exact' takes no tolerance"),
+        ({"checker": {"name": "tokens", "tolerance": -1}}, r"checker\.tolerance: .*greater"),
+        ({"limits": {"memory_mb": 1.5}}, r"Limits\.memory_mb is 1\.5; it must be a whole"),
+        ({"limits": {"memory_mb": float("inf")}}, r"Limits\.memory_mb is inf"),
+        ({"limits": {"cpu_s": True}}, r"Limits\.cpu_s is True"),
+        ({"entry_point": "1 bad", "tests": [CALL]}, r"line 1: Program\.entry is '1 bad'"),
+        ({"entry_point": "a.b.c", "tests": [CALL]}, r"Program\.entry is 'a\.b\.c'"),
+        ({"id": " "}, "line 1: id: must be printable and not blank"),
+        ({"id": "a\nb"}, "line 1: id: must be printable"),
     ],
 )
 def test_a_wrong_task_is_told_by_file_line_and_field(tasks, change, why):
@@ -96,6 +105,12 @@ def test_files_that_are_no_task_files(tmp_path):
         file.write_text(text)
         with pytest.raises(UsageError, match=why):
             len(rlrf.make("code-v0", data=file).tasks())
+    file.write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="line 1: no JSON"):
+        len(rlrf.make("code-v0", data=file).tasks())
+    file.write_bytes(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03corrupt")
+    with pytest.raises(UsageError, match="cannot read"):
+        len(rlrf.make("code-v0", data=file).tasks())
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(UsageError, match="cannot read"):
         len(rlrf.make("code-v0", data=file).tasks())
@@ -129,6 +144,7 @@ def test_splits_by_word_and_by_hash(tasks):
         ({"limits": 5}, "limits is 5; it must be a mapping"),
         ({"explain_failures": "2"}, "explain_failures is '2'"),
         ({"slots": 0}, "slots is 0; it must be a whole number >= 1"),
+        ({"quote": "no"}, "quote is 'no'; it must be true or false"),
     ],
 )
 def test_wrong_options(tasks, options, why):
@@ -137,7 +153,7 @@ def test_wrong_options(tasks, options, why):
 
 
 @needs_sandbox
-def test_own_checkers_limits_and_starter_code(tasks):
+def test_own_checkers_limits_and_starter_code(tasks, caplog):
     env = tasks(
         {"checker": "even", "starter_code": "n = int(input())"},
         {"checker": {"name": "tokens", "tolerance": 0.1}},
@@ -161,6 +177,11 @@ def test_own_checkers_limits_and_starter_code(tasks):
     assert "time limit of 1 s" in late.feedback.text
     assert env.grade("double-3", block("def f(n): return 1.501")).reward == 1.0
     assert env.grade("double-4", block("def f(n): return 6")).reward == 1.0
+    for code in ("def f(n): return 'x'", "def f(n):\n    import os\n    os._exit(0)"):
+        wrong = env.grade("double-4", block(code))  # what the checker cannot read is wrong
+        assert (wrong.reward, wrong.feedback[0].kind) == (0.0, "wrong_answer")
+    assert env.grade("double-0", block("print('x')")).reward == 0.0
+    assert "raised ValueError" in caplog.text  # "even" could not read it
     env.close()
 
 
@@ -347,6 +368,7 @@ def test_the_first_difference_is_by_the_rule_that_judged(checker, out, wanted, w
     (segment,) = told(StdinCase("", wanted), stdout=out.encode(), checker=checker)
     assert ("first difference" in segment.text) is (where is not None)
     assert where is None or f"The first difference is {where} of the output" in segment.text
+    assert ("One right answer:" in segment.text) is (where is None)
 
 
 @pytest.mark.parametrize(
@@ -391,6 +413,10 @@ def test_blocks():
         ("```python\ns = '```'\n```\n", "s = '```'\n"),
         ("```python\na\x0cb\u2028c\n```", "a\x0cb\u2028c\n"),
         ("```\r\nx\r\n```\r\n", "x\r\n"),
+        ("I reply in a block fenced by ```python and ```.\n\n```python\nx = 1\n```", "x = 1\n"),
+        ("It starts with ```\n```python\nx = 1\n```", "x = 1\n"),
+        ("about ~~~\n```python\nx = 1\n```", "x = 1\n"),
+        ("```python\n# ends in ```\nx = 1\n```", "# ends in ```\nx = 1\n"),
     ],
 )
 def test_fences_as_models_write_them(completion, code):
@@ -514,6 +540,9 @@ def test_sdpo_style_runs_all_tests_and_shows_what_is_expected(tasks):
     outcome = env.grade("double-0", block("print(3)"))
     assert outcome.feedback[0].text.startswith("Test Case 1: Wrong Answer\nInput\n1\nOutput\n3\n")
     assert outcome.metrics["tests_passed"] == 0.0
+    assert env.grade("double-0", "no").feedback.text.startswith("Incorrect Format: There is no")
+    cut = env.grade("double-0", "```python\nx").feedback.text
+    assert cut.startswith("Truncated Attempt: ")
     hidden = tasks(renderer="sdpo-compat", feedback="explained").grade(
         "double-0", block("print(3)")
     )
@@ -691,7 +720,26 @@ def test_any_root_is_right():
         assert not oracle.accepts(RawRun(result=wrong), case)
 
 
-def test_a_file_of_another_format_is_told(tmp_path):
-    file = write_jsonl(tmp_path / "x.jsonl", [code_data.mbpp(11)])
-    with pytest.raises(UsageError, match=r"line 1: not in the format of HumanEval: KeyError"):
-        len(rlrf.make("humaneval-v0", data=file).tasks())
+def test_a_file_of_another_format_is_told_every_time(tmp_path):
+    good, bad = code_data.humaneval(1), code_data.mbpp(11)
+    broken = {**good, "test": "def check(candidate"}
+    for row, why in ((bad, "KeyError"), (broken, "SyntaxError")):
+        env = rlrf.make("humaneval-v0", data=write_jsonl(tmp_path / "x.jsonl", [good, row]))
+        for _ in range(2):
+            match = rf"line 2: not in the format of HumanEval: {why}"
+            with pytest.raises(UsageError, match=match):
+                len(env.tasks("all"))
+
+
+def test_a_reference_solution_may_hold_fences(tasks):
+    solution = "s = '''\n```\n'''\nprint(2 * int(input()))"
+    env = tasks({"solution": solution})
+    assert extract(env.reference_solution(env.tasks("all")[0])).code.strip() == solution
+
+
+def test_what_python_warns_of_in_data_is_not_said(tmp_path):
+    row = {**code_data.mbpp(11), "code": "def swap(p):\n  '\\w'\n  return (p[1], p[0])"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = rlrf.make("mbpp-v0", data=write_jsonl(tmp_path / "x.jsonl", [row]))
+        assert len(env.tasks("test")) == 1

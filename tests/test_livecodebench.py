@@ -15,7 +15,7 @@ import pytest
 import rlrf
 from rlrf import UsageError
 from rlrf.sandbox import CallCase, RawRun, StdinCase
-from rlrf_environments.code import livecodebench
+from rlrf_environments.code import answers, livecodebench
 from rlrf_environments.code.answers import MANY_ANSWERS, tolerance
 from rlrf_environments.code.livecodebench import (
     OfficialLines,
@@ -235,6 +235,35 @@ def test_sdpo_protocol_trains_on_half_of_the_hidden_tests(file):
     assert len(whole) == 9
     again = make(file, protocol="sdpo")._full_tasks("train").get("abc900_a").hidden.tests()
     assert again == half
+
+
+@needs_sandbox
+def test_a_task_is_graded_as_in_the_split_it_was_taken_from(file):
+    half = {
+        n.case.stdin for n in make(file, protocol="sdpo")._full_tasks("train")[0].hidden.tests()
+    }
+    code = f"n = input()\nprint(n if n in {half!r} else 0)"
+    reply = f"```python\n{code}\n```"
+    env = make(file, protocol="sdpo", split="eval")
+    for split, reward in (("train", 1.0), ("eval", 0.0), ("all", 0.0)):
+        assert env.grade(env.tasks(split)[0], reply).reward == reward
+        env.reset(options={"task_id": "abc900_a", "split": split})
+        assert env.step(reply).reward == reward
+    env.close()
+    with pytest.raises(UsageError, match="has no public test, and tests='public'"):
+        make(file, protocol="sdpo", split="train", tests="public").grade("abc900_a", reply)
+
+
+def test_many_orders_are_checked_fast():
+    n = 999_999_937
+    wanted = StdinCase("\n".join(["10000", *[str(n)] * 10_000]), "")
+    asked = []
+    real = answers._small_primes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "_small_primes", lambda: asked.append(1) or real())
+        out = "\n".join([f"{n + 1} {n * n}"] * 10_000)
+        assert MANY_ANSWERS["arc191_c"].accepts(printed(out), wanted)
+    assert len(asked) <= 1  # factored once, not for each line
 
 
 def test_errata_are_left_out_unless_kept(tmp_path):

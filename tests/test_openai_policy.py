@@ -19,8 +19,10 @@ import stamina
 import rlrf
 from rlrf import ConfigError, InfraError, UsageError
 from rlrf.errors import PromptTooLongError
+from rlrf.evaluate import EvalReport
 from rlrf.policy import Prompt, SamplingParams
 from rlrf.results import ResultsFile
+from rlrf.rollout import Rollout
 from rlrf_trainers.policies.openai import OpenAIPolicy
 
 
@@ -183,6 +185,9 @@ def test_what_is_no_completion_is_the_servers_fault(server, answer):
 def test_wrong_options():
     with pytest.raises(ConfigError, match="base_url is 'localhost:8000'"):
         OpenAIPolicy("m", base_url="localhost:8000")
+    for url in ("http://[::1", "http://", "ftp://x/v1"):
+        with pytest.raises(ConfigError, match="base_url is"):
+            OpenAIPolicy("m", base_url=url)
     with pytest.raises(ConfigError, match="retries is -1"):
         OpenAIPolicy("m", retries=-1)
     policy = OpenAIPolicy("m", base_url="http://x/v1")
@@ -274,6 +279,33 @@ def test_results_are_not_overwritten_and_settings_are_compared(server, tmp_path)
     assert last.returncode == 0
     assert not partial.exists()
     assert os.path.exists(tmp_path / "r.json")
+
+
+def test_what_the_server_failed_at_is_tried_again(tmp_path):
+    settings = {"seed": 0}
+    done = Rollout("a", "0:a", reward=0.0)
+    failed = Rollout("b", "1:b", finish_reason="failed", failure="policy_unavailable: down")
+    with ResultsFile(tmp_path / "r.json", settings) as results:
+        results.add(done)
+        results.add(failed)
+        results.finish(EvalReport.of([done, failed]), {})
+    again = ResultsFile(tmp_path / "r.json", settings)
+    assert [r.task_id for r in again.done] == ["a"]
+    with again:
+        again.add(Rollout("b", "1:b", reward=1.0))
+        again.finish(EvalReport.of([done, Rollout("b", "1:b", reward=1.0)]), {})
+    with pytest.raises(UsageError, match="exists; --overwrite"):
+        ResultsFile(tmp_path / "r.json", settings)
+
+
+def test_damaged_results_are_told(tmp_path):
+    with pytest.raises(UsageError, match="is a folder"):
+        ResultsFile(tmp_path, {})
+    partial = tmp_path / "r.json.partial"
+    for text, why in (("[]\n", "is damaged"), ('{"seed": 0}\n{"a": 1}\n', "line 2, is no rollout")):
+        partial.write_text(text)
+        with pytest.raises(UsageError, match=why):
+            ResultsFile(tmp_path / "r.json", {"seed": 0})
 
 
 def test_two_evaluations_do_not_write_to_one_file(tmp_path):

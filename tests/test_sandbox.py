@@ -660,6 +660,17 @@ def test_as_many_threads_start_as_processes_are_allowed(pool):
     assert run(pool, code, limits=limits).verdict is Verdict.ACCEPTED
 
 
+def test_a_stack_without_end_may_be_asked_for(pool):
+    code = (
+        "import resource, sys\n"
+        "resource.setrlimit(resource.RLIMIT_STACK, (-1, -1))\n"
+        "sys.setrecursionlimit(10**6)\n"
+        "def f(n):\n    return 1 + f(n - 1) if n else 0\n"
+        "print('ok' if f(20000) == 20000 else '')"
+    )
+    assert run(pool, code).verdict is Verdict.ACCEPTED
+
+
 def test_a_file_has_a_name_and_an_exit_a_reason(pool):
     assert run(pool, "print('ok' if __file__ else '')").verdict is Verdict.ACCEPTED
     raw = run(pool, "import sys\nsys.exit('no more')").cases[0].raw

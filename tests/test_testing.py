@@ -188,7 +188,7 @@ class Duplicate(Echo):
             Task(f"{split}-new", split + " y"),
         ]
 
-    def _find_task(self, task):  # so that only the one check is about it
+    def _find_task(self, task, split=None):  # so that only the one check is about it
         return task if isinstance(task, Task) and not task._stripped else self._full_tasks()[0]
 
     def reference_solution(self, task):

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from rlrf._async import background_loop
 from rlrf.errors import InfraError, RlrfError, UsageError
 from rlrf.plugins import Registry
-from rlrf.sandbox.checkers import Asserts, Checker, Lines, Returns
+from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens
 from rlrf.sandbox.program import (
     MAX_OUTPUT_KB,
     AssertCase,
@@ -505,6 +505,9 @@ def _with_room(limits: Limits, cases: Sequence[Case]) -> Limits:
     return replace(limits, output_kb=min(needed + needed // 4, MAX_OUTPUT_KB))
 
 
+_QUICK = (Lines, Text, Tokens, Exact, Returns, Asserts)
+
+
 async def _judge(
     sandbox: Sandbox, job: Job, cases: Sequence[Case], checker: Checker, stop: str
 ) -> RunReport:
@@ -512,7 +515,10 @@ async def _judge(
     async with contextlib.aclosing(sandbox.execute(job)) as runs:
         async for raw in runs:
             case = cases[len(results)]
-            verdict = _verdict(raw, case, checker)
+            if isinstance(checker, _QUICK):
+                verdict = _verdict(raw, case, checker)
+            else:  # somebody's own, which may take its time: the others' deadlines must not wait
+                verdict = await asyncio.to_thread(_verdict, raw, case, checker)
             results.append(CaseResult(len(results), verdict, case, raw))
             # A program that does not compile fails all cases alike, and one that ran into a
             # limit would cost that limit again on every further case.

@@ -99,7 +99,8 @@ class Program:
     prelude: str = ""
 
     def __post_init__(self) -> None:
-        if self.entry is not None and not all(p.isidentifier() for p in self.entry.split(".")):
+        parts = [] if self.entry is None else self.entry.split(".")
+        if len(parts) > 2 or not all(part.isidentifier() for part in parts):
             raise UsageError(
                 f"Program.entry is {self.entry!r}; it must be a name, 'Class.method', or None"
             )

@@ -173,7 +173,7 @@ class DockerSandbox:
             "ulimits": [
                 {"name": "core", "soft": 0, "hard": 0},
                 {"name": "nofile", "soft": 512, "hard": 512},
-                {"name": "stack", "soft": 256 << 20, "hard": 256 << 20},
+                {"name": "stack", "soft": 256 << 20, "hard": -1},
             ],
             "tmpfs": {
                 "/sandbox": f"rw,nosuid,nodev,noexec,size={self._tmp_mb}m,"

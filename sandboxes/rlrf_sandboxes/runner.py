@@ -547,7 +547,11 @@ class Leader:
         limit(resource.RLIMIT_FSIZE, file)
         if mode != "plain":  # it would count everything this user runs
             limit(resource.RLIMIT_NPROC, processes + (3 if mode == "ns" else 1))
-        limit(resource.RLIMIT_STACK, stack)
+        # Only the soft one: many a program asks for a stack without end, as recursion needs it, and
+        # the address space is limited anyway.
+        ceiling = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        soft = stack if ceiling == resource.RLIM_INFINITY else min(stack, ceiling)
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, ceiling))
         limit(resource.RLIMIT_NOFILE, files)
         limit(resource.RLIMIT_CORE, 0)
         limit(resource.RLIMIT_CPU, cpu)

@@ -11,6 +11,8 @@ length, nothing else.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,16 +134,32 @@ def _orders(got: list[str], wanted: list[str], given: list[str]) -> bool:
 def _has_order(a: int, modulus: int, n: int) -> bool:
     if pow(a, n, modulus) != 1 % modulus:
         return False
-    rest, p, primes = n, 2, []
-    while p * p <= rest:
-        if rest % p == 0:
-            primes.append(p)
-            while rest % p == 0:
-                rest //= p
-        p += 1 if p == 2 else 2
-    if rest > 1:
-        primes.append(rest)
-    return all(pow(a, n // p, modulus) != 1 % modulus for p in primes)
+    return all(pow(a, n // p, modulus) != 1 % modulus for p in _prime_factors(n))
+
+
+@functools.lru_cache(1 << 14)
+def _prime_factors(n: int) -> tuple[int, ...]:
+    """The primes that divide ``n``, at most 10^9."""
+    found = []
+    for p in _small_primes():
+        if p * p > n:
+            break
+        if n % p == 0:
+            found.append(p)
+            while n % p == 0:
+                n //= p
+    return (*found, n) if n > 1 else tuple(found)
+
+
+@functools.cache
+def _small_primes() -> tuple[int, ...]:
+    """The primes up to the root of 10^9."""
+    root = 31_623
+    prime = bytearray([1]) * (root + 1)
+    for p in range(2, math.isqrt(root) + 1):
+        if prime[p]:
+            prime[p * p :: p] = bytes(len(range(p * p, root + 1, p)))
+    return tuple(p for p in range(2, root + 1) if prime[p])
 
 
 def _ring(got: list[str], wanted: list[str], given: list[str]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -52,6 +53,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
 
     splits: ClassVar[tuple[str, ...]] = ("train", "eval", "all")
     eval_split: ClassVar[str] = "all"
+    max_tokens: ClassVar[int] = 2048
     default_limits: ClassVar[Limits] = Limits(cpu_s=4, wall_s=12, memory_mb=512, output_kb=256)
     instruction: ClassVar[str] = FENCE
 
@@ -79,6 +81,9 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         super().__init__(**kwargs)
         if tests not in ("all", "public"):
             raise UsageError(f"tests is {tests!r}; it must be 'all' or 'public'")
+        for name, flag in (("run_all", run_all), ("quote", quote), ("allow_unsafe", allow_unsafe)):
+            if not isinstance(flag, bool):
+                raise UsageError(f"{name} is {flag!r}; it must be true or false")
         for name, number, least in (
             ("explain_failures", explain_failures, 1),
             ("remember", remember, 0),
@@ -147,7 +152,11 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
     def reference_solution(self, task: Task) -> str | None:
         """The author's program, as a completion; None if there is none."""
         solution = self._find_task(task).hidden.solution
-        return None if solution is None else f"```python\n{solution.strip()}\n```"
+        if solution is None:
+            return None
+        longest = max(map(len, re.findall(r"`{3,}", solution)), default=2)
+        fence = "`" * (longest + 1)
+        return f"{fence}python\n{solution.strip()}\n{fence}"
 
     def _open_pool(self) -> SandboxPool:
         # Opened by the first program, so that looking at tasks needs no sandbox. The pool lives

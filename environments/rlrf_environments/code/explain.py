@@ -93,7 +93,8 @@ def explain(
     # A program that does not compile fails without any test.
     tested = verdict is not Verdict.COMPILE_ERROR
     if verdict is Verdict.WRONG_ANSWER:
-        hint = _hint(test.case, raw)
+        by_rule = checker is None or getattr(checker, "partwise", False)
+        hint = _hint(test.case, raw) if by_rule else _missing_return(test.case, raw)
         text += f" {hint}" if hint else ""
     if tested and test.public:
         text += f"\n{_input(test.case)}"
@@ -274,8 +275,8 @@ def _compared(case: Case, raw: RawRun, checker: Checker | None) -> str:
     if isinstance(case, CallCase):
         early = "(nothing: the program ended early)"
         got = early if raw.result is MISSING else value_text(raw.result)
-        told = f"Returned:\n{_cut(got)}\nExpected:\n{_cut(value_text(case.expected))}"
         judge = checker or Returns()
+        told = f"Returned:\n{_cut(got)}\n{_wanted(judge)}\n{_cut(value_text(case.expected))}"
         known = raw.result is not MISSING and getattr(judge, "partwise", False)
 
         def agree(a: Any, b: Any) -> bool:
@@ -284,11 +285,15 @@ def _compared(case: Case, raw: RawRun, checker: Checker | None) -> str:
         path = _path(raw.result, case.expected, agree) if known else ""
         return told + (f"\nThe first difference is at {path} of the result." if path else "")
     got, wanted = raw.text.rstrip("\n"), case.expected.rstrip("\n")
-    told = f"Output:\n{_cut(visible(got)) or '(nothing)'}\nExpected:\n{_cut(wanted)}"
     judge = checker or Lines()
+    told = f"Output:\n{_cut(visible(got)) or '(nothing)'}\n{_wanted(judge)}\n{_cut(wanted)}"
     if not getattr(judge, "partwise", False):
         return told
     return told + _line_difference(got, wanted, judge)
+
+
+def _wanted(judge: Checker) -> str:
+    return "Expected:" if getattr(judge, "partwise", False) else "One right answer:"
 
 
 def _line_difference(got: str, wanted: str, judge: Checker) -> str:
@@ -385,6 +390,12 @@ def _hint(case: Case, raw: RawRun) -> str:
     if isinstance(case, CallCase):
         return _result_hint(raw, case.expected)
     return ""
+
+
+def _missing_return(case: Case, raw: RawRun) -> str:
+    """Of answers that a rule of its own judges, only this can be said."""
+    returned = isinstance(case, CallCase) and raw.result is None and case.expected is not None
+    return "The function returned None: a path through it has no return." if returned else ""
 
 
 def _output_hint(got: str, wanted: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import difflib
 import re
+import threading
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -58,8 +59,8 @@ class Attempt:
 def extract(completion: str, take: Take = "longest") -> Attempt | Segment:
     """The code block of a completion that is its program.
 
-    Blocks are those of CommonMark; besides, a fence may follow words on its line, and a closing
-    one the last line of code, as models write them.
+    Blocks are those of CommonMark. Only where there is none, a fence may also follow words on its
+    line, and a closing one the last line of code, as models write them.
 
     Args:
         completion: the policy's reply.
@@ -70,6 +71,9 @@ def extract(completion: str, take: Take = "longest") -> Attempt | Segment:
         The program, or the segment that says why there is none.
     """
     blocks, opened = _blocks(completion) if take == "longest" else _between_last(completion)
+    if not blocks and take == "longest":
+        blocks = _blocks(completion, lenient=True)[0]
+        opened = None if blocks else opened
     if blocks:
         start, end, indent = max(blocks, key=lambda b: b[1] - b[0])
         raw = completion[start:end]
@@ -98,7 +102,7 @@ def extract(completion: str, take: Take = "longest") -> Attempt | Segment:
 _Block = tuple[int, int, int]  # start, end, indentation of the fence
 
 
-def _blocks(completion: str) -> tuple[list[_Block], int | None]:
+def _blocks(completion: str, *, lenient: bool = False) -> tuple[list[_Block], int | None]:
     """The closed blocks, and where one begins that is never closed."""
     blocks: list[_Block] = []
     fence, opened, start, indent, position = "", 0, 0, 0, 0
@@ -108,12 +112,14 @@ def _blocks(completion: str) -> tuple[list[_Block], int | None]:
             if bare.startswith(fence) and not bare.strip(fence[0]):
                 blocks.append((start, position, indent))
                 fence = ""
-            elif bare.endswith(fence) and fence[0] not in bare[: -len(fence)]:
+            elif lenient and bare.endswith(fence) and fence[0] not in bare[: -len(fence)]:
                 blocks.append((start, position + line.rindex(fence), indent))
                 fence = ""
         elif "```" in bare or "~~~" in bare:
             found = _OPENING.fullmatch(line.rstrip("\r\n"))
-            if found is not None and (not found["before"].strip() or _TAG.fullmatch(found["info"])):
+            if found is not None and (
+                not found["before"].strip() or (lenient and _TAG.fullmatch(found["info"]))
+            ):
                 before = found["before"]
                 fence, opened = found["fence"], position + len(before)
                 indent = len(before) if not before.strip(" ") else 0
@@ -134,18 +140,18 @@ def _between_last(completion: str) -> tuple[list[_Block], int | None]:
     return [(marks[-2][1], marks[-1][0], 0)], None
 
 
-# A program may hold what the compiler warns of, such as "\\d"; that is no affair of who grades it.
-warnings.filterwarnings("ignore", category=SyntaxWarning, module=r"<attempt>\Z")
-warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"<attempt>\Z")
+_PARSING = threading.Lock()  # what is done about warnings is done for all threads
 
 
 def parse(code: str) -> ast.Module:
-    """The syntax tree of somebody's program, without warnings.
+    """The syntax tree of somebody's program; what the compiler warns of is no affair of ours.
 
     Raises:
         SyntaxError: it is no Python; also ValueError, RecursionError or MemoryError.
     """
-    return ast.parse(code, filename="<attempt>")
+    with _PARSING, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(code)
 
 
 def missing_entry(attempt: Attempt, entry: str | None) -> Segment | None:

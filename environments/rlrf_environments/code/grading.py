@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlrf import Feedback, Outcome, Segment
+from rlrf import Feedback, Outcome, Segment, UsageError
 from rlrf.sandbox import (
     CallCase,
     Case,
@@ -185,6 +185,8 @@ def grade_completion(
     """
     attempt = extract(completion, style.take)
     if isinstance(attempt, Segment):
+        if style.renderer == "sdpo-compat":
+            attempt = sdpo_compat.unreadable(attempt)
         return _failed([attempt], problem, compiles=False, passed=0.0 if style.whole else None)
     code = hashlib.sha256(attempt.code.encode("utf-8", "surrogatepass")).digest()
     key = (problem, code, problem.limits or style.limits, style)
@@ -200,10 +202,14 @@ def _grade_attempt(
     attempt: Attempt, problem: Problem, pool: Callable[[], SandboxPool], style: Style
 ) -> Outcome:
     unnamed = missing_entry(attempt, problem.entry)
-    if unnamed is not None:
+    if unnamed is not None and style.renderer == "rlrf":
         return _failed([unnamed], problem, compiles=True, passed=0.0 if style.whole else None)
     limits = problem.limits or style.limits
     tests = [t for t in problem.tests() if t.public or not style.public_only]
+    if not tests:
+        raise UsageError(
+            f"task {problem.id!r} has no public test, and tests='public' runs no other"
+        )
     report = pool().run_sync(
         Program(attempt.code, entry=problem.entry, prelude=problem.prelude),
         [t.case for t in tests],

@@ -14,7 +14,6 @@ import functools
 import math
 import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -97,15 +96,16 @@ class _Benchmark(CodeEnv):
         """The tasks of ``split``: ``all`` is the whole benchmark."""
         if self._all is None:
             path = locate(self.data_set, self._data)
-            self._all = []
+            tasks = []
             for number, row in read_jsonl(path):
                 try:
-                    self._all.append(self._code_task(row))
-                except (KeyError, TypeError, AttributeError, ValueError) as error:
+                    tasks.append(self._code_task(row))
+                except (LookupError, TypeError, AttributeError, ValueError, SyntaxError) as error:
                     raise UsageError(
                         f"{path}, line {number}: not in the format of {self.data_set.name}: "
                         f"{type(error).__name__} {error}"
                     ) from None
+            self._all = tasks
         return [t for t in self._all if self._in_split(t, split)]
 
     def _in_split(self, task: CodeTask, split: str) -> bool:
@@ -221,7 +221,6 @@ class _Plus(_Benchmark):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._known: dict[str, list[Any]] = {}
-        self._running = threading.Lock()
 
     def _inputs(self, row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
         return row["base_input"], row["plus_input"]
@@ -229,10 +228,9 @@ class _Plus(_Benchmark):
     def _results(self, row: dict[str, Any], public: bool) -> list[Test]:
         base, plus = self._inputs(row)
         inputs = [*base, *plus]
-        with self._running:
-            if row["task_id"] not in self._known:
-                known = _expected(row, inputs, self._open_pool, self.limits)
-                self._known[row["task_id"]] = known
+        if row["task_id"] not in self._known:
+            known = _expected(row, inputs, self._open_pool, self.limits)
+            self._known[row["task_id"]] = known
         expected = self._known[row["task_id"]]
         return [
             Test(CallCase(tuple(args), value), public=public and i < len(base))

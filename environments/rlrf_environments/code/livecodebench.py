@@ -147,12 +147,14 @@ class LiveCodeBench(CodeEnv):
             ("subset", subset, (None, "sdpo")),
             ("protocol", protocol, get_args(Protocol)),
             ("errata", errata, ("exclude", "keep")),
+            ("compat", compat, (False, True)),
         ):
             if value not in known:
                 raise UsageError(
                     f"{name} is {value!r}; it must be one of {', '.join(map(repr, known))}"
                 )
         self.protocol, self.errata = protocol, errata
+        self.overlapping_splits = protocol == "sdpo"
         self.difficulty = _several("difficulty", difficulty, ("easy", "medium", "hard"))
         self.platform = _several("platform", platform, ("leetcode", "atcoder", "codeforces"))
         starts = [_day("contest_start", contest_start)]
@@ -243,7 +245,10 @@ class LiveCodeBench(CodeEnv):
             if task.problem.entry is None
             else "Write a Python 3 solution."
         )
-        limits = f"Each test may take {self.limits.cpu_s:g} s and {self.limits.memory_mb} MB."
+        limits = (
+            "Use only the standard library. Each test may take "
+            f"{self.limits.cpu_s:g} s and {self.limits.memory_mb} MB."
+        )
         parts = [task.prompt.strip(), f"{how} {limits}"]
         if task.starter_code.strip():
             parts.append(

@@ -9,6 +9,7 @@ shown. It always shows expected outputs, and quotes the faulty line.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rlrf import Segment
 from rlrf.feedback import Kind
@@ -54,6 +55,12 @@ def render(attempt: Attempt, failures: Sequence[Failure]) -> Segment:
         priority=3,
         untrusted=True,
     )
+
+
+def unreadable(segment: Segment) -> Segment:
+    """What is said of a reply without a program."""
+    title = "Truncated Attempt" if segment.kind == "truncated_attempt" else "Incorrect Format"
+    return replace(segment, text=f"{title}: {segment.text}"[:MAX_CHARS])
 
 
 _KINDS: dict[Verdict, Kind] = {

@@ -11,21 +11,33 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import logging
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from rlrf import UsageError
 from rlrf.sandbox import (
+    MISSING,
     CallCase,
     Case,
     Checker,
     Exact,
     Limits,
     Lines,
+    Program,
     RawRun,
     Returns,
     StdinCase,
@@ -83,16 +95,28 @@ class TaskRow(_Strict):
     )
     starter_code: str = Field("", description="Shown after the prompt.")
     solution: str | None = Field(None, description="A correct program.")
-    checker: str | CheckerRow | None = Field(
+    checker: CheckerRow | None = Field(
         None, description="Who compares: a name, or {name, tolerance}."
     )
-    limits: dict[str, float] = Field(
+    limits: dict[str, Any] = Field(
         default_factory=dict, description="Fields of rlrf.sandbox.Limits."
     )
     split: Literal["train", "eval"] | None = Field(
         None, description="Without it, ids are dealt to train and eval by their hash."
     )
     metadata: dict[str, Any] = Field(default_factory=dict, description="What anyone may know.")
+
+    @field_validator("checker", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("id", "prompt")
+    @classmethod
+    def _says_something(cls, value: str, info: ValidationInfo) -> str:
+        if not value.strip() or (info.field_name == "id" and not value.isprintable()):
+            raise ValueError("must be printable and not blank")
+        return value
 
     @model_validator(mode="after")
     def _fits(self) -> TaskRow:
@@ -183,14 +207,14 @@ def read_jsonl(path: Path | str, text: str | None = None) -> Iterator[tuple[int,
         try:
             raw = Path(path).read_bytes()
             text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+        except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise UsageError(f"cannot read {path}: {error}") from None
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             data = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: no JSON: {error}") from None
         if not isinstance(data, dict):
             raise UsageError(f"{path}, line {number}: a JSON object is expected")
@@ -206,11 +230,10 @@ def _task(row: TaskRow, limits: Limits, checkers: Mapping[str, CheckerLike]) -> 
         else:
             case = CallCase(tuple(test.args or ()), test.expected)
         tests.append(Test(case, test.public))
+    Program("", entry=row.entry_point)  # complains of what is no name
     own = None
     if row.limits:
-        whole = {f.name for f in fields(Limits) if isinstance(f.default, int)}
-        values: dict[str, Any] = {n: int(v) if n in whole else v for n, v in row.limits.items()}
-        own = replace(limits, **values)
+        own = replace(limits, **row.limits)
     return CodeTask(
         problem=Problem(
             row.id,
@@ -239,9 +262,7 @@ _TOLERANT = ("tokens", "returns")
 
 def _checker(row: TaskRow, own: Mapping[str, CheckerLike]) -> Checker:
     builtin = _STDIN_CHECKERS if row.entry_point is None else _CALL_CHECKERS
-    wanted = row.checker if row.checker is not None else next(iter(builtin))
-    if isinstance(wanted, str):
-        wanted = CheckerRow(name=wanted, tolerance=0.0)
+    wanted = row.checker or CheckerRow(name=next(iter(builtin)), tolerance=0.0)
     if wanted.name in own:
         return as_checker(own[wanted.name])
     if wanted.name not in builtin:
@@ -256,6 +277,10 @@ def _checker(row: TaskRow, own: Mapping[str, CheckerLike]) -> Checker:
     return builtin[wanted.name](wanted.tolerance)
 
 
+log = logging.getLogger("rlrf.code")
+_COMPLAINED: set[Any] = set()
+
+
 @dataclass(frozen=True)
 class _Function:
     """A checker from a function."""
@@ -263,11 +288,28 @@ class _Function:
     function: Callable[[Any, Case], bool]
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
-        return bool(self.function(raw.text if isinstance(case, StdinCase) else raw.result, case))
+        answer = raw.text if isinstance(case, StdinCase) else raw.result
+        try:
+            return answer is not MISSING and bool(self.function(answer, case))
+        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+            # An answer that it cannot even read; or its own fault, so it is said, if only once.
+            if self.function not in _COMPLAINED:
+                _COMPLAINED.add(self.function)
+                log.warning(
+                    "the checker %r raised %s: %s; the answer counts as wrong",
+                    getattr(self.function, "__name__", self.function),
+                    type(error).__name__,
+                    error,
+                )
+            return False
 
 
 def as_checker(value: CheckerLike) -> Checker:
-    """A checker from a checker or a function ``(answer, case) -> bool``."""
+    """A checker from a checker or a function ``(answer, case) -> bool``.
+
+    A function that raises ValueError, TypeError, LookupError or ArithmeticError could not read the
+    answer, so the answer is wrong; any other exception is a fault of the function.
+    """
     if hasattr(value, "accepts"):
         return value
     return _Function(value)

@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
-from urllib.parse import urlsplit
 
 import httpx
 import stamina
@@ -62,8 +61,11 @@ class OpenAIPolicy:
     ) -> None:
         self.model = model
         self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        try:
+            url = httpx.URL(self.base_url)
+        except (httpx.InvalidURL, TypeError):
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(
                 f"base_url is {self.base_url!r}; it must be like http://localhost:8000/v1"
             )
