@@ -10,6 +10,7 @@ are imported when they are called, not before: ``rlrf --help`` needs no extra.
 from __future__ import annotations
 
 import ast
+import contextlib
 import datetime
 import importlib.util
 import inspect
@@ -359,9 +360,11 @@ def eval_(
     found = _make_env(env, option, given, held_out=True)
     max_tokens = found.max_tokens if max_tokens is None else max_tokens
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(found.close)
         n_tasks = min(limit or sys.maxsize, len(found.tasks()))
         player = _make_policy(policy, policy_options)
+        stack.callback(getattr(player, "close", lambda: None))
         settings = {
             "env": env,
             "env_options": _assignments(option),
@@ -419,8 +422,6 @@ def eval_(
                 f"{results.path}, tries them again",
                 file=sys.stderr,
             )
-    finally:
-        found.close()
     if report.pass_rate is None:
         print("error: no rollout could be scored", file=sys.stderr)
         raise typer.Exit(1)

@@ -704,7 +704,8 @@ EATING += [
         """
         import resource
         raised = 0
-        for name in ("AS", "CPU", "FSIZE", "NPROC", "NOFILE", "CORE", "STACK"):
+        # Not the stack: it may grow as far as the address space, which is limited.
+        for name in ("AS", "CPU", "FSIZE", "NPROC", "NOFILE", "CORE"):
             what = getattr(resource, "RLIMIT_" + name)
             soft, hard = resource.getrlimit(what)
             for value in (hard * 2 + 1, resource.RLIM_INFINITY):

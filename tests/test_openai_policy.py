@@ -78,7 +78,10 @@ def server() -> Iterator[Server]:
 def ask(server: Server, params: SamplingParams | None = None, **options: Any) -> Any:
     policy = OpenAIPolicy("m", base_url=server.url, **options)
     prompt = Prompt(({"role": "user", "content": "hi"},))
-    (reply,) = rlrf.run_sync(policy.generate([prompt], params or SamplingParams()))
+    try:
+        (reply,) = rlrf.run_sync(policy.generate([prompt], params or SamplingParams()))
+    finally:
+        policy.close()
     return reply
 
 
@@ -146,12 +149,12 @@ def test_what_persists_is_no_reward(server):
         ask(server)
     assert caught.value.kind == "policy_unavailable"
     assert len(server.requests) == 4
+    nobody = OpenAIPolicy("m", base_url="http://127.0.0.1:9/v1", retries=0)
     with pytest.raises(InfraError, match="does not answer"):
         rlrf.run_sync(
-            OpenAIPolicy("m", base_url="http://127.0.0.1:9/v1", retries=0).generate(
-                [Prompt(({"role": "user", "content": "hi"},))], SamplingParams()
-            )
+            nobody.generate([Prompt(({"role": "user", "content": "hi"},))], SamplingParams())
         )
+    nobody.close()
 
 
 @pytest.mark.parametrize(

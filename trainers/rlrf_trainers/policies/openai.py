@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import httpx
 import stamina
 
+from rlrf import run_sync
 from rlrf.errors import ConfigError, InfraError, PromptTooLongError, UsageError
 from rlrf.messages import Message
 from rlrf.policy import Completion, FinishReason, Prompt, SamplingParams, TokenScores
@@ -112,6 +113,16 @@ class OpenAIPolicy:
             UsageError: always.
         """
         raise UsageError("the policy 'openai' takes no weights; train with 'hf'")
+
+    async def aclose(self) -> None:
+        """Close the connections that were opened on this event loop."""
+        client = self._clients.pop(asyncio.get_running_loop(), None)
+        if client is not None:
+            await client.aclose()
+
+    def close(self) -> None:
+        """Close the connections that the sync faces of rlrf have opened."""
+        run_sync(self.aclose())
 
     # --- requests -------------------------------------------------------------------------
 
