@@ -9,6 +9,7 @@ once (in the sandbox, then remembered) for the expected results.
 
 from __future__ import annotations
 
+import abc
 import ast
 import functools
 import math
@@ -111,8 +112,9 @@ class _Benchmark(CodeEnv):
     def _in_split(self, task: CodeTask, split: str) -> bool:
         return in_split(task.problem.id, split)
 
+    @abc.abstractmethod
     def _code_task(self, row: dict[str, Any]) -> CodeTask:
-        raise NotImplementedError
+        """A task from a line of the data set."""
 
 
 class HumanEval(_Benchmark):
