@@ -7,7 +7,6 @@ import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
 from typing import Any, ClassVar, get_args
 
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError, run_sync
@@ -15,7 +14,7 @@ from rlrf.sandbox import Limits, SandboxPool, start_sandbox
 from rlrf_environments.code.extract import Take
 from rlrf_environments.code.grading import Memory, Problem, Renderer, Style, grade_completion
 from rlrf_environments.code.sources import named_file
-from rlrf_environments.code.tasks import CheckerLike, CodeTask, of_split, read_tasks
+from rlrf_environments.code.tasks import CheckerLike, CodeTask, as_limits, of_split, read_tasks
 
 VARIABLE = "RLRF_CODE"
 FENCE = "Reply with the whole program in one code block fenced by ```python and ```."
@@ -56,6 +55,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
     max_tokens: ClassVar[int] = 2048
     default_limits: ClassVar[Limits] = Limits(cpu_s=4, wall_s=12, memory_mb=512, output_kb=256)
     instruction: ClassVar[str] = FENCE
+    starter: ClassVar[str] = "program"
 
     def __init__(
         self,
@@ -138,7 +138,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         parts = [task.prompt.strip()]
         if task.starter_code.strip():
             parts.append(
-                "Complete this program; keep the names in it:\n"
+                f"Complete this {self.starter}; keep the names in it:\n"
                 f"```python\n{task.starter_code.rstrip()}\n```"
             )
         return "\n\n".join([*parts, self.instruction])
@@ -164,13 +164,9 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         with self._lock:
             if self._pool is None:
                 assert isinstance(self._sandbox, str)
-                self._pool = run_sync(
-                    start_sandbox(self._sandbox, slots=self._slots, **self._sandbox_options())
-                )
+                options = {"allow_unsafe": True} if self._allow_unsafe else {}
+                self._pool = run_sync(start_sandbox(self._sandbox, slots=self._slots, **options))
             return self._pool
-
-    def _sandbox_options(self) -> dict[str, Any]:
-        return {"allow_unsafe": True} if self._allow_unsafe else {}
 
     def close(self) -> None:
         """Close the sandbox, if this environment opened it."""
@@ -181,27 +177,6 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
             elif pool is not None:
                 self._pool = pool
         super().close()
-
-
-def as_limits(value: Limits | Mapping[str, float] | None, default: Limits) -> Limits:
-    """Limits from limits, from a mapping of those that differ from ``default``, or from None.
-
-    Raises:
-        UsageError: an unknown name, a wrong value, or something else altogether.
-    """
-    if value is None or isinstance(value, Limits):
-        return value or default
-    known = [f.name for f in fields(Limits)]
-    if not isinstance(value, Mapping):
-        raise UsageError(
-            f"limits is {value!r}; it must be a mapping, like {{'cpu_s': 2}}, or "
-            "rlrf.sandbox.Limits"
-        )
-    for name in value:
-        if name not in known:
-            raise UsageError(f"limits.{name}: unknown; limits are {', '.join(known)}")
-    changes: dict[str, Any] = dict(value)
-    return replace(default, **changes)
 
 
 class Code(CodeEnv):

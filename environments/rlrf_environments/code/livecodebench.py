@@ -19,7 +19,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -121,6 +121,7 @@ class LiveCodeBench(CodeEnv):
     """
 
     release: ClassVar[int] = RELEASES
+    starter: ClassVar[str] = "code"
     # The official harness allows 6 s of wall time per test, on a quiet machine.
     default_limits: ClassVar[Limits] = Limits(
         cpu_s=6, wall_s=20, memory_mb=1024, output_kb=1024, stack_mb=256
@@ -249,13 +250,7 @@ class LiveCodeBench(CodeEnv):
             "Use only the standard library. Each test may take "
             f"{self.limits.cpu_s:g} s and {self.limits.memory_mb} MB."
         )
-        parts = [task.prompt.strip(), f"{how} {limits}"]
-        if task.starter_code.strip():
-            parts.append(
-                "Complete this code; keep the names in it:\n"
-                f"```python\n{task.starter_code.rstrip()}\n```"
-            )
-        return "\n\n".join([*parts, self.instruction])
+        return super().pose(replace(task, prompt=f"{task.prompt.strip()}\n\n{how} {limits}"))
 
 
 class LiveCodeBenchV1(LiveCodeBench):
@@ -452,7 +447,7 @@ def load_tests(row: Row, *, half: bool = False) -> list[Test]:
     Args:
         row: the question.
         half: only a random half of the hidden tests (at least one), always the same one, and no
-            public ones. SDPO trains on that; which half its authors drew is not published.
+            public ones. SDPO trains on that; its authors draw theirs in another way.
 
     Raises:
         UsageError: the tests cannot be read.

@@ -128,10 +128,6 @@ class TaskRow(_Strict):
                     else ("'args'", "an 'entry_point'")
                 )
                 raise ValueError(f"tests.{i} has {has}, which needs {needs}")
-        known = {f.name: f.default for f in fields(Limits)}
-        for name in self.limits:
-            if name not in known:
-                raise ValueError(f"limits.{name}: unknown; limits are {', '.join(known)}")
         return self
 
 
@@ -221,6 +217,27 @@ def read_jsonl(path: Path | str, text: str | None = None) -> Iterator[tuple[int,
         yield number, data
 
 
+def as_limits(value: Limits | Mapping[str, float] | None, default: Limits) -> Limits:
+    """Limits from limits, from a mapping of those that differ from ``default``, or from None.
+
+    Raises:
+        UsageError: an unknown name, a wrong value, or something else altogether.
+    """
+    if value is None or isinstance(value, Limits):
+        return value or default
+    known = [f.name for f in fields(Limits)]
+    if not isinstance(value, Mapping):
+        raise UsageError(
+            f"limits is {value!r}; it must be a mapping, like {{'cpu_s': 2}}, or "
+            "rlrf.sandbox.Limits"
+        )
+    for name in value:
+        if name not in known:
+            raise UsageError(f"limits.{name}: unknown; limits are {', '.join(known)}")
+    changes: dict[str, Any] = dict(value)
+    return replace(default, **changes)
+
+
 def _task(row: TaskRow, limits: Limits, checkers: Mapping[str, CheckerLike]) -> CodeTask:
     tests = []
     for test in row.tests:
@@ -231,9 +248,7 @@ def _task(row: TaskRow, limits: Limits, checkers: Mapping[str, CheckerLike]) -> 
             case = CallCase(tuple(test.args or ()), test.expected)
         tests.append(Test(case, test.public))
     Program("", entry=row.entry_point)  # complains of what is no name
-    own = None
-    if row.limits:
-        own = replace(limits, **row.limits)
+    own = as_limits(row.limits, limits) if row.limits else None
     return CodeTask(
         problem=Problem(
             row.id,
