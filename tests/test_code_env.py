@@ -543,9 +543,9 @@ def test_sdpo_style_runs_all_tests_and_shows_what_is_expected(tasks):
     assert env.grade("double-0", "no").feedback.text.startswith("Incorrect Format: There is no")
     cut = env.grade("double-0", "```python\nx").feedback.text
     assert cut.startswith("Truncated Attempt: ")
-    hidden = tasks(renderer="sdpo-compat", feedback="explained").grade(
-        "double-0", block("print(3)")
-    )
+    env.close()
+    env = tasks(renderer="sdpo-compat", feedback="explained")
+    hidden = env.grade("double-0", block("print(3)"))
     assert hidden.feedback.text == "The answer is wrong."
     env.close()
 

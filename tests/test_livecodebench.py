@@ -295,7 +295,9 @@ def test_public_and_hidden_tests_grade(file):
     reward, feedback = env.grade("abc900_a", f"```python\n{code}\n```")
     assert reward == 0.0
     assert feedback.text == "The answer is wrong on a hidden test."
-    full = make(file, feedback="expected").grade("abc900_a", f"```python\n{code}\n```")
+    shown = make(file, feedback="expected")
+    full = shown.grade("abc900_a", f"```python\n{code}\n```")
+    shown.close()
     assert "Input:\n9\nOutput:\n0\nExpected:\n9" in full.feedback.text  # the smallest first
     env.close()
 
