@@ -96,30 +96,34 @@ class SDPOTrainer:
             RlrfError: the loss is not finite. The run directory keeps everything up to the step
                 before, the model included.
         """
-        learner, config = self.learner, self.config
+        learner = self.learner
         with learner.guarded():
             learner.evaluate_if_due()
             learner.log_step()
-            for learner.step in range(1, config.max_steps + 1):
-                rollouts = learner.collect()  # y ~ pi(. | x), r, f
-                targets = self.reprompt(rollouts)  # (x, f) or (x, a sibling's solution)
-                steps = [
-                    mini_batch
-                    for _ in range(config.num_iterations)
-                    for mini_batch in learner.mini_batches(targets)
-                    if any(t.reprompt for t in mini_batch)
-                ]
-                if len(steps) > 1:  # the later ones are off-policy
-                    learner.remember_old_logps([t for t in targets if t.reprompt])
-                for mini_batch in steps:
-                    self.distil(mini_batch)
-                    learner.optimizer_step()
-                if steps:
-                    self.teacher.update(learner.optimizer.masters)
-                self.log(targets)
+            for learner.step in range(1, self.config.max_steps + 1):
+                self.learn(learner.collect())  # y ~ pi(. | x), r, f
                 learner.evaluate_if_due()
                 learner.log_step()
         return learner.finish()
+
+    def learn(self, rollouts: Sequence[Rollout]) -> None:
+        """Learn from one generation batch: its optimizer steps, then one of the teacher."""
+        learner, config = self.learner, self.config
+        targets = self.reprompt(rollouts)  # (x, f) or (x, a sibling's solution)
+        steps = [
+            mini_batch
+            for _ in range(config.num_iterations)
+            for mini_batch in learner.mini_batches(targets)
+            if any(t.reprompt for t in mini_batch)
+        ]
+        if len(steps) > 1:  # the later ones are off-policy
+            learner.remember_old_logps([t for t in targets if t.reprompt])
+        for mini_batch in steps:
+            self.distil(mini_batch)
+            learner.optimizer_step()
+        if steps:
+            self.teacher.update(learner.optimizer.masters)
+        self.log(targets)
 
     # --- the reprompt -----------------------------------------------------------------------
 
