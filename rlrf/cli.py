@@ -15,6 +15,7 @@ import datetime
 import importlib.util
 import inspect
 import logging
+import math
 import os
 import sys
 import traceback
@@ -521,13 +522,20 @@ def train(
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html at the end.")
     ] = True,
+    resume: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Go on with this run from its last checkpoint."),
+    ] = None,
 ) -> None:
     """Train a model on an environment."""
+    if resume is not None:
+        config, run_dir = _to_resume(resume, config, run_dir, overwrite), str(resume)
     overrides = {"trainer.name": trainer, "model": model, "env.id": env, "run.dir": run_dir}
     settings = load_train_config(config, set_ or (), overrides)
     trainer_config = _trainer_config(settings.trainer)
     path = _run_dir(settings)
-    runs.check_free(path, overwrite=overwrite)
+    if resume is None:
+        runs.check_free(path, overwrite=overwrite)
     if (path / "config.toml").exists() and not runs.is_run(path):
         raise UsageError(
             f"{str(path)!r} is no run but holds a config.toml, which the run's would replace; "
@@ -541,12 +549,56 @@ def train(
             held_out = rlrf.make(section.id, **section.options)
         len(environment.tasks())  # an empty task set is an error before the model is loaded
         settings.run.dir = str(path)
-        print(f"run directory: {path}", flush=True)
-        _train(settings, trainer_config, environment, held_out, path, report)
+        if _is_main():
+            print(f"run directory: {path}", flush=True)
+        _train(settings, trainer_config, environment, held_out, path, report, resume is not None)
     finally:
         environment.close()
         if held_out is not None:
             held_out.close()
+
+
+def _to_resume(run: Path, config: Path | None, run_dir: str | None, overwrite: bool) -> Path:
+    """The configuration of the run to go on with.
+
+    Raises:
+        UsageError: there is no such run, it is done, or other arguments contradict it.
+    """
+    for name, given in (
+        ("CONFIG.toml", config),
+        ("--run-dir", run_dir),
+        ("--overwrite", overwrite),
+    ):
+        if given:
+            raise UsageError(
+                f"--resume goes on with the configuration in {str(run)!r}; leave out {name} "
+                "(--set may still change keys, trainer.max_steps for one)"
+            )
+    found = runs.Run.open(run)
+    if not (run / "config.toml").exists():
+        raise UsageError(f"{str(run)!r} has no config.toml: it was not made by `rlrf train`")
+    alive = found.info.get("pid")
+    if found.status == "running" and isinstance(alive, int) and _runs(alive):
+        raise UsageError(f"the run {str(run)!r} is still going on, in process {alive}")
+    return run / "config.toml"
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process of this number is there and trains."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"rlrf" in command and pid != os.getpid()
+
+
+def _progress(max_steps: int | None) -> contextlib.AbstractContextManager[Any]:
+    return TrainProgress(max_steps) if _is_main() else contextlib.nullcontext()
+
+
+def _is_main() -> bool:
+    """Whether this process talks: the first of those that a launcher starts, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _trainer_config(section: TrainerSection) -> Any:
@@ -571,14 +623,22 @@ def _train(
     eval_env: Env | None,
     path: Path,
     report: bool,
+    resume: bool,
 ) -> None:
     """Run the trainer; whatever happens, the run directory says how it ended."""
     status, message = "failed", ""
+    # An earlier run comes back if no new one begins: no such model, say.
+    aside = runs.set_aside(path) if _is_main() and not resume else contextlib.nullcontext()
+    more = {"resume": True} if resume else {}
+    if (
+        resume
+        and "resume" not in inspect.signature(trainers.load(settings.trainer.name)).parameters
+    ):
+        raise UsageError(
+            f"trainer {settings.trainer.name!r} cannot resume a run: it takes no `resume`"
+        )
     try:
-        with (
-            runs.set_aside(path),  # comes back if no new run begins: no such model, say
-            TrainProgress(getattr(trainer_config, "max_steps", None)) as progress,
-        ):
+        with aside, _progress(getattr(trainer_config, "max_steps", None)) as progress:
             built = make_trainer(
                 settings.trainer.name,
                 model=settings.model,
@@ -587,8 +647,9 @@ def _train(
                 run_dir=path,
                 eval_env=eval_env,
                 on_step=progress,
+                **more,
             )
-            if runs.is_run(path):
+            if runs.is_run(path) and _is_main():
                 (path / "config.toml").write_text(
                     to_toml(settings.model_dump(exclude_none=True)), encoding="utf-8"
                 )
@@ -602,15 +663,23 @@ def _train(
         message = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if runs.is_run(path):
+        if runs.is_run(path) and _is_main():
             run = runs.Run.open(path)
             if run.status == "running":  # else the trainer has said it itself
                 run.finish(status, message)
             if report and run.metrics:
                 _report([path], None)
-    rates = [m["eval/pass_rate"] for m in result.history if m.get("eval/pass_rate") is not None]
+    if not _is_main():
+        return
+    kept = math.inf if result.model_step is None else result.model_step
+    rates = [
+        m["eval/pass_rate"]
+        for m in result.history
+        if m.get("eval/pass_rate") is not None and m["step"] <= kept
+    ]
     if rates:
-        print(f"held-out pass rate: {rates[0]:.1%} before, {rates[-1]:.1%} after")
+        best = f" (step {kept}, the best)" if kept < result.history[-1]["step"] else ""
+        print(f"held-out pass rate: {rates[0]:.1%} before, {rates[-1]:.1%} after{best}")
     if result.model_dir is not None:
         print(f"model: {result.model_dir}")
 

@@ -8,6 +8,7 @@
                           adds (``step``, ``split``, ``teacher_prompt``, ``tokens``, ``token_kl``)
 ``events.jsonl``          warnings and notes: ``{"time", "level", "message"}``
 ``status.json``           ``running``, ``done``, ``failed`` or ``interrupted``
+``checkpoints/``          what a trainer needs to go on, if it writes any
 ========================  =======================================================================
 
 Every write is one whole line, flushed at once; a run that is killed keeps all lines but the one
@@ -37,6 +38,7 @@ _SURROGATES = "backslashreplace"
 STATUSES = ("running", "done", "failed", "interrupted")
 LEVELS = ("info", "warning", "error")
 
+_GROWING = ("metrics.jsonl", "rollouts.jsonl", "events.jsonl")
 _FILES = (
     "config.json",
     "lock.json",
@@ -100,12 +102,17 @@ class Run:
             ) from None
         check_free(run.path, overwrite=overwrite)
         clear(run.path)
-        run._write("config.json", dict(config))
-        run._write("lock.json", environment_lock(env))
-        for name in ("metrics.jsonl", "rollouts.jsonl", "events.jsonl"):
-            (run.path / name).touch()
+        # First of all, so that what a kill leaves behind from here on is a run that can be resumed.
         run._write("status.json", {"status": "running", "started": _now(), "pid": os.getpid()})
+        run.describe(config, env)
+        for name in _GROWING:
+            (run.path / name).touch()
         return run
+
+    def describe(self, config: Mapping[str, Any], env: Env | None = None) -> None:
+        """Write what the run is configured with and runs on; a resumed run may differ in both."""
+        self._write("config.json", dict(config))
+        self._write("lock.json", environment_lock(env))
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -166,6 +173,33 @@ class Run:
         if message:
             record["message"] = message
         self._write("status.json", record)
+
+    def position(self) -> dict[str, int]:
+        """How long each of the files that grow is now, for :meth:`rewind`."""
+        for name in _GROWING:
+            _drop_torn_line(self.path / name)
+        return {name: (self.path / name).stat().st_size for name in _GROWING}
+
+    def rewind(self, position: Mapping[str, int]) -> None:
+        """Forget what was written after :meth:`position`, and go on: the run is resumed.
+
+        Raises:
+            UsageError: a file has become shorter than it was.
+        """
+        for name in _GROWING:
+            path, size = self.path / name, position.get(name, 0)
+            if (path.stat().st_size if path.exists() else 0) < size:
+                raise UsageError(
+                    f"{str(path)!r} is shorter than it was when the checkpoint was written; "
+                    "it was changed, and the run cannot be resumed"
+                )
+            path.touch()
+            os.truncate(path, size)
+        record = {k: v for k, v in self._read("status.json").items() if k != "finished"}
+        resumed = [*record.get("resumed", []), _now()]
+        self._write(
+            "status.json", {**record, "status": "running", "pid": os.getpid(), "resumed": resumed}
+        )
 
     # --- reading --------------------------------------------------------------------------
 

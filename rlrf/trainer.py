@@ -18,11 +18,13 @@ class TrainResult:
         history: one mapping of metrics per step, in order; the same lines as ``metrics.jsonl``.
         run_dir: the run directory, or None if nothing was written.
         model_dir: where the trained model lies, or None.
+        model_step: the step whose weights those are; None: the last.
     """
 
     history: list[dict[str, float]] = field(default_factory=list)
     run_dir: Path | None = None
     model_dir: Path | None = None
+    model_step: int | None = None
 
 
 @runtime_checkable

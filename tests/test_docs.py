@@ -176,7 +176,7 @@ def test_the_table_of_metrics_holds_what_the_trainers_record(tmp_path):
             name,
             model=HFPolicy(tiny_model(), tiny_tokenizer()),
             env=Half(),
-            config={"max_steps": 2, "max_completion_length": 6, **knobs},
+            config={"max_steps": 2, "max_completion_length": 6, "save_steps": 1, **knobs},
             run_dir=tmp_path / name,
         )
         for line in trainer.train().history:

@@ -11,8 +11,9 @@ torch = pytest.importorskip("torch")
 
 from rlrf_trainers.forward import (  # noqa: E402
     Layout,
-    _plain_logits,
-    _shared_prefix_logits,
+    _Decoder,
+    _plain,
+    _shared_prefix,
     completion_logits,
     micro_batches,
 )
@@ -40,13 +41,13 @@ def rowwise(layout, flat):
     ]
 
 
-@pytest.mark.parametrize("forward", [_shared_prefix_logits, _plain_logits])
+@pytest.mark.parametrize("forward", [_shared_prefix, _plain])
 def test_equals_one_sequence_at_a_time(forward):
     model = tiny_model()
     prompts, completions = rows()
     layout = Layout(completions)
     with torch.no_grad():
-        logits = rowwise(layout, forward(model, prompts, layout))
+        logits = rowwise(layout, forward(_Decoder(model, True), prompts, layout))
         for row, prompt, completion in zip(logits, prompts, completions, strict=True):
             expected = one_by_one(model, prompt, completion)
             torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
@@ -59,12 +60,12 @@ def test_gradients_flow_through_the_shared_prefix():
     def gradient(forward):
         model = tiny_model()
         model.requires_grad_(True)
-        logits = forward(model, prompts, layout)
+        logits = forward(_Decoder(model, True), prompts, layout)
         ids = layout.flat(completions, logits.device)
         logits.log_softmax(-1).gather(1, ids[:, None]).sum().backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    shared, plain = gradient(_shared_prefix_logits), gradient(_plain_logits)
+    shared, plain = gradient(_shared_prefix), gradient(_plain)
     torch.testing.assert_close(shared, plain, atol=1e-3, rtol=1e-3)
     assert shared.abs().max() > 0.1
 

@@ -519,8 +519,28 @@ def test_rollout_weights_are_old_over_rollout() -> None:
     assert not weights.requires_grad
     assert rollout_importance_weights(old, None, 2.0).tolist() == [1.0, 1.0]
     assert rollout_importance_weights(old, old, 2.0).tolist() == [1.0, 1.0]
-    with pytest.raises(ConfigError, match=r"clip=0\.0"):
+    with pytest.raises(ConfigError, match=r"rollout_is_threshold=0\.0"):
         rollout_importance_weights(old, old, 0.0)
+
+
+def test_rollout_weights_of_every_mode() -> None:
+    old = torch.tensor([[0.0, math.log(3.0), 5.0], [math.log(0.5), math.log(0.5), 0.0]])
+    sampled = torch.zeros_like(old)
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+
+    def weights(mode: str) -> list[list[float]]:
+        found = rollout_importance_weights(old, sampled, 2.0, mode, mask)  # type: ignore[arg-type]  # one of the modes
+        return [[round(x, 4) for x in row] for row in found.tolist()]
+
+    assert weights("token_truncate") == [[1, 2, 2], [0.5, 0.5, 1]]
+    assert weights("token_mask") == [[1, 0, 0], [0.5, 0.5, 1]]
+    # The third token of the first row was not sampled, so it is no part of the product.
+    assert weights("sequence_truncate") == [[2, 2, 2], [0.25, 0.25, 0.25]]
+    assert weights("sequence_mask") == [[0, 0, 0], [0.25, 0.25, 0.25]]
+    with pytest.raises(ConfigError, match="token_mask"):
+        weights("tokens")
+    with pytest.raises(UsageError, match="mask"):
+        rollout_importance_weights(old, sampled, 2.0, "sequence_mask")
 
 
 # -------------------------------------------------------------------------------- aggregation
@@ -549,7 +569,7 @@ def test_aggregation_by_hand(mode: Any, expected: float) -> None:
     assert (weights * PER_TOKEN).sum().item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("mode", [mode for mode in AGGREGATIONS if mode != "bnpo"])
+@pytest.mark.parametrize("mode", AGGREGATIONS)
 @pytest.mark.parametrize("sizes", [[1, 1, 1, 1], [3, 1], [1, 3]])
 def test_micro_batches_add_up_to_the_batch(mode: Any, sizes: list[int]) -> None:
     per_token = PER_TOKEN.clone().requires_grad_()
@@ -567,13 +587,20 @@ def test_micro_batches_add_up_to_the_batch(mode: Any, sizes: list[int]) -> None:
     torch.testing.assert_close(per_token.grad, whole_grad)
 
 
-def test_bnpo_averages_the_local_means_of_equal_micro_batches() -> None:
-    counts = BatchCounts.of(MASK)
-    parts = [
-        aggregate(x, m, "bnpo", counts=counts).item()
-        for x, m in zip(PER_TOKEN.split(2), MASK.split(2), strict=True)
+def test_bnpo_averages_the_local_means_of_the_processes() -> None:
+    def share(rows: slice) -> float:
+        x, m = PER_TOKEN[rows], MASK[rows]
+        counts = BatchCounts(
+            rows=4, active_rows=4, tokens=6, local_tokens=float(m.sum()), processes=2
+        )
+        return float(aggregate(x, m, "bnpo", counts=counts))
+
+    means = [
+        float((PER_TOKEN[r] * MASK[r]).nan_to_num().sum() / MASK[r].sum())
+        for r in (slice(0, 2), slice(2, None))
     ]
-    assert sum(parts) == pytest.approx((13 / 4 + 6 / 2) / 2)
+    shares = [share(slice(0, 2)), share(slice(2, None))]
+    assert sum(shares) == pytest.approx(sum(means) / 2)
 
 
 @pytest.mark.parametrize("topk", [None, 3])

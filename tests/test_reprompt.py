@@ -216,7 +216,7 @@ def test_a_prompt_that_does_not_end_with_the_user_is_refused(policy):
         ({"distilation_alpha": 1.0}, "distillation_alpha"),
         ({"reprompt_template": "{prompt}{feedback}"}, "solution"),
         ({"feedback_template": "{feedback_raw} {x}"}, "feedback_raw"),
-        ({"full_logit_distillation": False, "distillation_alpha": 0.5}, "distillation_alpha=1"),
+        ({"distillation_level": "token", "distillation_alpha": 0.5}, "distillation_alpha=1"),
         (
             {"include_environment_feedback": False, "use_successful_as_teacher": False},
             "nothing the student does not",

@@ -40,7 +40,12 @@ class TrainerConfig(BaseModel):
         0, ge=0, description="tasks per optimizer step; 0: the whole batch ([P] §3; §4 uses 1)"
     )
     micro_batch_tokens: int = Field(
-        1024, ge=1, description="completion tokens per forward; bounds memory only"
+        2048,
+        ge=1,
+        description="tokens per forward, a group's prompt counted once; bounds memory only",
+    )
+    loss_chunk_mb: int = Field(
+        256, ge=1, description="megabytes for the logits of a chunk of the loss; bounds memory only"
     )
 
     # --- sampling; the defaults sample the policy itself, as on-policy training needs
@@ -76,10 +81,25 @@ class TrainerConfig(BaseModel):
     )
 
     # --- off-policy correction
-    rollout_is: bool = Field(
-        True, description="correct for sampler/trainer mismatch, per token; [C] rollout_is: token"
+    rollout_is: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = Field(
+        "token_truncate",
+        description="correction for a sampler that is not quite the trainer; [C] token, "
+        "truncated; [TRL] sequence_mask",
     )
     rollout_is_threshold: float = Field(2.0, gt=0, description="[C] 2.0")
+
+    epsilon: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="clip of the policy gradient: of GRPO, and of SDPO where rewards have weight; "
+        "[TRL] 0.2",
+    )
+    epsilon_high: float | None = Field(
+        None, gt=0, description="its upper clip; None: epsilon; [P]'s GRPO baseline 0.28"
+    )
 
     # --- evaluation, bookkeeping
     eval_steps: int = Field(0, ge=0, description="evaluate every so many steps; 0: ends only")
@@ -87,12 +107,41 @@ class TrainerConfig(BaseModel):
     eval_samples: int = Field(1, ge=1, description="rollouts per held-out task")
     eval_temperature: float = Field(0.6, ge=0, description="[P] validation: 0.6")
     eval_top_p: float = Field(0.95, gt=0, le=1, description="[P] validation: 0.95")
+    early_stopping_patience: int = Field(
+        0, ge=0, description="stop after so many evaluations without a new best; 0: never"
+    )
+    metric_for_best_model: str = Field(
+        "eval/reward", description="what the best checkpoint has most of"
+    )
+    load_best_model_at_end: bool = Field(
+        False,
+        description="leave the best evaluated weights, not the last, in model/; [TRL] False. The "
+        "best is chosen on the evaluation tasks, so report results on others",
+    )
+    save_steps: int = Field(
+        0, ge=0, description="write a checkpoint every so many steps; 0: none but the best"
+    )
+    save_total_limit: int = Field(2, ge=1, description="checkpoints to keep, besides the best")
     log_rollouts: bool = Field(True, description="write rollouts.jsonl")
     save_model: bool = Field(True, description="write model/ at the end")
+    report_to: list[str] = Field(
+        [], description="trackers beside metrics.jsonl: tensorboard, wandb, trackio"
+    )
+    project: str = Field("rlrf", min_length=1, description="name of the project in the trackers")
+    fsdp: bool = Field(
+        False,
+        description="with several processes: shard weights, gradients and optimizer (FSDP2) "
+        "instead of keeping a copy in each",
+    )
     seed: int = Field(0, description="of sampling, task order and adapter weights")
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
+        for name in ("early_stopping_patience", "load_best_model_at_end"):
+            if getattr(self, name) and not self.eval_steps:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs evaluations: set eval_steps"
+                )
         if self.lr_scheduler_type != "constant" and self.warmup_steps >= self.max_steps:
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}"
@@ -111,8 +160,11 @@ class SDPOConfig(TrainerConfig):
     distillation_alpha: float = Field(
         1.0, ge=0, le=1, description="0 forward KL, 1 reverse KL, else JSD; [P] §4: 1, §3: 0.5"
     )
-    full_logit_distillation: bool = Field(
-        True, description="False: the sampled token only (alpha must be 1); [C] True"
+    distillation_level: Literal["logit", "token", "sequence"] = Field(
+        "logit",
+        description="what gets credit: every token of the vocabulary; the sampled token "
+        "([C] full_logit_distillation=False, [TRL] sampled_token); or all tokens of a reply "
+        "alike, their mean. The last two are policy gradients with alpha 1, for ablation ([P] 4.4)",
     )
     distillation_topk: int = Field(
         20, ge=0, description="the student's K likeliest tokens; 0: all; [P] §4: 20, §3: 100"
@@ -124,10 +176,42 @@ class SDPOConfig(TrainerConfig):
     distillation_kl_clip: float = Field(
         0.0, ge=0, description="cap of a token's divergence, nats; 0: off, as in [P]"
     )
+    distillation_advantage_clip: float = Field(
+        0.0,
+        ge=0,
+        description="bound of |log q - log p| in the gradient, nats; 0: off; alpha must be 1. "
+        "[P] §5 (test time): 5",
+    )
+    baseline: Literal["none", "control"] = Field(
+        "none",
+        description="control: subtract what the teacher says when shown another task's hint, so "
+        "that what any longer prompt does is not taught (RLCSD, arXiv 2606.11709); one more "
+        "teacher pass",
+    )
     loss_aggregation: Literal["sequence_mean", "sequence_mean_active", "token_mean"] = Field(
         "sequence_mean",
         description="mean over tokens, then over ALL rollouts: what [C] computes with one "
         "sequence per micro-batch; _active divides by the distilled rollouts only",
+    )
+
+    # --- reward beside feedback
+    distillation_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="w in w * SDPO + (1 - w) * GRPO, the GRPO part with the advantage r - mean r; "
+        "[TRL] 1.0; [P] 4.5: 0.1 (its lambda is 1 - w)",
+    )
+    route_to_grpo: bool = Field(
+        False,
+        description="distil failed rollouts only, and train all others by GRPO (SRPO, arXiv "
+        "2604.02288); distillation_weight is not used then",
+    )
+    teacher_entropy_beta: float = Field(
+        0.0,
+        ge=0,
+        description="weight a token's divergence by exp(-beta * the teacher's entropy there); "
+        "0: off; SRPO 1",
     )
 
     # --- teacher
@@ -160,6 +244,17 @@ class SDPOConfig(TrainerConfig):
     environment_feedback_only_without_solution: bool = Field(
         True, description="feedback only where no demonstration is; [P] §4 True"
     )
+    feedback_placement: Literal["question", "turn"] = Field(
+        "question",
+        description="several turns: all feedback beside the question, or each step's beside the "
+        "message the policy answered in that step",
+    )
+    probe_tasks: int = Field(
+        8,
+        ge=0,
+        description="training tasks on which the teacher gap (how much more often the policy is "
+        "right when shown the hint) is measured before the first step; 0: none",
+    )
     max_reprompt_len: int = Field(10240, ge=1, description="tokens; [P], [TRL] 10240")
     reprompt_template: str = Field(REPROMPT_TEMPLATE, description="the teacher's user turn")
     solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}")
@@ -190,10 +285,22 @@ class SDPOConfig(TrainerConfig):
 
     @model_validator(mode="after")
     def _check_sdpo(self) -> SDPOConfig:
-        if not self.full_logit_distillation and self.distillation_alpha != 1:
+        needs_reverse_kl = {
+            f"distillation_level={self.distillation_level!r}": self.distillation_level != "logit",
+            f"distillation_advantage_clip={self.distillation_advantage_clip}": bool(
+                self.distillation_advantage_clip
+            ),
+        }
+        for setting, given in needs_reverse_kl.items():
+            if given and self.distillation_alpha != 1:
+                raise ValueError(
+                    f"{setting} needs distillation_alpha=1 (the policy gradient it changes is "
+                    f"that of the reverse KL), got {self.distillation_alpha}"
+                )
+        if self.distillation_weight < 1 and self.num_generations < 2:
             raise ValueError(
-                f"full_logit_distillation=false needs distillation_alpha=1 (the sampled-token "
-                f"estimate is one of the reverse KL), got {self.distillation_alpha}"
+                f"distillation_weight={self.distillation_weight} adds GRPO, which compares "
+                "rollouts of a group: num_generations must be at least 2"
             )
         if not (self.include_environment_feedback or self.use_successful_as_teacher):
             raise ValueError(
@@ -206,11 +313,16 @@ class SDPOConfig(TrainerConfig):
 class GRPOConfig(TrainerConfig):
     """GRPO, with TRL's knobs and TRL's defaults."""
 
-    beta: float = Field(0.0, ge=0, description="KL to the initial policy; [TRL] 0.0")
-    epsilon: float = Field(0.2, gt=0, description="[TRL] 0.2")
-    epsilon_high: float | None = Field(
-        None, gt=0, description="None: epsilon; [P]'s GRPO baseline 0.28"
+    beta: float = Field(0.0, ge=0, description="weight of the KL to the reference; [TRL] 0.0")
+    sync_ref_model: bool = Field(
+        False,
+        description="let the reference follow the policy; [TRL] False. With ref_model_sync_steps=1 "
+        "and a small ref_model_mixup_alpha it is the moving average that SDPO's teacher is",
     )
+    ref_model_mixup_alpha: float = Field(
+        0.6, ge=0, le=1, description="weight of the policy in the new reference; [TRL] 0.6"
+    )
+    ref_model_sync_steps: int = Field(512, ge=1, description="steps between; [TRL] 512")
     delta: float | None = Field(
         None, gt=1, description="dual clip of negative advantages; [TRL] None; [P] 3"
     )
@@ -225,6 +337,10 @@ class GRPOConfig(TrainerConfig):
             raise ValueError(
                 f"num_generations={self.num_generations}: GRPO compares rollouts of a group, "
                 "so it needs at least 2"
+            )
+        if self.sync_ref_model and not self.beta:
+            raise ValueError(
+                "sync_ref_model=true moves a reference that nothing uses: set beta above 0"
             )
         return self
 

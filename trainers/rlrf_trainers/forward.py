@@ -1,63 +1,76 @@
-"""Logits of given completions after given prompts, with shared prompts computed once."""
+"""Hidden states of given completions after given prompts, with shared prompts computed once."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rlrf_trainers.distributed import decoder_forward, is_sharded
+from rlrf_trainers.policies.sampler import base_model
+
 Ids = Sequence[int]
 
 
 class Layout:
-    """The order in which the tokens of a batch of completions lie in a flat ``[N, ...]`` tensor.
+    """The order in which the sampled tokens of a batch lie in a flat ``[N, ...]`` tensor.
 
-    Completions differ in length; as ``[B, T, V]`` much of a batch would be padding, at a hundred
-    thousand logits a token. So logits are flat, ``N`` the number of real tokens: first every
-    row's first token, then the rest in buckets of rows of similar length. The order depends on
-    the lengths alone, so student and teacher share it.
+    Completions differ in length; as ``[B, T, ...]`` much of a batch would be padding. So what is
+    per token is flat: row after row, each row's sampled tokens in their order. Tokens that the
+    environment put between turns are attended to, and are not among the ``N``. The order depends
+    on the masks alone, so student and teacher share it even where the teacher's rows hold more
+    text between the turns.
+
+    Args:
+        completions: ``[B]`` token ids, non-empty each.
+        masks: ``[B]`` 1 where the policy sampled the token; None: everywhere.
 
     Attributes:
         rows: ``[N]`` the row of each token.
-        positions: ``[N]`` its position in the row.
-        buckets: per bucket the rows, longest first, that have more than one token.
+        positions: ``[N]`` its position in the completion.
+        ranks: ``[N]`` how many sampled tokens stand before it in its row.
+        counts: sampled tokens per row.
     """
 
-    def __init__(self, completions: Sequence[Ids]) -> None:
+    def __init__(
+        self, completions: Sequence[Ids], masks: Sequence[Sequence[int]] | None = None
+    ) -> None:
         self.completions = completions
         self.lengths = [len(c) for c in completions]
-        longer = sorted(
-            (i for i, n in enumerate(self.lengths) if n > 1), key=lambda i: -self.lengths[i]
-        )
-        self.buckets: list[list[int]] = []
-        for i in longer:
-            # A bucket's shortest row is at least 3/4 of its longest: little padding, few calls.
-            if not self.buckets or 4 * self.lengths[i] < 3 * self.lengths[self.buckets[-1][0]]:
-                self.buckets.append([])
-            self.buckets[-1].append(i)
-        order = [(i, 0) for i in range(len(completions))]
-        order += [(i, t) for rows in self.buckets for i in rows for t in range(1, self.lengths[i])]
-        self.rows = torch.tensor([i for i, _ in order])
-        self.positions = torch.tensor([t for _, t in order])
+        sampled = [
+            [t for t in range(n) if masks is None or masks[i][t]]
+            for i, n in enumerate(self.lengths)
+        ]
+        self.counts = [len(ts) for ts in sampled]
+        self.rows = torch.tensor([i for i, ts in enumerate(sampled) for _ in ts], dtype=torch.long)
+        self.positions = torch.tensor([t for ts in sampled for t in ts], dtype=torch.long)
+        self.ranks = torch.tensor([k for ts in sampled for k in range(len(ts))], dtype=torch.long)
 
     def flat(self, values: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
-        """Per-row sequences (ids, masks, log-probabilities) as one ``[N]`` tensor."""
+        """Per completion token (ids, log-probabilities), as ``[N]`` of the sampled ones."""
         pairs = zip(self.rows.tolist(), self.positions.tolist(), strict=True)
         return torch.tensor([values[i][t] for i, t in pairs], device=device)
 
     def padded(self, flat: Tensor) -> Tensor:
-        """``[N]`` as ``[B, T]``, zeros behind the ends of rows; differentiable."""
-        out = flat.new_zeros(len(self.lengths), max(self.lengths))
-        return out.index_put((self.rows.to(flat.device), self.positions.to(flat.device)), flat)
+        """``[N]`` as ``[B, S]``, S the longest row's count, zeros behind the others."""
+        out = flat.new_zeros(len(self.counts), max(self.counts))
+        return out.index_put((self.rows.to(flat.device), self.ranks.to(flat.device)), flat)
+
+    def unpadded(self, padded: Tensor) -> Tensor:
+        """``[B, S]`` as ``[N]``: the inverse of :meth:`padded`."""
+        return padded[self.rows.to(padded.device), self.ranks.to(padded.device)]
+
+    def mask(self, device: torch.device) -> Tensor:
+        """``[B, S]``: 1 where there is a token."""
+        return self.padded(torch.ones(len(self.rows), device=device))
 
 
-def completion_logits(
-    model: Any, prompts: Sequence[Ids], layout: Layout, temperature: float = 1.0
+def completion_hidden(
+    model: Any, prompts: Sequence[Ids], layout: Layout, *, logits: bool = False
 ) -> Tensor:
-    """Logits that predict each completion token.
+    """Hidden states from which the head predicts each sampled token.
 
     Equal prompts run through the model once and their cache is repeated: a group of ``G``
     rollouts costs ``P + G * T`` tokens instead of ``G * (P + T)``. Gradients flow through.
@@ -65,22 +78,58 @@ def completion_logits(
     Args:
         model: a causal LM of transformers (PEFT-wrapped or not).
         prompts: ``[B]`` token ids, non-empty each.
-        layout: of the ``[B]`` completions, non-empty each.
+        layout: of the ``[B]`` completions.
+        logits: give the model's own logits instead, ``[N, V]``: for models whose head
+            :class:`rlrf_trainers.vocabulary.Head` does not know.
+
+    Returns:
+        ``[N, H]`` in the order of ``layout``, in the model's dtype.
+    """
+    forward = _shared_prefix if _can_share(model) else _plain
+    return forward(_Decoder(model, logits), prompts, layout)
+
+
+def completion_logits(
+    model: Any, prompts: Sequence[Ids], layout: Layout, temperature: float = 1.0
+) -> Tensor:
+    """Logits that predict each sampled token, all at once: simple, and large.
+
+    Args:
+        model: as in :func:`completion_hidden`, as are the others.
+        prompts: ``[B]``.
+        layout: of the ``[B]`` completions.
         temperature: the logits are divided by it, in fp32.
 
     Returns:
         ``[N, V]`` in the order of ``layout``, in the model's dtype (fp32 under a temperature).
     """
-    if _can_share(model):
-        logits = _shared_prefix_logits(model, prompts, layout)
-    else:
-        logits = _plain_logits(model, prompts, layout)
+    logits = completion_hidden(model, prompts, layout, logits=True)
     return logits if temperature == 1.0 else logits.float() / temperature
 
 
+class _Decoder:
+    """The model without its head, or with it."""
+
+    def __init__(self, model: Any, logits: bool) -> None:
+        self.model, self.logits = model, logits
+        self.config, self.device = model.config, next(model.parameters()).device
+
+    def __call__(self, **inputs: Any) -> tuple[Tensor, Any]:
+        """Hidden states (or logits) ``[B, T, ...]`` and the cache."""
+        if self.logits:
+            out = self.model(**inputs)
+            return out.logits, out.past_key_values
+        if is_sharded(self.model):
+            return decoder_forward(self.model, **inputs), None
+        out = base_model(self.model).get_decoder()(**inputs)
+        return out.last_hidden_state, out.past_key_values
+
+
 def _can_share(model: Any) -> bool:
-    # Activation checkpointing recomputes layers without the cache, and only a plain growing
-    # cache can be repeated over rows.
+    # Sharded weights want the same number of forwards on every process. Activation checkpointing
+    # recomputes layers without the cache, and only a plain growing cache can be repeated.
+    if is_sharded(model):
+        return False
     if model.training and _checkpoints_activations(model):
         return False
     return not any(
@@ -98,63 +147,77 @@ def _checkpoints_activations(model: Any) -> bool:
     return False
 
 
-def _shared_prefix_logits(model: Any, prompts: Sequence[Ids], layout: Layout) -> Tensor:
+def _shared_prefix(decoder: _Decoder, prompts: Sequence[Ids], layout: Layout) -> Tensor:
     from transformers import DynamicCache
 
-    device = next(model.parameters()).device
+    device = decoder.device
     index: dict[tuple[int, ...], int] = {}
     owner = torch.tensor([index.setdefault(tuple(p), len(index)) for p in prompts])  # [B]
     ids, attention = pad_left(list(index), device)  # [U, P]
-    out = model(
+    hidden, prefix = decoder(
         input_ids=ids,
         attention_mask=attention,
         position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(config=model.config),
+        past_key_values=DynamicCache(config=decoder.config),
         use_cache=True,
-        **_keep(model, 1),
     )
-    prefix = out.past_key_values
-    pieces = [out.logits[:, -1].index_select(0, owner.to(device))]  # [B, V] the first tokens'
-    for rows in layout.buckets:
+    # The first token of each row is predicted by its prompt; later ones, bucket by bucket.
+    pieces = [hidden[:, -1].index_select(0, owner.to(device))]  # [B, H]
+    places = {(i, 0): i for i in range(len(prompts))}
+    for rows in _buckets(layout.lengths):
         width = layout.lengths[rows[0]] - 1
         owners = owner[rows].to(device)
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache(config=decoder.config)
         for i, layer in enumerate(prefix.layers):
             cache.update(layer.keys[owners], layer.values[owners], i)
         fed, mask = pad_right([layout.completions[i][:-1] for i in rows], device, width)
         seen = attention[owners]
-        logits = model(
+        hidden, _ = decoder(
             input_ids=fed,
             attention_mask=torch.cat([seen, mask], 1),
             position_ids=seen.sum(1, keepdim=True) + torch.arange(width, device=device),
             past_key_values=cache,
             use_cache=True,
-        ).logits  # [rows, width, V]
-        pieces.append(logits[mask.bool()])
-    return torch.cat(pieces)
+        )  # [rows, width, H]
+        for k, i in enumerate(rows):
+            places |= {
+                (i, t + 1): len(prompts) + _size(pieces[1:]) + k * width + t
+                for t in range(layout.lengths[i] - 1)
+            }
+        pieces.append(hidden.flatten(0, 1))
+    wanted = zip(layout.rows.tolist(), layout.positions.tolist(), strict=True)
+    picked = torch.tensor([places[where] for where in wanted], device=device)
+    return torch.cat(pieces).index_select(0, picked)
 
 
-def _plain_logits(model: Any, prompts: Sequence[Ids], layout: Layout) -> Tensor:
-    device = next(model.parameters()).device
-    longest = max(layout.lengths)
+def _size(pieces: Sequence[Tensor]) -> int:
+    return sum(len(p) for p in pieces)
+
+
+def _buckets(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows of more than one token, longest first, in groups of similar length."""
+    buckets: list[list[int]] = []
+    for i in sorted((i for i, n in enumerate(lengths) if n > 1), key=lambda i: -lengths[i]):
+        # A bucket's shortest row is at least 3/4 of its longest: little padding, few calls.
+        if not buckets or 4 * lengths[i] < 3 * lengths[buckets[-1][0]]:
+            buckets.append([])
+        buckets[-1].append(i)
+    return buckets
+
+
+def _plain(decoder: _Decoder, prompts: Sequence[Ids], layout: Layout) -> Tensor:
+    device, longest = decoder.device, max(layout.lengths)
     prompt_ids, prompt_mask = pad_left(prompts, device)
     fed, fed_mask = pad_right([c[:-1] for c in layout.completions], device, longest - 1)
     attention = torch.cat([prompt_mask, fed_mask], 1)
-    logits: Tensor = model(
+    hidden, _ = decoder(
         input_ids=torch.cat([prompt_ids, fed], 1),
         attention_mask=attention,
         position_ids=(attention.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
-        **_keep(model, longest),
-    ).logits
-    return logits[:, -longest:][layout.rows.to(device), layout.positions.to(device)]
-
-
-def _keep(model: Any, n: int) -> dict[str, int]:
-    """Ask for the last ``n`` logits only, where the model can."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    accepts = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    return {"logits_to_keep": n} if accepts else {}
+    )
+    start = hidden.shape[1] - longest  # the last prompt token predicts the first sampled one
+    return hidden[layout.rows.to(device), start + layout.positions.to(device)]
 
 
 def pad_left(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -175,18 +238,20 @@ def pad_right(rows: Sequence[Ids], device: torch.device, width: int) -> tuple[Te
 def micro_batches(
     prompts: Sequence[Ids], completions: Sequence[Ids], max_tokens: int
 ) -> Iterator[list[int]]:
-    """Row indices in batches of at most ``max_tokens`` completion tokens (or one row).
+    """Row indices in batches whose forward takes at most ``max_tokens`` tokens (or one row).
 
-    Rows of equal prompt stay together, because they share its forward.
+    Rows of equal prompt stay together, because they share its forward; it counts once.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     batch: list[int] = []
     tokens = 0
     for i in order:
-        if batch and tokens + len(completions[i]) > max_tokens:
+        shared = bool(batch) and tuple(prompts[i]) == tuple(prompts[batch[-1]])
+        cost = len(completions[i]) + (0 if shared else len(prompts[i]))
+        if batch and tokens + cost > max_tokens:
             yield batch
-            batch, tokens = [], 0
+            batch, tokens, cost = [], 0, len(prompts[i]) + len(completions[i])
         batch.append(i)
-        tokens += len(completions[i])
+        tokens += cost
     if batch:
         yield batch

@@ -20,20 +20,18 @@ import torch
 from torch import Tensor
 
 from rlrf import Env, Rollout, TrainResult
+from rlrf_trainers.checkpoints import State, prefixed
 from rlrf_trainers.config import GRPOConfig
-from rlrf_trainers.forward import Layout
-from rlrf_trainers.learner import Learner, Sample, completion_mask, layout_of
+from rlrf_trainers.learner import Batch, Learner, Sample
 from rlrf_trainers.losses import (
     BatchCounts,
-    aggregate,
+    clipped_surrogate,
     group_advantages,
     k3_kl,
-    masked_mean,
-    policy_gradient_loss,
     reward_statistics,
-    selected_logps,
 )
-from rlrf_trainers.teacher import Teacher
+from rlrf_trainers.teacher import Kind, Teacher
+from rlrf_trainers.vocabulary import Objective, Tokens
 
 
 @dataclass
@@ -54,6 +52,7 @@ class GRPOTrainer:
         run_dir: where to write; None writes nothing.
         eval_env: held-out environment; None: ``env``'s ``eval`` split.
         on_step: called with every line of metrics.
+        resume: go on with the run in ``run_dir``.
     """
 
     config_class = GRPOConfig
@@ -67,12 +66,14 @@ class GRPOTrainer:
         run_dir: str | Path | None = None,
         eval_env: Env | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
+        resume: bool = False,
     ) -> None:
-        self.config = config or GRPOConfig()
+        self.config = c = config or GRPOConfig()
         self.learner = Learner(
-            model, env, self.config, run_dir=run_dir, eval_env=eval_env, on_step=on_step
+            model, env, c, run_dir=run_dir, eval_env=eval_env, on_step=on_step, resume=resume
         )
-        self.reference = Teacher(self.learner.model, "frozen" if self.config.beta else "live")
+        kind: Kind = "live" if not c.beta else "ema" if c.sync_ref_model else "frozen"
+        self.reference = Teacher(self.learner.model, kind, c.ref_model_mixup_alpha)
 
     def train(self) -> TrainResult:
         """Run all steps; see the module's algorithm box.
@@ -81,39 +82,41 @@ class GRPOTrainer:
             RlrfError: the loss is not finite. The run directory keeps everything up to the step
                 before, the model included.
         """
-        learner, config = self.learner, self.config
+        learner = self.learner
         with learner.guarded():
-            learner.evaluate_if_due()
-            learner.log_step()
-            for learner.step in range(1, config.max_steps + 1):
-                samples = self.advantages(learner.collect())  # y ~ pi(. | x), r -> A
-                steps = [
-                    mini_batch
-                    for _ in range(config.num_iterations)
-                    for mini_batch in learner.mini_batches(samples)
-                    if any(self.matters(s) for s in mini_batch)
-                ]
-                if len(steps) > 1:  # the later ones are off-policy
-                    learner.remember_old_logps([s for s in samples if self.matters(s)])
-                for mini_batch in steps:
-                    self.improve(mini_batch)
-                    learner.optimizer_step()
-                learner.log_rollouts([s.rollout for s in samples])
-                learner.evaluate_if_due()
-                learner.log_step()
-        return learner.finish()
+            for _ in learner.steps(self):
+                self.learn(learner.collect())  # y ~ pi(. | x), r
+            return learner.finish()
+
+    def learn(self, rollouts: Sequence[Rollout]) -> None:
+        """Learn from one generation batch: its optimizer steps, then what the reference does."""
+        learner, config = self.learner, self.config
+        samples = self.advantages(rollouts)  # A
+        steps = [
+            mini_batch
+            for _ in range(config.num_iterations)
+            for mini_batch in learner.mini_batches(samples)
+            if learner.anywhere(any(self.matters(s) for s in mini_batch))
+        ]
+        if len(steps) > 1:  # the later ones are off-policy
+            learner.remember_old_logps([s for s in samples if self.matters(s)])
+        for mini_batch in steps:
+            self.improve(mini_batch)
+            learner.optimizer_step()
+        if steps and learner.step % config.ref_model_sync_steps == 0:
+            self.reference.update(learner.optimizer.masters)
+        learner.log_rollouts([s.rollout for s in samples])
 
     def advantages(self, rollouts: Sequence[Rollout]) -> list[Attempt]:
         """Group-relative advantages; unscored rollouts are in no baseline and in no loss."""
         learner, config = self.learner, self.config
         scored = [r for r in rollouts if r.scored]
-        if not scored:
-            return []
         rewards = torch.tensor([float(r.reward or 0.0) for r in scored])
         groups = [r.group_id for r in scored]
         values = group_advantages(rewards, groups, scale_rewards=config.scale_rewards)
-        for name, value in reward_statistics(rewards, groups).items():
-            learner.record(name, value)
+        if scored:
+            for name, value in reward_statistics(rewards, groups).items():
+                learner.record(name, value)
         masks_cut = config.mask_truncated_completions
         samples = [
             Attempt(
@@ -123,7 +126,9 @@ class GRPOTrainer:
             )
             for rollout, advantage in zip(scored, values.tolist(), strict=True)
         ]
-        if not any(self.matters(s) for s in samples):
+        if rollouts:
+            learner.record("masked_fraction", 1 - sum(map(self.matters, samples)) / len(rollouts))
+        if scored and not any(self.matters(s) for s in samples):
             learner.warn(
                 "flat_rewards",
                 f"step {learner.step}: every group's rewards are all equal, so GRPO has no "
@@ -134,56 +139,87 @@ class GRPOTrainer:
 
     def matters(self, sample: Attempt) -> bool:
         """Whether a sample can move a weight (others are only counted in the normaliser)."""
-        # bnpo divides by the tokens of the forward it is in, so every row must be in one.
-        moves = bool(sample.advantage) or self.config.beta > 0 or self.config.loss_type == "bnpo"
+        moves = bool(sample.advantage) or self.config.beta > 0
         return moves and sample.counts and sample.tokens > 0
 
     # --- the update -------------------------------------------------------------------------
 
     def improve(self, samples: Sequence[Attempt]) -> None:
         """Accumulate the gradient of one optimizer step."""
-        learner, config = self.learner, self.config
-        counted = [s for s in samples if s.counts]
-        counts = BatchCounts(
-            rows=float(len(samples)),
-            active_rows=float(len(counted)),
-            tokens=float(sum(s.tokens for s in counted)),
-        )
+        learner = self.learner
+        counts = learner.counts(samples, [s for s in samples if s.counts])
         for batch in learner.micro_batches([s for s in samples if self.matters(s)]):
-            layout = layout_of(batch)
+            reference = self.reference_logps(batch) if self.config.beta else None
             with learner.clock("update"):
-                logits, ids = learner.student(batch, layout)
-                logps = layout.padded(selected_logps(logits, ids))  # [B, T]
-                mask = completion_mask(batch, logps.device)
-                old_logps = learner.old_logps(batch, logps)
-                per_token, metrics = policy_gradient_loss(
-                    logps,
-                    old_logps,
-                    torch.tensor([s.advantage for s in batch], device=logps.device),
-                    mask,
-                    epsilon=config.epsilon,
-                    epsilon_high=config.epsilon_high,
-                    delta=config.delta,
-                    importance_sampling_level=config.importance_sampling_level,
-                )
-                per_token = per_token * learner.sampler_weights(batch, old_logps)
-                if config.beta:
-                    reference = selected_logps(self.reference_logits(batch, layout), ids)
-                    kl = k3_kl(logps, layout.padded(reference))
-                    per_token = per_token + config.beta * kl
-                    learner.record("kl", masked_mean(kl.detach(), mask).item())
-                loss = aggregate(
-                    per_token,
-                    mask,
-                    config.loss_type,
-                    counts=counts,
-                    max_completion_length=config.max_completion_length,
-                )
-                learner.backward(loss)
-            for name in ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"):
-                learner.record(name, masked_mean(metrics[name], mask).item())
+                if batch is None:
+                    learner.idle()
+                    continue
+                hidden = learner.hidden(batch.prompts, batch.layout)  # [N, H]
+                objective = self.objective(batch, hidden, counts, reference)
+                metrics = learner.loss(batch, objective, hidden=hidden)
+            learner.record_sampling(batch, metrics["logps"])
 
-    def reference_logits(self, batch: Sequence[Attempt], layout: Layout) -> Tensor:
-        """``[N, V]``: the initial policy's logits of the sampled tokens."""
-        prompts = [s.rollout.prompt_ids for s in batch]
-        return self.reference.logits(lambda: self.learner.logits(prompts, layout))
+    def objective(
+        self, batch: Batch[Attempt], hidden: Tensor, counts: BatchCounts, reference: Tensor | None
+    ) -> Objective:
+        """The clipped surrogate, corrected for the sampler, with the KL to the reference."""
+        learner, config = self.learner, self.config
+        weights = batch.weights(config.loss_type, counts, config.max_completion_length)  # [N]
+        advantages = batch.per_row([s.advantage for s in batch.samples])
+        correction = learner.sampler_correction(batch, hidden)
+        old, whole = batch.old_logps, None
+        if config.importance_sampling_level == "sequence":
+            # Every token of a row has the row's ratio, hence the row's mean weight.
+            weights = batch.row_means(weights)
+            whole = learner.row_log_ratios(batch, hidden)
+
+        def objective(tokens: Tokens, rows: slice) -> Tensor:
+            logps = tokens.logps
+            before = logps.detach() if old is None else old[rows]
+            log_ratio = logps - (before if whole is None else logps.detach() - whole[rows])
+            loss, metrics = clipped_surrogate(
+                log_ratio,
+                advantages[rows],
+                epsilon=config.epsilon,
+                epsilon_high=config.epsilon_high,
+                delta=config.delta,
+            )
+            for name in ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"):
+                learner.record(name, metrics[name].mean().item())
+            loss = loss * correction(before, rows)
+            if reference is not None:
+                kl = k3_kl(logps, reference[rows])
+                learner.record("kl", kl.detach().mean().item())
+                loss = loss + config.beta * kl
+            return (loss * weights[rows]).sum()
+
+        return objective
+
+    def reference_logps(self, batch: Batch[Attempt] | None) -> Tensor | None:
+        """``[N]``: the reference policy's log-probabilities of the sampled tokens."""
+        learner = self.learner
+        if batch is None:
+            self.reference.idle()
+            return None
+        with learner.clock("reference"):
+            logits = self.reference.read(
+                lambda: learner.hidden(batch.prompts, batch.layout), learner.head
+            )
+            return learner.logps(logits, batch.ids)
+
+    # --- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Everything the next step depends on."""
+        state = self.learner.state_dict()
+        state.tensors |= prefixed("reference", self.reference.state_dict())
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` gave.
+
+        Raises:
+            UsageError: it is of another model or configuration.
+        """
+        self.learner.load_state_dict(state)
+        self.reference.load_state_dict(state.part("reference"))

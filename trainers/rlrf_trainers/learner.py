@@ -1,8 +1,9 @@
 """What every trainer here needs around its algorithm: a model, its sampler, an optimizer, a record.
 
 :class:`Learner` keeps a trainer's ``train()`` down to the algorithm. It loads the model, draws
-tasks, collects rollouts, steps the optimizer on fp32 master weights, evaluates and writes the run
-directory.
+tasks, collects rollouts, steps the optimizer on fp32 master weights, evaluates, writes the run
+directory and its checkpoints. Started on several processes it gives each its share of the tasks
+and adds up what they find.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +26,28 @@ import rlrf
 from rlrf import Env, Rollout, SamplingParams, Task
 from rlrf.errors import MissingDependencyError, RlrfError, UsageError
 from rlrf.runs import Run
+from rlrf_trainers import distributed
+from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.forward import Layout, completion_logits, micro_batches
-from rlrf_trainers.losses import rollout_importance_weights, selected_logps
+from rlrf_trainers.distributed import World
+from rlrf_trainers.forward import Layout, completion_hidden, micro_batches
+from rlrf_trainers.losses import (
+    Aggregation,
+    BatchCounts,
+    Divergence,
+    aggregation_weights,
+    rollout_importance_weights,
+)
 from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
+from rlrf_trainers.policies.sampler import base_model
+from rlrf_trainers.vocabulary import (
+    Head,
+    Logits,
+    Objective,
+    TeacherLogits,
+    vocabulary_logps,
+    vocabulary_loss,
+)
 
 
 @dataclass
@@ -37,7 +56,7 @@ class Sample:
 
     rollout: Rollout
     old_logps: Tensor | None = None
-    """``[T]`` before the first of several optimizer steps; None when there is but one."""
+    """``[S]`` of the sampled tokens, before the first of several optimizer steps; else None."""
 
     @property
     def tokens(self) -> int:
@@ -48,6 +67,75 @@ class Sample:
 S = TypeVar("S", bound=Sample)
 
 
+class Batch(Generic[S]):
+    """Samples that share a forward, with their sampled tokens in the order of a :class:`Layout`.
+
+    Attributes:
+        samples: ``[B]``.
+        layout: the order of the ``N`` tokens.
+        ids: ``[N]`` the sampled tokens.
+        prompts: ``[B]`` the student's prompts.
+    """
+
+    def __init__(self, samples: Sequence[S], device: torch.device) -> None:
+        self.samples = list(samples)
+        rollouts = [s.rollout for s in samples]
+        self.prompts = [r.prompt_ids for r in rollouts]
+        self.layout = Layout(
+            [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
+        )
+        self.ids = self.layout.flat(self.layout.completions, device)
+        self.device = device
+
+    def per_row(self, values: Sequence[float]) -> Tensor:
+        """``[N]``: each row's value at each of its tokens."""
+        return torch.tensor(values, device=self.device)[self.layout.rows.to(self.device)]
+
+    def split(self, per_token: Tensor) -> list[Tensor]:
+        """``[N]`` cut into rows."""
+        return list(torch.split(per_token, self.layout.counts))
+
+    def row_means(self, per_token: Tensor) -> Tensor:
+        """``[N]``: at each token the mean over its row."""
+        rows = self.split(per_token)
+        return torch.cat([row.mean().expand(len(row)) for row in rows])
+
+    @property
+    def old_logps(self) -> Tensor | None:
+        """``[N]``, or None when this is the only optimizer step."""
+        rows = [s.old_logps for s in self.samples if s.old_logps is not None]
+        return torch.cat(rows) if len(rows) == len(self.samples) else None
+
+    @property
+    def sampler_logps(self) -> Tensor | None:
+        """``[N]`` what the sampler said it drew from, or None where it says nothing."""
+        rows = [s.rollout.logprobs for s in self.samples]
+        return self.layout.flat(rows, self.device) if all(rows) else None
+
+    def weights(
+        self, mode: Aggregation, counts: BatchCounts, max_completion_length: int | None = None
+    ) -> Tensor:
+        """``[N]``: each token's weight in the loss of the whole optimizer step."""
+        mask = self.layout.mask(self.device)
+        return self.layout.unpadded(
+            aggregation_weights(
+                mask, mode, counts=counts, max_completion_length=max_completion_length
+            )
+        )
+
+
+class Stateful(Protocol):
+    """A trainer that can be put back to where it was."""
+
+    def state_dict(self) -> State:
+        """Everything the next step depends on."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` gave."""
+        ...
+
+
 class Learner:
     """The machinery of one training run.
 
@@ -55,12 +143,13 @@ class Learner:
         model: a folder or name, a loaded model, or an :class:`HFPolicy`.
         env: the training environment.
         config: see :class:`TrainerConfig`.
-        run_dir: where to write metrics, rollouts and the model; None writes nothing.
+        run_dir: where to write metrics, rollouts, checkpoints and the model; None writes nothing.
         eval_env: the held-out environment; None: ``env``'s ``eval`` split if it has one.
         on_step: called with every line of metrics.
+        resume: go on with the run in ``run_dir`` from its last checkpoint.
 
     Raises:
-        UsageError: an empty task set, a model without a chat template.
+        UsageError: an empty task set, a model without a chat template, no run to resume.
     """
 
     def __init__(
@@ -72,68 +161,66 @@ class Learner:
         run_dir: str | Path | None = None,
         eval_env: Env | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
+        resume: bool = False,
     ) -> None:
+        self.world = World.start()
         torch.manual_seed(config.seed)
         self.config, self.env, self.on_step = config, env, on_step
         self.tasks = env.tasks()
         len(self.tasks)  # an empty task set is an error before the model is loaded
+        if config.prompts_per_step < self.world.size:
+            raise UsageError(
+                f"prompts_per_step={config.prompts_per_step} leaves some of the "
+                f"{self.world.size} processes without a task; give each at least one"
+            )
         self.eval_env = eval_env if eval_env is not None else env
         self.eval_split = (
             self.eval_env.split if eval_env is not None or "eval" not in env.splits else "eval"
         )
         self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
-        self.model: Any = self._trainable(self.policy.model)
+        self.model: Any = trainable(self.policy.model, config)
         self.policy.model = self.model
+        distributed.sync_weights(self.model)
+        if config.fsdp:
+            distributed.shard(self.model)
+        self.device = next(self.model.parameters()).device
         self.tokenizer = self.policy.tokenizer
+        self.head = Head.of(self.model, config.temperature)
         self.optimizer = MasterAdamW(self.model, config)
         self.rng = random.Random(config.seed)
         self.metrics: dict[str, list[float]] = defaultdict(list)
         self.history: list[dict[str, float]] = []
         self.step = 0
+        self.best: dict[str, float] | None = None
+        self.evaluations_since_best = 0
         self.clock = Clock()
         self._order: list[int] = []
         self._warned: set[str] = set()
-        self.run = (
-            None
-            if run_dir is None
-            else Run.create(
-                run_dir,
-                config={
-                    "trainer": config.model_dump(),
-                    "model": str(getattr(self.model.config, "_name_or_path", "") or "in memory"),
-                },
-                env=env,
+        self._loss = 0.0
+        self._how: dict[str, Callable[[Sequence[float]], float]] = {}
+        self.run: Run | None = None
+        if run_dir is not None and self.world.is_main:
+            self.run = self._open_run(run_dir, resume)
+        self.resume_from: Path | None = Path(run_dir) if run_dir is not None and resume else None
+        if self.head.module is None:
+            self.warn(
+                "head",
+                f"{type(base_model(self.model)).__name__} makes its logits in a way "
+                "that rlrf does not know, so the loss holds them all: loss_chunk_mb has no effect",
             )
-        )
 
-    def _trainable(self, model: Any) -> Any:
-        """The model with what is to be trained set to require gradients."""
-        if self.config.lora_r and not hasattr(model, "peft_config"):
-            try:
-                from peft import LoraConfig, get_peft_model
-            except ModuleNotFoundError as error:
-                raise MissingDependencyError("lora_r > 0", "peft", "train") from error
-            adapter = LoraConfig(
-                r=self.config.lora_r,
-                lora_alpha=self.config.lora_alpha or 2 * self.config.lora_r,
-                lora_dropout=self.config.lora_dropout,
-                target_modules=self.config.lora_target_modules,
-                task_type="CAUSAL_LM",
-            )
-            with warnings.catch_warnings():
-                # peft asks transformers >= 5.23 by a name that is deprecated there.
-                warnings.simplefilter("ignore", FutureWarning)
-                model = get_peft_model(model, adapter)
-        elif not self.config.lora_r and not hasattr(model, "peft_config"):
-            model.requires_grad_(True)
-        if self.config.gradient_checkpointing:
-            # Renamed in transformers 5.23; the old name warns there.
-            name = "activation_checkpointing_enable"
-            getattr(model, name, model.gradient_checkpointing_enable)()
-        # Dropout would make the scored distribution another one than the sampled; train() mode
-        # is only needed where checkpointing asks for it.
-        model.train(self.config.gradient_checkpointing)
-        return model
+    def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
+        config = {
+            "trainer": self.config.model_dump(),
+            "model": str(getattr(self.model.config, "_name_or_path", "") or "in memory"),
+        }
+        if resume:
+            run = Run.open(run_dir)
+            run.describe(config, self.env)
+            return run
+        run = Run.create(run_dir, config=config, env=self.env)
+        Checkpoints(run_dir).clear()
+        return run
 
     # --- data -----------------------------------------------------------------------------
 
@@ -148,26 +235,40 @@ class Learner:
         return chosen
 
     def collect(self) -> list[Rollout]:
-        """One generation batch: ``prompts_per_step * num_generations`` rollouts."""
-        c = self.config
-        with self.clock("rollout"):
-            rollouts = rlrf.rollout(
-                self.env,
-                self.policy,
-                self.next_tasks(c.prompts_per_step),
-                group_size=c.num_generations,
-                max_concurrency=c.max_concurrency,
-                deadline_s=c.rollout_deadline_s,
-                params=SamplingParams(
-                    temperature=c.temperature,
-                    top_p=c.top_p,
-                    top_k=c.top_k,
-                    max_tokens=c.max_completion_length,
-                ),
-                seed=c.seed * 1_000_003 + self.step * 65_537,
-            )
+        """One generation batch: ``num_generations`` rollouts of each of ``prompts_per_step`` tasks.
+
+        Of several processes each collects the groups of its share of the tasks.
+        """
+        tasks = self.next_tasks(self.config.prompts_per_step)
+        rollouts = self.sample(tasks[self.world.rank :: self.world.size])
         self._record_rollouts(rollouts)
         return rollouts
+
+    def sample(self, tasks: Sequence[Task], group_size: int | None = None) -> list[Rollout]:
+        """Rollouts of some tasks by the policy as it is, at the training temperature."""
+        c = self.config
+        with self.clock("rollout"), distributed.whole(self.model):
+            return rlrf.rollout(
+                self.env,
+                self.policy,
+                tasks,
+                group_size=group_size or c.num_generations,
+                max_concurrency=c.max_concurrency,
+                deadline_s=c.rollout_deadline_s,
+                params=self.sampling_params,
+                seed=c.seed * 1_000_003 + self.step * 65_537 + self.world.rank * 257,
+            )
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How training samples."""
+        c = self.config
+        return SamplingParams(
+            temperature=c.temperature,
+            top_p=c.top_p,
+            top_k=c.top_k,
+            max_tokens=c.max_completion_length,
+        )
 
     def _record_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         scored = [r for r in rollouts if r.scored]
@@ -207,70 +308,168 @@ class Learner:
     # --- the shape of an update -------------------------------------------------------------
 
     def mini_batches(self, samples: Sequence[S]) -> list[list[S]]:
-        """The samples of each optimizer step: whole groups, ``mini_batch_prompts`` at a time."""
+        """The samples of each optimizer step: whole groups, ``mini_batch_prompts`` at a time.
+
+        Several processes take as many steps as the one that needs most; a list may be empty.
+        """
         groups: dict[str, list[S]] = {}
         for sample in samples:
             groups.setdefault(sample.rollout.group_id, []).append(sample)
         whole = list(groups.values())
-        size = self.config.mini_batch_prompts or max(1, len(whole))
-        return [
+        share = -(-self.config.mini_batch_prompts // self.world.size)
+        size = share or max(1, len(whole))
+        batches = [
             [sample for group in whole[start : start + size] for sample in group]
             for start in range(0, len(whole), size)
         ]
+        return batches + [[] for _ in range(self.world.max(len(batches)) - len(batches))]
 
-    def micro_batches(self, samples: Sequence[S]) -> list[list[S]]:
-        """The samples of each forward; how they are split does not change the loss."""
-        rows = micro_batches(
+    def anywhere(self, here: bool) -> bool:
+        """Whether it is so on any process; to be asked on every one."""
+        return bool(self.world.max(int(here)))
+
+    def micro_batches(self, samples: Sequence[S]) -> Iterator[Batch[S] | None]:
+        """The samples of each forward; how they are split does not change the loss.
+
+        With sharded weights every process must run as many forwards as the others: one that has
+        no samples left gets None, and calls :meth:`idle`.
+        """
+        batches = micro_batches(
             [s.rollout.prompt_ids for s in samples],
             [s.rollout.completion_ids for s in samples],
             self.config.micro_batch_tokens,
         )
-        return [[samples[i] for i in row] for row in rows]
+        found = [[samples[i] for i in rows] for rows in batches]
+        for rows in found:
+            yield Batch(rows, self.device)
+        if distributed.is_sharded(self.model):
+            yield from [None] * (self.world.max(len(found)) - len(found))
 
-    def logits(self, prompts: Sequence[Sequence[int]], layout: Layout) -> Tensor:
-        """``[N, V]`` logits of the completions' tokens at the sampling temperature."""
-        return completion_logits(self.model, prompts, layout, self.config.temperature)
+    def idle(self, *, teacher: bool = False) -> None:
+        """What a process without samples runs while others have some."""
+        if teacher:
+            distributed.idle(self.model)
+        else:
+            distributed.idle(self.model).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
-    def student(self, batch: Sequence[Sample], layout: Layout) -> tuple[Tensor, Tensor]:
-        """The student's logits ``[N, V]`` and the sampled ids ``[N]``."""
-        logits = self.logits([s.rollout.prompt_ids for s in batch], layout)
-        return logits, layout.flat(layout.completions, logits.device)
+    def counts(self, samples: Sequence[Sample], active: Sequence[Sample]) -> BatchCounts:
+        """What the loss of an optimizer step is divided by, over all processes."""
+        tokens = float(sum(s.tokens for s in active))
+        rows, active_rows, all_tokens = self.world.sum([len(samples), len(active), tokens])
+        return BatchCounts(rows, active_rows, all_tokens, tokens, self.world.size)
 
-    @torch.no_grad()
+    def hidden(self, prompts: Sequence[Sequence[int]], layout: Layout) -> Tensor:
+        """``[N, H]`` hidden states of the sampled tokens."""
+        return completion_hidden(self.model, prompts, layout, logits=self.head.module is None)
+
+    def loss(
+        self,
+        batch: Batch[Any],
+        objective: Objective,
+        *,
+        hidden: Tensor,
+        divergence: Divergence | None = None,
+        teacher: TeacherLogits | None = None,
+    ) -> dict[str, Tensor]:
+        """A micro-batch's share of the loss: its gradient is added up; metrics ``[N]``.
+
+        Raises:
+            RlrfError: it is not finite.
+        """
+        loss, metrics = vocabulary_loss(
+            hidden,
+            self.head,
+            batch.ids,
+            objective,
+            divergence,
+            teacher,
+            chunk_bytes=self.config.loss_chunk_mb << 20,
+        )
+        self.backward(loss)
+        return metrics
+
+    def logps(self, logits: Logits, ids: Tensor) -> Tensor:
+        """``[N]`` log-probabilities, detached, of given tokens under logits made in chunks."""
+        vocabulary = self.head.vocabulary or self.model.config.get_text_config().vocab_size
+        return vocabulary_logps(logits, ids, vocabulary, self.config.loss_chunk_mb << 20)
+
     def remember_old_logps(self, samples: Sequence[Sample]) -> None:
         """Log-probabilities before the first of several optimizer steps."""
         for batch in self.micro_batches(samples):
-            layout = layout_of(batch)
-            logps = layout.padded(selected_logps(*self.student(batch, layout)))
-            for sample, row in zip(batch, logps, strict=True):
-                sample.old_logps = row[: len(sample.rollout.completion_ids)]
+            with torch.no_grad():
+                if batch is None:
+                    self.idle(teacher=True)
+                    continue
+                logps = self.student_logps(batch, self.hidden(batch.prompts, batch.layout))
+                for sample, row in zip(batch.samples, batch.split(logps), strict=True):
+                    sample.old_logps = row
 
-    def old_logps(self, batch: Sequence[Sample], logps: Tensor) -> Tensor:
-        """``[B, T]`` detached: the remembered ones, or ``logps`` when this is the only step."""
-        rows = [s.old_logps for s in batch if s.old_logps is not None]
-        return stack_rows(rows, logps) if len(rows) == len(batch) else logps.detach()
+    def student_logps(self, batch: Batch[Any], hidden: Tensor) -> Tensor:
+        """``[N]`` the student's log-probabilities, detached, before its loss is computed."""
+        fixed = hidden.detach()
+        return self.logps(lambda rows: self.head.logits(fixed[rows]), batch.ids)
 
-    def sampler_weights(self, batch: Sequence[Sample], old_logps: Tensor) -> Tensor:
-        """Detached per-token weights ``[B, T]`` for the sampler's distribution not being ours.
+    def row_log_ratios(self, batch: Batch[Any], hidden: Tensor) -> Tensor:
+        """``[N]``: the mean of ``logp - old logp`` over each token's row, detached (GSPO)."""
+        old = batch.old_logps
+        if old is None:
+            return torch.zeros(len(batch.ids), device=self.device)
+        return batch.row_means(self.student_logps(batch, hidden) - old)
+
+    def sampler_correction(
+        self, batch: Batch[Any], hidden: Tensor
+    ) -> Callable[[Tensor, slice], Tensor]:
+        """Weights for the sampler's distribution not being ours.
 
         All ones when switched off, when the policy reports no log-probabilities, and under top_p
         or top_k, where the sampled distribution is another one by design.
+
+        Returns:
+            ``(old_logps [n] of a chunk, rows) -> weights [n]``.
         """
-        c = self.config
-        rows = [torch.tensor(s.rollout.logprobs) for s in batch if s.rollout.logprobs]
-        if not c.rollout_is or len(rows) < len(batch):
-            return torch.ones_like(old_logps)
+        c, sampled = self.config, batch.sampler_logps
+        if c.rollout_is == "none" or sampled is None:
+            return lambda old, _: torch.ones_like(old)
         if c.top_p < 1 or c.top_k > 0:
             self.warn(
                 "rollout_is",
                 "rollout_is is off: under top_p < 1 or top_k > 0 the sampled distribution is "
                 "not the policy's, and the ratio would be biased by the mass that was cut",
             )
-            return torch.ones_like(old_logps)
-        sampled = stack_rows(rows, old_logps)
-        gap = (old_logps - sampled).abs() * completion_mask(batch, old_logps.device)
-        self.record("sampling/sampling_logp_difference/max", gap.max().item())
-        return rollout_importance_weights(old_logps, sampled, clip=c.rollout_is_threshold)
+            return lambda old, _: torch.ones_like(old)
+        clip, mode = c.rollout_is_threshold, c.rollout_is
+        if mode in ("token_truncate", "token_mask"):
+            return lambda old, rows: rollout_importance_weights(
+                old, sampled[rows].to(old), clip, mode
+            )
+        # One weight for a whole reply: its log-probabilities must be known before its loss is.
+        old = batch.old_logps
+        if old is None:
+            old = self.student_logps(batch, hidden)
+        layout = batch.layout
+        weights = layout.unpadded(
+            rollout_importance_weights(
+                layout.padded(old),
+                layout.padded(sampled.to(old)),
+                clip,
+                mode,
+                layout.mask(batch.device),
+            )
+        )
+        return lambda _, rows: weights[rows]
+
+    def record_sampling(self, batch: Batch[Any], logps: Tensor) -> None:
+        """How far the sampler's log-probabilities are from ours, ``[N]`` before the update."""
+        sampled, old = batch.sampler_logps, batch.old_logps
+        if sampled is None:
+            return
+        gap = (logps if old is None else old) - sampled.to(logps)
+        self.record("sampling/sampling_logp_difference/mean", gap.abs().mean().item())
+        self.record("sampling/sampling_logp_difference/max", gap.abs().max().item(), max)
+        ratio = gap.clamp(-20, 20).exp()
+        self.record("sampling/importance_sampling_ratio/min", ratio.min().item(), min)
+        self.record("sampling/importance_sampling_ratio/mean", ratio.mean().item())
+        self.record("sampling/importance_sampling_ratio/max", ratio.max().item(), max)
 
     # --- optimizer ------------------------------------------------------------------------
 
@@ -285,7 +484,7 @@ class Learner:
                 "step before. Lower learning_rate or max_grad_norm"
             )
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.metrics["_loss"].append(loss.item())
+        self._loss += loss.item()
 
     def optimizer_step(self) -> None:
         """Clip, step on the fp32 masters, and forget the gradients.
@@ -294,7 +493,8 @@ class Learner:
         """
         norm = self.optimizer.clip(self.config.max_grad_norm)
         rate = self.learning_rate()
-        self.record("loss", sum(self.metrics.pop("_loss", [0.0])))
+        self.record("loss", self.world.sum([self._loss])[0])
+        self._loss = 0.0
         self.record("grad_norm", norm)
         self.record("learning_rate", rate)
         if math.isfinite(norm):
@@ -325,50 +525,196 @@ class Learner:
         due = self.step == 0 or last or (c.eval_steps and self.step % c.eval_steps == 0)
         if not due:
             return
-        with self.clock("eval"):
+        with self.clock("eval"), distributed.whole(self.model):
             tasks = self.eval_env.tasks(self.eval_split)
             n = min(c.eval_tasks or len(tasks), len(tasks))
             # A fixed draw, the same at every evaluation and in every run of any seed.
             chosen = random.Random(0).sample(range(len(tasks)), n)
-            rollouts = rlrf.rollout(
-                self.eval_env,
-                self.policy,
-                [tasks[i] for i in chosen],
-                group_size=c.eval_samples,
-                max_concurrency=c.max_concurrency,
-                deadline_s=c.rollout_deadline_s,
-                params=SamplingParams(
-                    temperature=c.eval_temperature,
-                    top_p=c.eval_top_p,
-                    max_tokens=c.max_completion_length,
-                ),
-                seed=self.step,
+            mine = chosen[self.world.rank :: self.world.size]
+            rollouts = (
+                []
+                if not mine
+                else rlrf.rollout(
+                    self.eval_env,
+                    self.policy,
+                    [tasks[i] for i in mine],
+                    group_size=c.eval_samples,
+                    max_concurrency=c.max_concurrency,
+                    deadline_s=c.rollout_deadline_s,
+                    params=SamplingParams(
+                        temperature=c.eval_temperature,
+                        top_p=c.eval_top_p,
+                        max_tokens=c.max_completion_length,
+                    ),
+                    seed=self.step + 7_919 * self.world.rank,
+                )
             )
-        scored = [r for r in rollouts if r.reward is not None]
-        if scored:
-            self.record("eval/pass_rate", sum(r.solved for r in scored) / len(scored))
-            self.record("eval/reward", sum(r.reward or 0.0 for r in scored) / len(scored))
-            lengths = [sum(r.completion_mask) for r in scored]
-            self.record("eval/mean_length", sum(lengths) / len(lengths))
+        for rollout in rollouts:
+            if rollout.reward is not None:
+                self.record("eval/pass_rate", rollout.solved)
+                self.record("eval/reward", rollout.reward)
+                self.record("eval/mean_length", sum(rollout.completion_mask))
         self.log_rollouts(rollouts, split="eval")
+
+    def _note_evaluation(self, line: Mapping[str, float]) -> None:
+        """Keep the weights of the best evaluation, and count how long ago it was."""
+        c = self.config
+        value = line.get(c.metric_for_best_model)
+        if not self.step:  # nothing is trained yet
+            return
+        if value is None or not math.isfinite(value):
+            if self.step == c.max_steps and self.best is None and c.load_best_model_at_end:
+                self.warn(
+                    "best",
+                    f"no evaluation gave metric_for_best_model={c.metric_for_best_model!r}, so "
+                    f"the last weights are kept; the metrics are {', '.join(sorted(line))}",
+                )
+            return
+        if self.best is not None and value <= self.best["value"]:
+            self.evaluations_since_best += 1
+            return
+        self.best = {"step": float(self.step), "value": value}
+        self.evaluations_since_best = 0
+        if c.eval_steps:
+            weights = distributed.full_state(self.optimizer.masters.items())
+            if self.run is not None:
+                Checkpoints(self.run.path).save(BEST, State(weights, dict(self.best)))
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether ``early_stopping_patience`` is used up."""
+        patience = self.config.early_stopping_patience
+        return bool(patience) and self.evaluations_since_best >= patience
+
+    # --- from step to step ----------------------------------------------------------------
+
+    def steps(self, trainer: Stateful, first: Callable[[], None] | None = None) -> Iterator[int]:
+        """The steps to take: 1, 2, ..., or from the last checkpoint on.
+
+        Before the first come ``first`` and an evaluation; after each, what is due: evaluation,
+        the line of metrics, a checkpoint.
+        """
+        if not self.resumed(trainer):
+            if first is not None:
+                first()
+            self.evaluate_if_due()
+            self._note_evaluation(self.log_step())
+        while self.step < self.config.max_steps and not self.stops_early:
+            self.step += 1
+            yield self.step
+            self.evaluate_if_due()
+            self._note_evaluation(self.log_step())
+            self._checkpoint_if_due(trainer)
+        if self.stops_early and self.best is not None:
+            message = (
+                f"stopped after step {self.step}: {self.evaluations_since_best} evaluations "
+                f"without more {self.config.metric_for_best_model} than at step "
+                f"{self.best['step']:.0f}"
+            )
+            self.note(message)
+
+    def resumed(self, trainer: Stateful) -> bool:
+        """Put the run back to its last checkpoint, where it was asked for; whether there is one."""
+        folder, self.resume_from = self.resume_from, None
+        if folder is None:
+            return False
+        state = newest(folder) if self.world.is_main else None
+        self.world.barrier()  # the main process tidies up
+        if not self.world.is_main:
+            state = newest(folder)
+        if self.run is not None:
+            self.run.rewind(state.data["position"] if state else {})
+            self.history = [
+                {k: math.nan if v is None else v for k, v in line.items()}
+                for line in self.run.metrics
+            ]
+        if state is None:
+            self.note("resumed from the beginning: no checkpoint had been written")
+            return False
+        trainer.load_state_dict(state)
+        self.note(f"resumed from the checkpoint of step {self.step}")
+        return True
+
+    def _checkpoint_if_due(self, trainer: Stateful) -> None:
+        every = self.config.save_steps
+        if not every or self.step % every:
+            return
+        with self.clock("checkpoint"):
+            state = trainer.state_dict()
+            if self.run is not None:
+                state.data["position"] = self.run.position()
+                Checkpoints(self.run.path).save_step(self.step, state, self.config.save_total_limit)
+
+    def state_dict(self) -> State:
+        """Everything the next step depends on: weights, optimizer, random numbers, task order.
+
+        Whole tensors on the CPU, whatever the number of processes; on the main one only.
+        """
+        tensors = prefixed("master", distributed.full_state(self.optimizer.masters.items()))
+        tensors |= prefixed("adamw", distributed.full_state(self.optimizer.state()))
+        tensors["rng.torch"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors["rng.cuda"] = torch.cuda.get_rng_state()
+        data = {
+            "step": self.step,
+            "rng": self.rng.getstate(),
+            "order": list(self._order),
+            "warned": sorted(self._warned),
+            "trained_s": self.clock.trained,
+            "best": dict(self.best) if self.best else None,
+            "evaluations_since_best": self.evaluations_since_best,
+            "config": self.config.model_dump(),
+        }
+        return State(tensors, data)
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` gave.
+
+        Raises:
+            UsageError: it is of another model.
+        """
+        self.optimizer.load(state.part("master"), state.part("adamw"))
+        torch.set_rng_state(state.tensors["rng.torch"])
+        if torch.cuda.is_available() and "rng.cuda" in state.tensors:
+            torch.cuda.set_rng_state(state.tensors["rng.cuda"])
+        data = state.data
+        self.step = data["step"]
+        self.rng.setstate(as_rng_state(data["rng"]))
+        self._order = list(data["order"])
+        self._warned = set(data["warned"])
+        self.clock.trained = data["trained_s"]
+        self.best = data["best"]
+        self.evaluations_since_best = data["evaluations_since_best"]
 
     # --- the record -----------------------------------------------------------------------
 
-    def record(self, name: str, value: float) -> None:
-        """Add a value to this step's metric; several are averaged."""
+    def record(
+        self,
+        name: str,
+        value: float,
+        how: Callable[[Sequence[float]], float] | None = None,
+    ) -> None:
+        """Add a value to this step's metric; several are averaged, or reduced by ``how``."""
         self.metrics[name].append(float(value))
+        if how is not None:
+            self._how[name] = how
 
     def log_step(self) -> dict[str, float]:
-        """Close the step: average its metrics, write the line, tell the caller."""
+        """Close the step: reduce its metrics over all processes, write the line, tell of it."""
+        values: dict[str, list[float]] = defaultdict(list)
+        for metrics in self.world.gather(dict(self.metrics)):
+            for name, found in metrics.items():
+                values[name] += found
         line: dict[str, float] = {"step": self.step}
-        line |= {k: sum(v) / len(v) for k, v in self.metrics.items() if v}
+        line |= {k: self._how.get(k, _mean)(v) for k, v in values.items() if v}
         line |= {f"time/{k}": v for k, v in self.clock.take().items()}
         line["time/train_total"] = self.clock.trained
         self.metrics.clear()
+        line = self.world.broadcast(line)
         self.history.append(line)
         if self.run is not None:
             self.run.log(self.step, {k: v for k, v in line.items() if k != "step"})
-        if self.on_step is not None:
+        if self.on_step is not None and self.world.is_main:
             self.on_step(line)
         return line
 
@@ -380,12 +726,11 @@ class Learner:
         extra: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         """Write rollouts, with what the teacher saw and thought where ``extra`` says it."""
-        if self.run is None or not self.config.log_rollouts:
+        if not self.config.log_rollouts:
             return
         empty: dict[str, Any] = {"teacher_prompt": None, "token_kl": None}
-        self.run.log_rollouts(
-            self.step,
-            (
+        records = (
+            [
                 {
                     **r.to_dict(),
                     "step": self.step,
@@ -395,8 +740,13 @@ class Learner:
                     **(extra[i] if extra else {}),
                 }
                 for i, r in enumerate(rollouts)
-            ),
+            ]
+            if self.run is not None or self.world.size > 1
+            else []
         )
+        everywhere = self.world.gather(records)
+        if self.run is not None:
+            self.run.log_rollouts(self.step, (r for part in everywhere for r in part))
 
     def warn(self, topic: str, message: str) -> None:
         """Warn once per topic on the console, and always in the run's record."""
@@ -406,20 +756,47 @@ class Learner:
             self._warned.add(topic)
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
+    def note(self, message: str) -> None:
+        """Keep a note in the run's record."""
+        if self.run is not None:
+            self.run.event("info", message)
+
     def finish(self) -> rlrf.TrainResult:
         """Save the model and close the record."""
+        step = self.step
+        if self.config.load_best_model_at_end and self.best is not None:
+            step = int(self.best["step"])
+            if step != self.step:
+                self._load_best()
         model_dir = self._save_model()
         if self.run is None:
             return rlrf.TrainResult(self.history)
         self.run.finish("done")
-        return rlrf.TrainResult(self.history, self.run.path, model_dir)
+        return rlrf.TrainResult(self.history, self.run.path, model_dir, step)
+
+    def _load_best(self) -> None:
+        state = State()
+        if self.run is not None:
+            state = Checkpoints(self.run.path).load(BEST)
+        elif self.world.size == 1:
+            return  # nothing was written, so nothing can be loaded
+        distributed.load_full(self.optimizer.masters.items(), state.tensors)
+        self.optimizer.publish()
+        self.note(f"model/ holds the weights of step {(self.best or {}).get('step', 0):.0f}")
 
     def _save_model(self) -> Path | None:
-        if self.run is None or not self.config.save_model:
+        if not self.config.save_model or (self.run is None and self.world.size == 1):
+            return None
+        # peft picks the adapter out of a state dict of the whole model by itself.
+        state = distributed.full_state(self.model.state_dict().items())
+        if self.run is None:
             return None
         path: Path = self.run.path / "model"
         with quiet_transformers():
-            self.model.save_pretrained(path)
+            if distributed.is_sharded(self.model):
+                self.model.save_pretrained(path, state_dict=state)
+            else:
+                self.model.save_pretrained(path)
             self.tokenizer.save_pretrained(path)
         return path
 
@@ -432,17 +809,58 @@ class Learner:
             if self.run is not None:
                 stopped = isinstance(error, KeyboardInterrupt)
                 self.run.event("error", f"{type(error).__name__}: {error}")
-                self._save_model()
+                if self.world.size == 1:  # saving a sharded model takes all processes
+                    self._save_model()
                 self.run.finish("interrupted" if stopped else "failed")
             raise
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def as_rng_state(data: Any) -> Any:
+    """A state of :class:`random.Random` that has been JSON."""
+    version, internal, gauss = data
+    return version, tuple(internal), gauss
+
+
+def trainable(model: Any, config: TrainerConfig) -> Any:
+    """The model with what is to be trained set to require gradients: an adapter, or everything."""
+    if config.lora_r and not hasattr(model, "peft_config"):
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("lora_r > 0", "peft", "train") from error
+        adapter = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha or 2 * config.lora_r,
+            lora_dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            # peft asks transformers >= 5.23 by a name that is deprecated there.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(model, adapter)
+    elif not config.lora_r and not hasattr(model, "peft_config"):
+        model.requires_grad_(True)
+    if config.gradient_checkpointing:
+        # Renamed in transformers 5.23; the old name warns there.
+        name = "activation_checkpointing_enable"
+        getattr(model, name, model.gradient_checkpointing_enable)()
+    # Dropout would make the scored distribution another one than the sampled; train() mode
+    # is only needed where checkpointing asks for it.
+    model.train(config.gradient_checkpointing)
+    return model
 
 
 class MasterAdamW:
     """AdamW on fp32 masters of whatever dtype the model computes in.
 
     A bf16 weight of 0.02 cannot take a step of 1e-5: the next bf16 number is 1e-4 away. So every
-    parameter that is not fp32 gets an fp32 master; gradients are copied up, weights copied down.
-    fp32 parameters (LoRA adapters) are their own masters.
+    parameter that is not at least fp32 gets an fp32 master, and its gradients are added up there,
+    micro-batch after micro-batch. fp32 parameters (LoRA adapters) are their own masters.
     """
 
     def __init__(self, model: Any, config: TrainerConfig) -> None:
@@ -451,39 +869,57 @@ class MasterAdamW:
             raise UsageError(
                 "the model has no trainable parameter; set lora_r, or unfreeze some weights"
             )
-        self.masters: dict[str, Tensor] = {
-            n: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
-            for n, p in self.parameters.items()
-        }
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype.itemsize >= 4:
+                self.masters[name] = parameter
+            else:
+                self.masters[name] = parameter.detach().float().requires_grad_()
+                parameter.register_post_accumulate_grad_hook(lambda _, n=name: self._collect(n))
         self.adamw = torch.optim.AdamW(
             self.masters.values(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
+            # One pass over the numbers, without temporaries of the size of a parameter.
+            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
         )
 
+    @torch.no_grad()
+    def _collect(self, name: str) -> None:
+        """Move a parameter's gradient to its master."""
+        parameter, master = self.parameters[name], self.masters[name]
+        if master is parameter or parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
     def clip(self, max_norm: float) -> float:
-        """Scale the gradients to ``max_norm`` and return their norm before."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if not gradients:
-            return 0.0
-        norms = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradients])
-        norm = float(torch.linalg.vector_norm(norms))
+        """Add up the gradients of all processes, scale to ``max_norm``, return the norm before."""
+        for name in self.parameters:
+            self._collect(name)  # FSDP sets gradients without the hook
+        masters = list(self.masters.values())
+        distributed.sum_gradients(masters)
+        norm = distributed.grad_norm(masters)
         if math.isfinite(norm) and norm > max_norm:
-            for g in gradients:
-                g.mul_(max_norm / norm)
+            for master in masters:
+                if master.grad is not None:
+                    master.grad.mul_(max_norm / norm)
         return norm
 
-    @torch.no_grad()
     def step(self, learning_rate: float) -> None:
         """One AdamW step at ``learning_rate``."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter:
-                master.grad = None if parameter.grad is None else parameter.grad.float()
         self.adamw.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the model."""
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
@@ -493,6 +929,35 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self.masters[name].grad = None
+
+    def state(self) -> list[tuple[str, Tensor]]:
+        """AdamW's tensors, each named ``kind.parameter``."""
+        return [
+            (f"{kind}.{name}", value)
+            for name, master in self.masters.items()
+            for kind, value in self.adamw.state.get(master, {}).items()
+        ]
+
+    def load(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take weights and AdamW's tensors, whole ones, on every process.
+
+        Raises:
+            UsageError: they are of another model.
+        """
+        distributed.load_full(self.masters.items(), masters)
+        self.publish()
+        self.adamw.state.clear()
+        for name, master in self.masters.items():
+            kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state]
+            own = {
+                k: torch.zeros_like(master.detach())
+                if k != "step"
+                else torch.zeros((), dtype=torch.float32)
+                for k in kinds
+            }
+            distributed.load_full(own.items(), {k: state[f"{k}.{name}"] for k in kinds})
+            if own:
+                self.adamw.state[master] = own
 
 
 class Clock:
@@ -520,22 +985,3 @@ class Clock:
         self._spent.clear()
         self._step_start = now
         return spent
-
-
-def layout_of(batch: Sequence[Sample]) -> Layout:
-    """The layout of a batch's completions."""
-    return Layout([s.rollout.completion_ids for s in batch])
-
-
-def completion_mask(batch: Sequence[Sample], device: torch.device) -> Tensor:
-    """``[B, T]``: 1 where the policy sampled the token, 0 elsewhere and behind the ends."""
-    layout = layout_of(batch)
-    return layout.padded(layout.flat([s.rollout.completion_mask for s in batch], device))
-
-
-def stack_rows(rows: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Rows of different length as ``[B, T]`` of ``like``'s width and dtype, zeros behind ends."""
-    out = torch.zeros(len(rows), like.shape[1], dtype=like.dtype, device=like.device)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row.to(out)
-    return out

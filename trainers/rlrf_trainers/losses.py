@@ -9,10 +9,8 @@ step composes them in the order of the paper's algorithm box::
     loss = aggregate(per_token, mask, "sequence_mean", counts=BatchCounts.of(whole_batch_mask))
 
 Every weight on a token's loss (importance ratios, mask, normaliser) is detached, so the loss is
-linear in the per-token losses: ``loss == (weights * per_token).sum()`` with weights known before
-the vocabulary is ever touched. A caller that cannot afford the ``[B, T, V]`` logits selects the
-``N`` active tokens, walks them in chunks of ``[n, V]`` and sums the weighted per-token losses
-(:func:`aggregation_weights`); the result is the same.
+linear in the per-token losses. :mod:`rlrf_trainers.vocabulary` uses that to compute the same loss
+without ever holding the ``[N, V]`` logits.
 
 Symbols: B rows (sampled completions), T completion positions, V vocabulary, K top-K size,
 N any number of selected tokens. p is the student (the policy being trained), q the teacher.
@@ -39,10 +37,14 @@ __all__ = [
     "AGGREGATIONS",
     "Aggregation",
     "BatchCounts",
+    "Divergence",
     "ImportanceSamplingLevel",
+    "Measured",
+    "RolloutCorrection",
     "ScaleRewards",
     "aggregate",
     "aggregation_weights",
+    "clipped_surrogate",
     "entropy",
     "group_advantages",
     "importance_weights",
@@ -62,6 +64,7 @@ Aggregation = Literal[
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
 ScaleRewards = Literal["group", "batch", "none"]
 ImportanceSamplingLevel = Literal["token", "sequence"]
+RolloutCorrection = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 # The tail's log-probability is log(1 - exp(S)) with S, the log-mass of the top-K, capped at -1e-7
 # (official implementation). Said of the tail itself: its probability is never below this.
@@ -78,6 +81,76 @@ _ADVANTAGE_EPS = 1e-4
 # ------------------------------------------------------------------------------ distillation
 
 
+@dataclass(frozen=True)
+class Divergence:
+    """Which divergence between student and teacher; see :func:`self_distillation_loss`.
+
+    Attributes:
+        alpha: 0 forward KL, 1 reverse KL, else the generalised Jensen-Shannon divergence.
+        topk: the student's K likeliest tokens, or None for the whole vocabulary.
+        add_tail: one bucket for all other tokens.
+        advantage_clip: bound of ``|log q - log p|``, the advantage of every bucket; alpha 1 only.
+
+    Raises:
+        ConfigError: a value out of range or a combination that has no meaning.
+    """
+
+    alpha: float = 0.5
+    topk: int | None = 100
+    add_tail: bool = True
+    advantage_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.alpha <= 1.0:
+            raise ConfigError(
+                f"distillation_alpha={self.alpha!r}: must be in [0, 1] (0 forward KL, 1 reverse KL)"
+            )
+        if self.topk is not None and self.topk < 1:
+            raise ConfigError(
+                f"distillation_topk={self.topk!r}: must be at least 1, or None for the full "
+                "vocabulary"
+            )
+        if self.advantage_clip is not None:
+            if not self.advantage_clip > 0:
+                raise ConfigError(
+                    f"distillation_advantage_clip={self.advantage_clip!r}: must be above 0, or "
+                    "None for no clipping"
+                )
+            if self.alpha != 1.0:
+                raise ConfigError(
+                    f"distillation_advantage_clip={self.advantage_clip!r} needs "
+                    f"distillation_alpha=1, got {self.alpha!r}: only the gradient of the reverse "
+                    "KL is a policy gradient with the advantage log q - log p"
+                )
+
+    def measure(self, student_logits: Tensor, teacher_logits: Tensor) -> Measured:
+        """The divergence of every row, with its gradient in the student's logits.
+
+        Both arguments are overwritten: over a large vocabulary every temporary counts.
+
+        Args:
+            student_logits: ``[N, V]``, float32 or float64, divided by the sampling temperature.
+            teacher_logits: likewise.
+        """
+        if self.topk is None or self.topk >= student_logits.shape[-1]:
+            return _full_vocabulary(student_logits, teacher_logits, self)
+        return _top_k(student_logits, teacher_logits, self, self.topk)
+
+
+class Measured(NamedTuple):
+    """What :meth:`Divergence.measure` finds per token; every tensor is detached."""
+
+    loss: Tensor  # [N]
+    student_lse: Tensor  # [N] logsumexp of the logits
+    teacher_lse: Tensor  # [N]
+    entropy: Tensor  # [N] of the student over the full vocabulary, nats
+    teacher_entropy: Tensor  # [N]
+    teacher_student_kl: Tensor  # [N] reverse KL over the buckets, never clipped
+    topk_coverage: Tensor  # [N] the student's mass on its own top K; 1 over the full vocabulary
+    teacher_topk_coverage: Tensor  # [N] the teacher's mass on them
+    grad: Tensor  # [N, V] d loss / d student_logits
+
+
 def self_distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -88,6 +161,7 @@ def self_distillation_loss(
     full_logit_distillation: bool = True,
     completion_ids: Tensor | None = None,
     per_token_kl_clip: float | None = None,
+    advantage_clip: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Divergence between student and teacher at every token (SDPO eq. 1).
 
@@ -108,9 +182,9 @@ def self_distillation_loss(
 
     The teacher never receives a gradient. The gradient in the student's logits is the closed
     form ``p * (r - E_p[r])`` (prop. 2.1, with ``r = log p - log q`` for reverse KL), computed in
-    the forward pass: besides the two inputs it holds two buffers of the size of the student's
-    logits with top-K, four or five over the full vocabulary, and keeps one for the backward pass.
-    It is differentiable once.
+    the forward pass and differentiable once. It is the reference for
+    :func:`rlrf_trainers.vocabulary.vocabulary_loss`, which is what a trainer should use: this one
+    holds several buffers of the size of the logits.
 
     Args:
         student_logits: ``[N, V]`` or ``[B, T, V]``, already divided by the sampling temperature.
@@ -126,6 +200,9 @@ def self_distillation_loss(
             token has no gradient. The few tokens whose divergence is an order of magnitude above
             the rest are mostly style (arXiv 2601.18734, released code). In the sampled-token
             surrogate the log-ratio is clamped to ``[-clip, clip]``. None: no cap.
+        advantage_clip: bounds every bucket's advantage ``log q - log p`` in the gradient ``sum p
+            * (log p - log q) * grad log p`` (and in the value); the paper's test-time runs name a
+            clip of 5. Needs ``alpha=1``.
 
     Returns:
         ``(loss, metrics)``. The loss is per token, ``[N]`` or ``[B, T]``, at least float32. The
@@ -146,14 +223,7 @@ def self_distillation_loss(
             f"{list(teacher_logits.shape)} must have one shape [..., V]: score the same completion "
             "tokens under both prompts"
         )
-    if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(
-            f"distillation_alpha={alpha!r}: must be in [0, 1] (0 forward KL, 1 reverse KL)"
-        )
-    if topk is not None and topk < 1:
-        raise ConfigError(
-            f"distillation_topk={topk!r}: must be at least 1, or None for the full vocabulary"
-        )
+    divergence = Divergence(alpha, topk, add_tail, advantage_clip)
     if per_token_kl_clip is not None and not per_token_kl_clip > 0:
         raise ConfigError(
             f"per_token_kl_clip={per_token_kl_clip!r}: must be above 0, or None for no clipping"
@@ -185,20 +255,9 @@ def self_distillation_loss(
         }
 
     loss, student_lse, teacher_lse, *per_token = _TokenDivergence.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        student_logits.reshape(-1, vocab),
-        teacher_logits.detach().reshape(-1, vocab),
-        float(alpha),
-        None if topk is None or topk >= vocab else topk,
-        add_tail,
+        student_logits.reshape(-1, vocab), teacher_logits.detach().reshape(-1, vocab), divergence
     )
-    names = (
-        "entropy",
-        "teacher_entropy",
-        "teacher_student_kl",
-        "topk_coverage",
-        "teacher_topk_coverage",
-    )
-    metrics = {name: x.view(lead) for name, x in zip(names, per_token, strict=True)}
+    metrics = {name: x.view(lead) for name, x in zip(_METRICS, per_token, strict=True)}
     if completion_ids is not None:
         for name, logits, lse in (
             ("student_logps", student_logits, student_lse),
@@ -210,6 +269,10 @@ def self_distillation_loss(
     if per_token_kl_clip is not None:
         loss = loss.clamp(max=per_token_kl_clip)
     return loss, metrics
+
+
+_METRICS = Measured._fields[3:-1]
+"""The fields of :class:`Measured` that are metrics."""
 
 
 class _TokenDivergence(torch.autograd.Function):
@@ -226,63 +289,55 @@ class _TokenDivergence(torch.autograd.Function):
         ctx: Any,
         student_logits: Tensor,  # [N, V]
         teacher_logits: Tensor,  # [N, V]
-        alpha: float,
-        topk: int | None,
-        add_tail: bool,
+        divergence: Divergence,
     ) -> tuple[Tensor, ...]:
-        need_grad = ctx.needs_input_grad[0]
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        if topk is None:
-            out, grad = _full_vocabulary(student_logits, teacher_logits, alpha, dtype, need_grad)
-        else:
-            out, grad = _top_k(
-                student_logits, teacher_logits, alpha, topk, add_tail, dtype, need_grad
-            )
-        if grad is not None:
-            ctx.save_for_backward(grad)
+        found = divergence.measure(
+            student_logits.to(dtype, copy=True), teacher_logits.to(dtype, copy=True)
+        )
+        ctx.save_for_backward(found.grad)
         ctx.logits_dtype = student_logits.dtype
-        ctx.mark_non_differentiable(*out[1:])
-        return out
+        ctx.mark_non_differentiable(*found[1:-1])
+        return found[:-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors  # [N, V]
-        return (grad * grad_loss.unsqueeze(-1)).to(ctx.logits_dtype), None, None, None, None
+        return (grad * grad_loss.unsqueeze(-1)).to(ctx.logits_dtype), None, None
 
 
-def _full_vocabulary(
-    student_logits: Tensor, teacher_logits: Tensor, alpha: float, dtype: torch.dtype, grad: bool
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Divergence over all V tokens; outputs as `_TokenDivergence` returns them, and dL/dlogits."""
-    student_lse = torch.logsumexp(student_logits.to(dtype), -1)  # [N]
-    teacher_lse = torch.logsumexp(teacher_logits.to(dtype), -1)
-    log_q = (teacher_logits - teacher_lse.unsqueeze(-1)).clamp_(min=_LOG_ZERO)  # [N, V]
+def _full_vocabulary(student: Tensor, teacher: Tensor, divergence: Divergence) -> Measured:
+    """Divergence over all V tokens; overwrites both logits."""
+    student_lse = torch.logsumexp(student, -1)  # [N]
+    teacher_lse = torch.logsumexp(teacher, -1)
+    log_q = teacher.sub_(teacher_lse.unsqueeze(-1)).clamp_(min=_LOG_ZERO)  # [N, V]
     teacher_entropy = -log_q.exp().mul_(log_q).sum(-1)
-    log_p = (student_logits - student_lse.unsqueeze(-1)).clamp_(min=_LOG_ZERO)
+    log_p = student.sub_(student_lse.unsqueeze(-1)).clamp_(min=_LOG_ZERO)
     p = log_p.exp()
     student_entropy = -(p * log_p).sum(-1)
-    loss, kl, g = _divergence(log_p, log_q, p, alpha)
+    loss, kl, g = _divergence(log_p, log_q, p, divergence)
     one = torch.ones_like(loss)
-    out = (loss, student_lse, teacher_lse, student_entropy, teacher_entropy, kl, one, one.clone())
-    # Through log-softmax: dL/dz = g - p * sum(g).
-    return out, g.sub_(p.mul_(g.sum(-1, keepdim=True))) if grad else None
+    return Measured(
+        loss,
+        student_lse,
+        teacher_lse,
+        student_entropy,
+        teacher_entropy,
+        kl,
+        one,
+        one.clone(),
+        # Through log-softmax: dL/dz = g - p * sum(g).
+        g.sub_(p.mul_(g.sum(-1, keepdim=True))),
+    )
 
 
-def _top_k(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    alpha: float,
-    topk: int,
-    add_tail: bool,
-    dtype: torch.dtype,
-    grad: bool,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """Divergence over the student's top-K (+ tail); returns as `_full_vocabulary`."""
+def _top_k(student_logits: Tensor, teacher_logits: Tensor, d: Divergence, topk: int) -> Measured:
+    """Divergence over the student's top-K (+ tail); overwrites both logits."""
     indices = student_logits.topk(topk, dim=-1, sorted=False).indices  # [N, K]
-    teacher = _split(teacher_logits, indices, dtype)._replace(tail_exps=None)  # frees its buffer
-    student = _split(student_logits, indices, dtype)
-    if add_tail:
+    teacher = _split(teacher_logits, indices)._replace(tail_exps=None)  # frees its buffer
+    student = _split(student_logits, indices)
+    if d.add_tail:
         log_p, log_q = (
             torch.cat([x.log_head, x.tail.clamp(min=_TAIL_FLOOR).log().unsqueeze(-1)], -1)
             for x in (student, teacher)
@@ -292,25 +347,14 @@ def _top_k(
             x.log_head - x.log_head.logsumexp(-1, keepdim=True) for x in (student, teacher)
         )  # [N, K]
     p = log_p.exp()
-    loss, kl, g = _divergence(log_p, log_q, p, alpha)
-    out = (
-        loss,
-        student.lse,
-        teacher.lse,
-        student.entropy,
-        teacher.entropy,
-        kl,
-        1 - student.tail,
-        1 - teacher.tail,
-    )
-    dense = student.tail_exps
-    if not grad or dense is None:
-        return out, None
+    loss, kl, g = _divergence(log_p, log_q, p, d)
 
     # Chain rule from the buckets' log-probabilities to the logits. For a top-K token
     # d log p_k / dz_j = [j = k] - p_j; for the tail d log p_tail / dz_j = [j in tail] p_j/p_tail
     # - p_j. A tail at its floor is a constant. Renormalised, tokens outside have no influence.
-    if add_tail:
+    dense = student.tail_exps  # [N, V]
+    assert dense is not None
+    if d.add_tail:
         g_head, g_tail = g[:, :-1], g[:, -1] * (student.tail > _TAIL_FLOOR)
         total = g_head.sum(-1) + g_tail  # [N]
         head_grad = g_head - p[:, :-1] * total.unsqueeze(-1)
@@ -319,7 +363,17 @@ def _top_k(
     else:
         head_grad = g - p * g.sum(-1, keepdim=True)
         dense.zero_()
-    return out, dense.scatter_(-1, indices, head_grad)
+    return Measured(
+        loss,
+        student.lse,
+        teacher.lse,
+        student.entropy,
+        teacher.entropy,
+        kl,
+        1 - student.tail,
+        1 - teacher.tail,
+        dense.scatter_(-1, indices, head_grad),
+    )
 
 
 class _Split(NamedTuple):
@@ -333,10 +387,10 @@ class _Split(NamedTuple):
     tail_exps: Tensor | None  # [N, V] exp(logit - max), 0 at the chosen
 
 
-def _split(logits: Tensor, indices: Tensor, dtype: torch.dtype) -> _Split:
-    """Split the softmax of ``[N, V]`` at ``[N, K]`` indices, with two ``[N, V]`` buffers."""
-    top = logits.amax(-1, keepdim=True).to(dtype)  # [N, 1]
-    shifted = (logits - top).clamp_(min=_LOG_ZERO)  # [N, V]
+def _split(logits: Tensor, indices: Tensor) -> _Split:
+    """Split the softmax of ``[N, V]`` at ``[N, K]`` indices; overwrites the logits."""
+    top = logits.amax(-1, keepdim=True)  # [N, 1]
+    shifted = logits.sub_(top).clamp_(min=_LOG_ZERO)  # [N, V]
     head = shifted.gather(-1, indices)  # [N, K]
     exps = shifted.exp()  # [N, V]
     weighted = shifted.mul_(exps).sum(-1)  # [N]
@@ -354,27 +408,31 @@ def _split(logits: Tensor, indices: Tensor, dtype: torch.dtype) -> _Split:
 
 
 def _divergence(
-    log_p: Tensor, log_q: Tensor, p: Tensor, alpha: float
+    log_p: Tensor, log_q: Tensor, p: Tensor, d: Divergence
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence of p and q over buckets ``[N, J]``, KL(p || q), and ``g = dL/dlog_p``.
 
     ``g`` leaves out multiples of p: the softmax Jacobian ``g - p * sum(g)`` removes them, and
-    written out they would only cancel in rounding. Overwrites `log_q`: over the full vocabulary
+    written out they would only cancel in rounding. Overwrites ``log_q``: over the full vocabulary
     every temporary counts.
     """
-    r = (log_p - log_q).mul_(p)
-    kl = r.sum(-1)
-    if alpha == 1.0:
-        return kl, kl.clone(), r
-    del r
+    if d.alpha == 1.0:
+        r = log_q.neg_().add_(log_p)
+        kl = (r * p).sum(-1)
+        if d.advantage_clip is None:
+            return kl, kl.clone(), r.mul_(p)
+        # The advantage is a weight, so its clip is one too: nothing flows through it.
+        g = r.clamp_(-d.advantage_clip, d.advantage_clip).mul_(p)
+        return g.sum(-1), kl, g
+    kl = (log_p - log_q).mul_(p).sum(-1)
     q = log_q.exp()
-    if alpha == 0.0:
+    if d.alpha == 0.0:
         return log_q.sub_(log_p).mul_(q).sum(-1), kl, q.neg_()
-    log_m = torch.lerp(p, q, alpha).log_().clamp_(min=_LOG_ZERO)
+    log_m = torch.lerp(p, q, d.alpha).log_().clamp_(min=_LOG_ZERO)
     to_teacher = log_q.sub_(log_m).mul_(q).sum(-1)  # KL(q || m)
     g = log_m.neg_().add_(log_p).mul_(p)
     to_student = g.sum(-1)  # KL(p || m)
-    return (1 - alpha) * to_student + alpha * to_teacher, kl, g.mul_(1 - alpha)
+    return (1 - d.alpha) * to_student + d.alpha * to_teacher, kl, g.mul_(1 - d.alpha)
 
 
 def sampled_token_loss(
@@ -451,32 +509,74 @@ def importance_weights(logps: Tensor, old_logps: Tensor | None, clip: float | No
 
 
 def rollout_importance_weights(
-    old_logps: Tensor, rollout_logps: Tensor | None, clip: float | None
+    old_logps: Tensor,
+    rollout_logps: Tensor | None,
+    clip: float | None,
+    mode: RolloutCorrection = "token_truncate",
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Truncated importance weight for an inference engine that is not quite the trainer.
+    """Importance weight for an inference engine that is not quite the trainer.
 
-    ``min(old / rollout, clip)`` per token, detached: corrects the difference between the
-    probabilities the engine sampled with and what the training model computes for the same
-    weights. It applies even with one update per batch, where :func:`importance_weights` is 1.
+    Corrects the difference between the probabilities the engine sampled with and what the
+    training model computes for the same weights. It applies even with one update per batch, where
+    :func:`importance_weights` is 1. With ``r = old / rollout`` per token, or its product over the
+    row in the sequence modes:
+
+    ===================  ======================================================================
+    mode                 weight
+    ===================  ======================================================================
+    token_truncate       ``min(r, clip)`` (SDPO's official code, verl's TIS)
+    token_mask           ``r``, or 0 where it exceeds ``clip``
+    sequence_truncate    ``min(r, clip)``, one for all tokens of the row
+    sequence_mask        ``r``, or 0 for rows where it exceeds ``clip`` (TRL's default)
+    ===================  ======================================================================
 
     Args:
-        old_logps: the training model's log-probabilities at the start of the update.
+        old_logps: the training model's log-probabilities at the start of the update; any shape,
+            ``[B, T]`` in the sequence modes.
         rollout_logps: the sampler's own, same shape; None when sampler and trainer are one.
         clip: upper bound (SDPO: 2); None turns the correction off.
+        mode: see above.
+        mask: ``[B, T]``, nonzero = sampled token; needed by the sequence modes.
 
     Returns:
         Weights of the shape of `old_logps`, without gradient.
+
+    Raises:
+        ConfigError: a clip out of range, an unknown mode.
+        UsageError: a sequence mode without a mask.
     """
+    if mode not in get_args(RolloutCorrection):
+        raise ConfigError(
+            f"rollout_is={mode!r}: must be one of {', '.join(get_args(RolloutCorrection))}"
+        )
     if rollout_logps is None or clip is None:
         return torch.ones_like(old_logps, requires_grad=False)
-    return _truncated_ratio(old_logps, rollout_logps, clip, "rollout importance-sampling clip")
+    name = "rollout_is_threshold"
+    if mode == "token_truncate":
+        return _truncated_ratio(old_logps, rollout_logps, clip, name)
+    if mode.startswith("sequence"):
+        if mask is None:
+            raise UsageError(f"rollout_is={mode!r} needs the mask of the rows")
+        gap = (old_logps - rollout_logps).masked_fill(~mask.bool(), 0.0)
+        total = gap.sum(-1, keepdim=True).expand(old_logps.shape)
+        old_logps, rollout_logps = total, torch.zeros_like(total)
+    ratio = _truncated_ratio(old_logps, rollout_logps, math.exp(_MAX_LOG_RATIO), name)
+    if mode == "sequence_truncate":
+        return ratio.clamp(max=_positive(clip, name))
+    return ratio.masked_fill(ratio > _positive(clip, name), 0.0)
 
 
 def _truncated_ratio(numerator: Tensor, denominator: Tensor, clip: float, name: str) -> Tensor:
-    if not clip > 0:
-        raise ConfigError(f"{name}={clip!r}: must be above 0, or None to turn the correction off")
+    clip = _positive(clip, name)
     log_ratio = (numerator - denominator).detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return log_ratio.exp().clamp(max=clip)
+
+
+def _positive(clip: float, name: str) -> float:
+    if not clip > 0:
+        raise ConfigError(f"{name}={clip!r}: must be above 0, or None to turn the correction off")
+    return clip
 
 
 # ------------------------------------------------------------------------------- aggregation
@@ -490,11 +590,15 @@ class BatchCounts:
         rows: completions, also those without any active token.
         active_rows: completions with at least one active token.
         tokens: active tokens.
+        local_tokens: those of this process (``bnpo`` divides by them); None: all.
+        processes: how many there are.
     """
 
     rows: float
     active_rows: float
     tokens: float
+    local_tokens: float | None = None
+    processes: int = 1
 
     @classmethod
     def of(cls, mask: Tensor) -> BatchCounts:
@@ -526,12 +630,13 @@ def aggregation_weights(
     sequence_mean_active   the same over the rows that have an active token, so the step does not
                            shrink when few rows have a teacher
     dr_grpo                sum / (rows * max_completion_length): no length bias
-    bnpo                   token mean of *this* micro-batch, weighted by its share of the rows
+    bnpo                   token mean over *this process's* share of the step, then the mean over
+                           processes; with one process the same as dapo
     ====================== ====================================================================
 
     With `counts` of the whole optimizer step, the losses of its micro-batches add up to the loss
-    of the step computed at once, however it is split (except ``bnpo``, whose definition is local:
-    equal micro-batches are averaged). Do not divide by the number of accumulation steps again.
+    of the step computed at once, however it is split. Do not divide by the number of accumulation
+    steps again.
 
     Args:
         mask: ``[B, T]`` of this micro-batch, nonzero = the token counts.
@@ -562,8 +667,8 @@ def aggregation_weights(
             )
         return weights / (max(counts.rows, 1.0) * max_completion_length)
     if mode == "bnpo":
-        share = active.shape[0] / max(counts.rows, 1.0)
-        return weights * share / weights.sum().clamp(min=1.0)
+        local = counts.tokens if counts.local_tokens is None else counts.local_tokens
+        return weights / (max(local, 1.0) * counts.processes)
     rows = counts.active_rows if mode == "sequence_mean_active" else counts.rows
     return weights / weights.sum(-1, keepdim=True).clamp(min=1.0) / max(rows, 1.0)
 
@@ -786,26 +891,55 @@ def policy_gradient_loss(
 
     # Padding may hold anything; filled before exp() so that it can neither overflow nor, times a
     # zero mask, become NaN in the backward pass.
-    token_log_ratio = (logps - old_logps.detach()).masked_fill(~active, 0.0)
+    log_ratio = (logps - old_logps.detach()).masked_fill(~active, 0.0)
+    approx_kl = k3_kl(log_ratio.detach(), torch.zeros_like(log_ratio))
     if importance_sampling_level == "sequence":
         lengths = active.sum(-1, keepdim=True).clamp(min=1)
-        log_ratio = (token_log_ratio.sum(-1, keepdim=True) / lengths).expand(logps.shape)
-    else:
-        log_ratio = token_log_ratio
+        log_ratio = (log_ratio.sum(-1, keepdim=True) / lengths).expand(logps.shape)
+    loss, metrics = clipped_surrogate(
+        log_ratio,
+        advantages.masked_fill(~active, 0.0),
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        delta=delta,
+    )
+    return loss.masked_fill(~active, 0.0), {**metrics, "approx_kl": approx_kl}
+
+
+def clipped_surrogate(
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` with ``r = exp(log_ratio)``.
+
+    Args:
+        log_ratio: any shape, differentiable.
+        advantages: same shape.
+        epsilon: see :func:`policy_gradient_loss`, as for the others.
+        epsilon_high: None: same as `epsilon`.
+        delta: dual clip.
+
+    Returns:
+        The loss and the metrics ``clip_ratio/low``, ``clip_ratio/high``, ``clip_ratio/region`` and
+        ``ratio``, all of the same shape.
+    """
+    high = epsilon if epsilon_high is None else epsilon_high
     ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     clipped = ratio.clamp(1.0 - epsilon, 1.0 + high)
     loss = -torch.minimum(bounded * advantages, clipped * advantages)
-
     detached = ratio.detach()
-    low = (detached < 1.0 - epsilon) & (advantages < 0) & active
-    over = (detached > 1.0 + high) & (advantages > 0) & active
-    return loss.masked_fill(~active, 0.0), {
+    low = (detached < 1.0 - epsilon) & (advantages < 0)
+    over = (detached > 1.0 + high) & (advantages > 0)
+    return loss, {
         "clip_ratio/low": low.to(loss.dtype),
         "clip_ratio/high": over.to(loss.dtype),
         "clip_ratio/region": (low | over).to(loss.dtype),
         "ratio": detached,
-        "approx_kl": k3_kl(token_log_ratio.detach(), torch.zeros_like(token_log_ratio)),
     }
 
 

@@ -8,18 +8,21 @@ collapse of entropy when it is shown).
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlrf import Feedback, Rollout, user
+from rlrf import Env, Feedback, Rollout, user
 from rlrf.errors import UsageError
 from rlrf.feedback import defuse
-from rlrf.messages import Messages
+from rlrf.messages import Message, Messages
 from rlrf_trainers.config import SDPOConfig
+from rlrf_trainers.forward import Layout
+from rlrf_trainers.policies.hf import HFPolicy
 
 _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
@@ -31,10 +34,12 @@ class Hint:
     Attributes:
         demonstration: a correct sibling's reply, or None.
         feedback: the environment's feedback, empty if it is not shown.
+        by_step: the same, one for each of the policy's replies.
     """
 
     demonstration: str | None = None
     feedback: Feedback = Feedback()  # noqa: RUF009  # immutable
+    by_step: tuple[Feedback, ...] = field(default=(), compare=False)
 
     def __bool__(self) -> bool:
         return self.demonstration is not None or bool(self.feedback)
@@ -71,14 +76,37 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
             demonstration = rollouts[pick].text
             if config.remove_thinking_from_demonstration:
                 demonstration = strip_thinking(demonstration)
-        feedback = Feedback()
+        by_step: tuple[Feedback, ...] = ()
         shows_feedback = config.include_environment_feedback and not (
             demonstration is not None and config.environment_feedback_only_without_solution
         )
         if shows_feedback and not solved:
-            feedback = _shown(rollout, config)
-        hints.append(Hint(demonstration, feedback))
+            by_step = _shown(rollout, config)
+        hints.append(Hint(demonstration, Feedback(s for f in by_step for s in f), by_step))
     return hints
+
+
+def other_hint(
+    rollout: Rollout, hint: Hint, rollouts: Sequence[Rollout], hints: Sequence[Hint]
+) -> Hint:
+    """A control for a hint: that of another task, of the same form but not of the same text.
+
+    Where no other task of the batch has one (all feedback states one rule, say), the control is
+    the one bit that the attempt was wrong.
+    """
+
+    def text(h: Hint) -> str:
+        return h.demonstration or h.feedback.text
+
+    start = next(i for i, h in enumerate(hints) if h is hint)
+    for i in (*range(start + 1, len(hints)), *range(start)):
+        other: Hint = hints[i]
+        same_form = (other.demonstration is None) == (hint.demonstration is None)
+        differs = rollouts[i].task_id != rollout.task_id and text(other) != text(hint)
+        if other and same_form and differs:
+            return other
+    wrong = Feedback.of("critique", "The attempt was not correct.")
+    return Hint(None, wrong, (wrong,))
 
 
 def succeeded(rollout: Rollout, config: SDPOConfig) -> bool:
@@ -86,10 +114,12 @@ def succeeded(rollout: Rollout, config: SDPOConfig) -> bool:
     return rollout.reward is not None and rollout.reward >= config.success_reward_threshold
 
 
-def _shown(rollout: Rollout, config: SDPOConfig) -> Feedback:
+def _shown(rollout: Rollout, config: SDPOConfig) -> tuple[Feedback, ...]:
     """The feedback of every step, in order, of the kinds that are to be shown."""
     kinds = config.feedback_kinds
-    return Feedback(s for f in rollout.feedback for s in f if kinds is None or s.kind in kinds)
+    return tuple(
+        Feedback(s for s in f if kinds is None or s.kind in kinds) for f in rollout.feedback
+    )
 
 
 def strip_thinking(text: str) -> str:
@@ -117,11 +147,104 @@ class Reprompt:
         messages: the chat; the last is the user turn that carries the hint.
         prompt_ids: its ids, generation prompt included.
         truncated: whether feedback or demonstration had to be shortened.
+        completion_ids: what the teacher scores after it: what was sampled, token for token, and
+            between the turns what the environment said, with feedback where it is placed there.
+        completion_mask: 1 where the policy sampled the token.
     """
 
     messages: Messages
     prompt_ids: tuple[int, ...]
     truncated: bool
+    completion_ids: tuple[int, ...] = ()
+    completion_mask: tuple[int, ...] = ()
+
+    @staticmethod
+    def layout(reprompts: Sequence[Reprompt]) -> Layout:
+        """The order of the sampled tokens, which is that of the student."""
+        return Layout([r.completion_ids for r in reprompts], [r.completion_mask for r in reprompts])
+
+
+class Reprompter:
+    """Builds the teacher's prompts for an environment and a policy.
+
+    Args:
+        config: the reprompt rules.
+        policy: renders chats.
+        env: its tools, if it has some, are in the teacher's chat as they are in the student's.
+    """
+
+    def __init__(self, config: SDPOConfig, policy: HFPolicy, env: Env) -> None:
+        self.config, self.policy = config, policy
+        self.tools = tuple(getattr(env, "tools", ()) or ())
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Ids of a chat up to where the assistant's next reply begins."""
+        return self.policy.encode(messages, self.tools)
+
+    def build(self, rollout: Rollout, hint: Hint) -> Reprompt:
+        """The teacher's view of a rollout.
+
+        Raises:
+            UsageError: the message before the first reply is not from the user.
+        """
+        in_turns = self.config.feedback_placement == "turn" and len(hint.by_step) > 1
+        first = Hint(hint.demonstration, hint.by_step[0]) if in_turns else hint
+        reprompt = build_reprompt(
+            prompt_messages(rollout), first, self.config, self.encode, self.policy.tokenizer
+        )
+        ids, mask, truncated = rollout.completion_ids, rollout.completion_mask, reprompt.truncated
+        if in_turns:
+            ids, mask, cut = self._with_feedback(rollout, hint, reprompt.prompt_ids)
+            truncated |= cut
+        return replace(reprompt, completion_ids=ids, completion_mask=mask, truncated=truncated)
+
+    def _with_feedback(
+        self, rollout: Rollout, hint: Hint, prompt_ids: tuple[int, ...]
+    ) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+        """The completion with each later step's feedback beside what that step answered.
+
+        What was sampled stays token for token; a turn of the environment is only rendered anew
+        where feedback joins it.
+        """
+        runs = [
+            (bool(sampled), [token for token, _ in run])
+            for sampled, run in itertools.groupby(
+                zip(rollout.completion_ids, rollout.completion_mask, strict=True),
+                key=lambda pair: pair[1],
+            )
+        ]
+        later = [f for f in hint.by_step[1:] if f]
+        room = max(0, self.config.max_reprompt_len - len(prompt_ids)) // max(1, len(later))
+        turns = _turns(rollout)
+        ids: list[int] = []
+        mask: list[int] = []
+        truncated, reply = False, 0
+        for sampled, run in runs:
+            if sampled:
+                reply += 1
+            elif reply < len(hint.by_step) and hint.by_step[reply] and reply < len(turns):
+                told = hint.by_step[reply].tokenize(self.policy.tokenizer, room)
+                truncated |= told.truncated
+                *before, last = turns[reply]
+                text = self.config.feedback_template.format(feedback_raw=told.text)
+                extended: Message = {**last, "content": f"{last['content'] or ''}{text}"}
+                prefix = [*prompt_ids, *ids]
+                turn = self.policy.chat.extend(prefix, (*before, extended), self.tools)
+                run = turn[len(prefix) :]
+            ids += run
+            mask += [int(sampled)] * len(run)
+        return tuple(ids), tuple(mask), truncated
+
+
+def _turns(rollout: Rollout) -> list[Messages]:
+    """What the environment said before each reply, the question apart; the first is empty."""
+    turns: list[list[Message]] = [[]]
+    for message in rollout.messages[len(prompt_messages(rollout)) :]:
+        if message["role"] == "assistant":
+            turns.append([])
+        else:
+            turns[-1].append(message)
+    return [tuple(turn) for turn in turns]
 
 
 def build_reprompt(

@@ -6,11 +6,12 @@ correct one), it scores the same tokens again, and the student moves towards wha
     for each batch of questions x:
         sample y ~ pi(. | x), get reward r and feedback f            collect
         build the reprompt (x, f) or (x, sibling's solution)         choose_hints, build_reprompt
-        q(. | x, f, y<t) = the teacher's distributions on y          teacher.logits
+        q(. | x, f, y<t) = the teacher's distributions on y          teacher.read
         minimise sum_t D(pi(. | x, y<t) || stopgrad q(. | x, f, y<t))
         teacher follows the student                                  teacher.update
 
-No reward enters the loss: it only decides whose attempt may serve as a demonstration.
+No reward enters the loss: it only decides whose attempt may serve as a demonstration. Unless
+``distillation_weight`` or ``route_to_grpo`` mixes GRPO in.
 """
 
 from __future__ import annotations
@@ -25,33 +26,38 @@ import torch
 from torch import Tensor
 
 from rlrf import Env, Rollout, TrainResult
+from rlrf_trainers.checkpoints import State, prefixed
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.forward import Layout
-from rlrf_trainers.learner import Learner, Sample, completion_mask, layout_of
+from rlrf_trainers.learner import Batch, Learner, Sample, as_rng_state
 from rlrf_trainers.losses import (
     BatchCounts,
-    aggregate,
+    Divergence,
+    clipped_surrogate,
+    group_advantages,
     importance_weights,
     reward_statistics,
-    self_distillation_loss,
 )
-from rlrf_trainers.reprompt import (
-    Hint,
-    Reprompt,
-    build_reprompt,
-    choose_hints,
-    prompt_messages,
-    succeeded,
-)
+from rlrf_trainers.probe import measure_gap
+from rlrf_trainers.reprompt import Hint, Reprompt, Reprompter, choose_hints, other_hint, succeeded
 from rlrf_trainers.teacher import Teacher
+from rlrf_trainers.vocabulary import Logits, Objective, TeacherLogits, Tokens
 
 
 @dataclass
 class Target(Sample):
-    """A rollout and what its teacher was shown (``reprompt`` None: nothing, no distillation)."""
+    """A rollout, what its teacher was shown, and how much of each signal it gets."""
 
-    reprompt: Reprompt | None = None
+    reprompt: Reprompt | None = None  # None: nothing was shown, so there is no distillation
+    control: Reprompt | None = None  # another task's hint, under baseline="control"
+    advantage: float = 0.0  # reward minus the group's mean
+    distil: float = 0.0  # weight of the distillation
+    reinforce: float = 0.0  # weight of the policy gradient
     token_kl: list[float | None] = field(default_factory=list)  # [T], for the report
+
+    @property
+    def matters(self) -> bool:
+        """Whether it can move a weight."""
+        return bool(self.tokens) and bool(self.distil or self.reinforce * self.advantage)
 
 
 class SDPOTrainer:
@@ -64,6 +70,7 @@ class SDPOTrainer:
         run_dir: where to write; None writes nothing.
         eval_env: held-out environment; None: ``env``'s ``eval`` split.
         on_step: called with every line of metrics.
+        resume: go on with the run in ``run_dir``.
     """
 
     config_class = SDPOConfig
@@ -77,17 +84,21 @@ class SDPOTrainer:
         run_dir: str | Path | None = None,
         eval_env: Env | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
+        resume: bool = False,
     ) -> None:
-        self.config = config or SDPOConfig()
+        self.config = c = config or SDPOConfig()
         self.learner = Learner(
-            model, env, self.config, run_dir=run_dir, eval_env=eval_env, on_step=on_step
+            model, env, c, run_dir=run_dir, eval_env=eval_env, on_step=on_step, resume=resume
         )
-        self.teacher = Teacher(
-            self.learner.model,
-            self.config.teacher_regularization,
-            self.config.teacher_update_rate,
+        self.teacher = Teacher(self.learner.model, c.teacher_regularization, c.teacher_update_rate)
+        self.divergence = Divergence(
+            c.distillation_alpha,
+            c.distillation_topk or None,
+            c.distillation_add_tail,
+            c.distillation_advantage_clip or None,
         )
-        self.rng = random.Random(self.config.seed)
+        self.reprompter = Reprompter(c, self.learner.policy, env)
+        self.rng = random.Random(c.seed)
 
     def train(self) -> TrainResult:
         """Run all steps; see the module's algorithm box.
@@ -98,13 +109,14 @@ class SDPOTrainer:
         """
         learner = self.learner
         with learner.guarded():
-            learner.evaluate_if_due()
-            learner.log_step()
-            for learner.step in range(1, self.config.max_steps + 1):
+            for _ in learner.steps(self, first=self.probe):
                 self.learn(learner.collect())  # y ~ pi(. | x), r, f
-                learner.evaluate_if_due()
-                learner.log_step()
-        return learner.finish()
+            return learner.finish()
+
+    def probe(self) -> None:
+        """Measure the teacher gap: what the hint is worth before anything is learnt."""
+        with self.learner.clock("probe"):
+            measure_gap(self.learner, self.reprompter, self.config)
 
     def learn(self, rollouts: Sequence[Rollout]) -> None:
         """Learn from one generation batch: its optimizer steps, then one of the teacher."""
@@ -114,12 +126,12 @@ class SDPOTrainer:
             mini_batch
             for _ in range(config.num_iterations)
             for mini_batch in learner.mini_batches(targets)
-            if any(t.reprompt for t in mini_batch)
+            if learner.anywhere(any(t.matters for t in mini_batch))
         ]
         if len(steps) > 1:  # the later ones are off-policy
-            learner.remember_old_logps([t for t in targets if t.reprompt])
+            learner.remember_old_logps([t for t in targets if t.matters])
         for mini_batch in steps:
-            self.distil(mini_batch)
+            self.improve(mini_batch)
             learner.optimizer_step()
         if steps:
             self.teacher.update(learner.optimizer.masters)
@@ -128,22 +140,38 @@ class SDPOTrainer:
     # --- the reprompt -----------------------------------------------------------------------
 
     def reprompt(self, rollouts: Sequence[Rollout]) -> list[Target]:
-        """Build every rollout's teacher prompt; unscored rollouts are left out."""
-        learner, config = self.learner, self.config
+        """Decide what each rollout learns from, and build its teacher's prompt.
+
+        Unscored rollouts are left out, also of every mean.
+        """
+        config = self.config
         scored = [r for r in rollouts if r.scored]
         hints = choose_hints(scored, config, self.rng)
+        advantages = group_advantages(
+            torch.tensor([float(r.reward or 0.0) for r in scored]),
+            [r.group_id for r in scored],
+            scale_rewards="none",
+        ).tolist()
         targets = []
-        for rollout, hint in zip(scored, hints, strict=True):
-            reprompt = None
-            if hint and any(rollout.completion_mask):
-                reprompt = build_reprompt(
-                    prompt_messages(rollout), hint, config, learner.policy.encode, learner.tokenizer
-                )
-            targets.append(Target(rollout, reprompt=reprompt))
-        self._record_reprompts(targets, hints)
+        for rollout, hint, advantage in zip(scored, hints, advantages, strict=True):
+            target = Target(rollout, advantage=advantage)
+            if hint and target.tokens:
+                target.reprompt = self.reprompter.build(rollout, hint)
+                if config.baseline == "control":
+                    other = other_hint(rollout, hint, scored, hints)
+                    target.control = self.reprompter.build(rollout, other)
+            weight = config.distillation_weight
+            if config.route_to_grpo:
+                weight = float(bool(target.reprompt) and not succeeded(rollout, config))
+            target.distil = weight if target.reprompt else 0.0
+            target.reinforce = 1.0 - weight
+            targets.append(target)
+        self._record_reprompts(targets, hints, len(rollouts))
         return targets
 
-    def _record_reprompts(self, targets: Sequence[Target], hints: Sequence[Hint]) -> None:
+    def _record_reprompts(
+        self, targets: Sequence[Target], hints: Sequence[Hint], collected: int
+    ) -> None:
         """The metrics of the official code, under its names."""
         learner, config = self.learner, self.config
         if not targets:
@@ -164,7 +192,8 @@ class SDPOTrainer:
             "reprompt_truncated_fraction": truncated / n,
         }.items():
             learner.record(f"self_distillation/{name}", value)
-        if not active and not solved:  # when all succeed there is rightly nothing to distil
+        learner.record("masked_fraction", 1 - sum(t.matters for t in targets) / collected)
+        if not any(t.matters for t in targets) and len(solved) < len(groups):
             learner.warn(
                 "empty_target_batch",
                 f"step {learner.step}: no rollout has feedback or a correct sibling, so there is "
@@ -181,65 +210,166 @@ class SDPOTrainer:
 
     # --- the update -------------------------------------------------------------------------
 
-    def distil(self, targets: Sequence[Target]) -> None:
+    def improve(self, targets: Sequence[Target]) -> None:
         """Accumulate the gradient of one optimizer step."""
+        learner = self.learner
+        taught = [t for t in targets if t.distil and t.tokens]
+        others = [t for t in targets if t.matters and not t.distil]
+        # Rows without a hint count as well: see SDPOConfig.loss_aggregation.
+        distil_counts = learner.counts(targets, taught)
+        reinforce_counts = learner.counts(targets, [t for t in targets if t.reinforce])
+        for rows, has_teacher in ((taught, True), (others, False)):
+            for batch in learner.micro_batches(rows):
+                teacher = self.teacher_logits(batch) if has_teacher else None
+                with learner.clock("update"):
+                    if batch is None:
+                        learner.idle()
+                        continue
+                    self._distil(batch, teacher, distil_counts, reinforce_counts)
+
+    def _distil(
+        self,
+        batch: Batch[Target],
+        teacher: TeacherLogits | None,
+        distil_counts: BatchCounts,
+        reinforce_counts: BatchCounts,
+    ) -> None:
         learner, config = self.learner, self.config
-        active = [t for t in targets if t.reprompt is not None]
-        counts = BatchCounts(
-            rows=float(len(targets)),  # inactive rows count: see SDPOConfig.loss_aggregation
-            active_rows=float(len(active)),
-            tokens=float(sum(t.tokens for t in active)),
+        hidden = learner.hidden(batch.prompts, batch.layout)  # [N, H]
+        distils = teacher is not None
+        advantages: Tensor | None = None
+        if teacher is not None and config.distillation_level != "logit":
+            advantages, teacher = self.advantages(batch, hidden, teacher), None
+        objective = self.objective(
+            batch, hidden, advantages, distils, distil_counts, reinforce_counts
         )
-        for batch in learner.micro_batches(active):
-            layout = layout_of(batch)
-            with learner.clock("teacher"):
-                teacher_logits = self.teacher_logits(batch, layout)
-            with learner.clock("update"):
-                student_logits, ids = learner.student(batch, layout)
-                divergence, flat_metrics = self_distillation_loss(
-                    student_logits,
-                    teacher_logits,
-                    alpha=config.distillation_alpha,
-                    topk=config.distillation_topk or None,
-                    add_tail=config.distillation_add_tail,
-                    full_logit_distillation=config.full_logit_distillation,
-                    completion_ids=ids,
-                    per_token_kl_clip=config.distillation_kl_clip or None,
-                )
-                metrics = {name: layout.padded(x) for name, x in flat_metrics.items()}  # [B, T]
-                logps = metrics["student_logps"]
-                old_logps = learner.old_logps(batch, logps)
-                weights = learner.sampler_weights(batch, old_logps)
+        metrics = learner.loss(
+            batch, objective, hidden=hidden, divergence=self.divergence, teacher=teacher
+        )
+        learner.record_sampling(batch, metrics["logps"])
+        if advantages is not None:
+            metrics["teacher_student_kl"] = -advantages
+        if distils:
+            self._record_divergence(batch, metrics)
+
+    def objective(
+        self,
+        batch: Batch[Target],
+        hidden: Tensor,
+        advantages: Tensor | None,
+        distils: bool,
+        distil_counts: BatchCounts,
+        reinforce_counts: BatchCounts,
+    ) -> Objective:
+        """Divergence from the teacher, and the policy gradient of the rewards where it has weight.
+
+        Args:
+            batch: the micro-batch.
+            hidden: ``[N, H]`` of the student.
+            advantages: ``[N]`` of the sampled tokens, at the token and sequence level.
+            distils: whether the rows have a teacher.
+            distil_counts: what the distillation is divided by.
+            reinforce_counts: what the policy gradient is divided by.
+        """
+        config = self.config
+        rewards = batch.per_row([t.advantage for t in batch.samples])  # [N]
+        distil = batch.per_row([t.distil for t in batch.samples])
+        distil = distil * batch.weights(config.loss_aggregation, distil_counts)
+        reinforce = batch.per_row([t.reinforce for t in batch.samples])
+        reinforce = reinforce * batch.weights(config.loss_aggregation, reinforce_counts)
+        correction = self.learner.sampler_correction(batch, hidden)
+        old = batch.old_logps
+        reinforces = any(t.reinforce for t in batch.samples)
+
+        def objective(tokens: Tokens, rows: slice) -> Tensor:
+            before = tokens.logps.detach() if old is None else old[rows]
+            corrected = correction(before, rows)
+            loss = tokens.logps.new_zeros(())
+            if distils:
+                weights = distil[rows] * corrected
                 if config.distillation_is_clip:  # paper A.4
                     weights = weights * importance_weights(
-                        logps, old_logps, clip=config.distillation_is_clip
+                        tokens.logps, before, clip=config.distillation_is_clip
                     )
-                mask = completion_mask(batch, weights.device)
-                per_token = layout.padded(divergence) * weights
-                loss = aggregate(per_token, mask, config.loss_aggregation, counts=counts)
-                learner.backward(loss)
-            self._record_divergence(batch, mask, metrics)
+                if config.teacher_entropy_beta and tokens.teacher_entropy is not None:
+                    weights = (
+                        weights * (-config.teacher_entropy_beta * tokens.teacher_entropy).exp()
+                    )
+                if tokens.divergence is None:
+                    assert advantages is not None
+                    per_token = -advantages[rows] * tokens.logps
+                else:
+                    per_token = tokens.divergence
+                    if config.distillation_kl_clip:
+                        per_token = per_token.clamp(max=config.distillation_kl_clip)
+                loss = loss + (per_token * weights).sum()
+            if reinforces:
+                per_token, _ = clipped_surrogate(
+                    tokens.logps - before,
+                    rewards[rows],
+                    epsilon=config.epsilon,
+                    epsilon_high=config.epsilon_high,
+                )
+                loss = loss + (per_token * corrected * reinforce[rows]).sum()
+            return loss
 
-    def teacher_logits(self, batch: Sequence[Target], layout: Layout) -> Tensor:
-        """``[N, V]``: the teacher's logits of the student's tokens, after the reprompts."""
-        reprompts = [t.reprompt.prompt_ids for t in batch if t.reprompt is not None]
-        return self.teacher.logits(lambda: self.learner.logits(reprompts, layout))
+        return objective
+
+    def advantages(self, batch: Batch[Target], hidden: Tensor, teacher: TeacherLogits) -> Tensor:
+        """``[N]`` of ``log q(y_t) - log pi(y_t)``, or its mean over the row at sequence level."""
+        learner, config = self.learner, self.config
+        student = learner.student_logps(batch, hidden)
+        fixed = hidden.detach()
+        found = (
+            learner.logps(lambda rows: teacher(rows, learner.head.logits(fixed[rows])), batch.ids)
+            - student
+        )
+        for clip in (config.distillation_kl_clip, config.distillation_advantage_clip):
+            if clip:
+                found = found.clamp(-clip, clip)
+        return batch.row_means(found) if config.distillation_level == "sequence" else found
+
+    def teacher_logits(self, batch: Batch[Target] | None) -> TeacherLogits | None:
+        """The teacher's logits of the student's tokens, after the reprompts.
+
+        With a control, ``log q`` becomes ``log pi + log q_hint - log q_control``: what remains of
+        the advantage ``log q - log pi`` is what this hint says and another does not.
+        """
+        with self.learner.clock("teacher"):
+            shown = self._read(batch, "reprompt")
+            if self.config.baseline == "none":
+                return None if shown is None else lambda rows, _: shown(rows)
+            control = self._read(batch, "control")
+        if shown is None or control is None:
+            return None
+        return lambda rows, student: shown(rows).sub_(control(rows)).add_(student)
+
+    def _read(self, batch: Batch[Target] | None, which: str) -> Logits | None:
+        if batch is None:
+            self.teacher.idle()
+            return None
+        prompts: list[Reprompt] = [getattr(t, which) for t in batch.samples]
+        layout = Reprompt.layout(prompts)
+        learner = self.learner
+        return self.teacher.read(
+            lambda: learner.hidden([p.prompt_ids for p in prompts], layout), learner.head
+        )
 
     # --- the record -------------------------------------------------------------------------
 
-    def _record_divergence(
-        self, batch: Sequence[Target], mask: Tensor, metrics: dict[str, Tensor]
-    ) -> None:
-        sampled = mask.bool()
-        for name in ("teacher_student_kl", "teacher_entropy", "topk_coverage"):
+    def _record_divergence(self, batch: Batch[Target], metrics: dict[str, Tensor]) -> None:
+        for name in (
+            "teacher_student_kl",
+            "teacher_entropy",
+            "topk_coverage",
+            "teacher_topk_coverage",
+        ):
             if name in metrics:
-                value = metrics[name][sampled].mean().item()
-                self.learner.record(f"self_distillation/{name}", value)
-        for target, row in zip(batch, metrics["teacher_student_kl"], strict=True):
-            target.token_kl = [
-                value if m else None
-                for value, m in zip(row.tolist(), target.rollout.completion_mask, strict=False)
-            ]
+                self.learner.record(f"self_distillation/{name}", metrics[name].mean().item())
+        rows = batch.split(metrics["teacher_student_kl"])
+        for target, row in zip(batch.samples, rows, strict=True):
+            values = iter(row.tolist())
+            target.token_kl = [next(values) if m else None for m in target.rollout.completion_mask]
 
     def log(self, targets: Sequence[Target]) -> None:
         """Rewards, and every rollout with what its teacher saw and thought."""
@@ -263,3 +393,22 @@ class SDPOTrainer:
                 for t in targets
             ],
         )
+
+    # --- state ------------------------------------------------------------------------------
+
+    def state_dict(self) -> State:
+        """Everything the next step depends on."""
+        state = self.learner.state_dict()
+        state.tensors |= prefixed("teacher", self.teacher.state_dict())
+        state.data["demonstration_rng"] = self.rng.getstate()
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` gave.
+
+        Raises:
+            UsageError: it is of another model or configuration.
+        """
+        self.learner.load_state_dict(state)
+        self.teacher.load_state_dict(state.part("teacher"))
+        self.rng.setstate(as_rng_state(state.data["demonstration_rng"]))

@@ -1,18 +1,23 @@
 """The self-teacher's weights: the policy's own, slowed down (SDPO §2.3, table 4).
 
 Only trainable parameters differ between student and teacher, so a teacher is one fp32 copy of
-them, swapped in for the teacher's forward. With LoRA that copy is a few megabytes; with full
-fine-tuning it is the model once more. fp32 because an update of rate 0.01 rounds away in bf16.
+them, swapped in for the teacher's forward. With LoRA that copy is a second adapter of a few
+megabytes (a frozen one: the adapter switched off); with full fine-tuning it is the model once
+more. fp32 because an update of rate 0.01 rounds away in bf16.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from rlrf_trainers.distributed import full_state, idle, load_full, swapped
+from rlrf_trainers.policies.sampler import base_model
+from rlrf_trainers.vocabulary import Head, Logits
 
 Kind = Literal["ema", "trust_region", "frozen", "live"]
 
@@ -30,8 +35,15 @@ class Teacher:
     """
 
     def __init__(self, model: Any, kind: Kind = "ema", rate: float = 0.01) -> None:
-        self.kind, self.rate = kind, rate
+        self.model, self.kind, self.rate = model, kind, rate
         self._trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        head = getattr(base_model(model), "get_output_embeddings", lambda: None)()
+        self._of_head = {
+            field: n
+            for n, p in self._trainable.items()
+            for field in ("weight", "bias")
+            if p is getattr(head, field, None)
+        }
         self.weights: dict[str, Tensor] = (
             {}
             if kind == "live"
@@ -39,15 +51,25 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def logits(self, forward: Callable[[], Tensor]) -> Tensor:
-        """The teacher's logits; ``forward`` runs the model with whatever weights are in it."""
+    def read(self, forward: Callable[[], Tensor], head: Head) -> Logits:
+        """The teacher's logits of some tokens, made chunk by chunk from its hidden states.
+
+        Args:
+            forward: gives hidden states ``[N, H]`` with whatever weights are in the model.
+            head: the student's.
+        """
         if self.kind == "live":
-            return forward()
-        with self._swapped():
+            live = forward()
+            return lambda rows: head.logits(live[rows])
+        with swapped(self.model, self.weights):
             slow = forward()
-        if self.kind == "trust_region":
-            return torch.lerp(slow, forward(), self.rate)
-        return slow
+        slow_head = self._head(head)
+        if self.kind != "trust_region":
+            return lambda rows: slow_head.logits(slow[rows])
+        live = forward()
+        return lambda rows: torch.lerp(
+            slow_head.logits(slow[rows]), head.logits(live[rows]), self.rate
+        )
 
     @torch.no_grad()
     def update(self, student: dict[str, Tensor] | None = None) -> None:
@@ -65,24 +87,41 @@ class Teacher:
             new = (student or {}).get(name, parameter).detach().float()
             self.weights[name].lerp_(new, self.rate)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The teacher's own weights; must be saved with a checkpoint."""
-        return self.weights
-
     @torch.no_grad()
-    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
-        """Take the weights :meth:`state_dict` gave."""
-        for name, value in weights.items():
-            self.weights[name].copy_(value)
+    def idle(self) -> None:
+        """What a process runs while others :meth:`read`; only sharded weights need it."""
+        if self.kind != "live":
+            with swapped(self.model, self.weights):
+                idle(self.model)
+        if self.kind in ("live", "trust_region"):
+            idle(self.model)
 
-    @contextlib.contextmanager
-    def _swapped(self) -> Iterator[None]:
-        """The model with the teacher's weights."""
-        student = {n: p.data for n, p in self._trainable.items()}
-        try:
-            for name, parameter in self._trainable.items():
-                parameter.data = self.weights[name].to(parameter.dtype)
-            yield
-        finally:
-            for name, parameter in self._trainable.items():
-                parameter.data = student[name]
+    def state_dict(self) -> dict[str, Tensor]:
+        """The teacher's own weights, whole; must be saved with a checkpoint."""
+        return full_state(self.weights.items())
+
+    def load_state_dict(self, weights: dict[str, Tensor]) -> None:
+        """Take the weights :meth:`state_dict` gave.
+
+        Raises:
+            UsageError: they are of another model.
+        """
+        load_full(self.weights.items(), weights)
+
+    def _head(self, head: Head) -> Head:
+        """The head with the teacher's weights, where the head is trained."""
+        if head.module is None:
+            return head
+        own = {
+            field: _full(self.weights[name]).to(self._trainable[name].dtype)
+            for field, name in self._of_head.items()
+        }
+        if not own:
+            return head
+        weight, bias = own.get("weight", head.own_weight), own.get("bias", head.own_bias)
+        return replace(head, weight=weight, bias=bias)
+
+
+def _full(tensor: Any) -> Tensor:
+    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole

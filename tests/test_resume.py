@@ -1,0 +1,239 @@
+"""A run killed at any moment goes on as if it had not been: promise 5."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from safetensors.torch import load_file  # noqa: E402
+
+from rlrf import UsageError  # noqa: E402
+from rlrf.runs import Run  # noqa: E402
+from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
+from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
+from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from tests.resume_driver import CountA  # noqa: E402
+from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+
+COMMON = {
+    "max_steps": 6,
+    "prompts_per_step": 2,
+    "num_generations": 3,
+    "max_completion_length": 5,
+    "eval_tasks": 2,
+    "eval_steps": 3,
+    "learning_rate": 1e-2,
+    "save_steps": 2,
+}
+RUNS = {
+    "sdpo": ("sdpo", {"teacher_update_rate": 0.1, "demonstration": "random", "probe_tasks": 2}),
+    "sdpo-lora": ("sdpo", {"lora_r": 2, "lora_dropout": 0.1, "num_iterations": 2}),
+    "sdpo-bf16": ("sdpo", {"_dtype": "bfloat16", "distillation_weight": 0.5}),
+    "grpo": ("grpo", {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}),
+}
+
+
+def lines(run_dir, name):
+    records = [json.loads(line) for line in (run_dir / name).read_text().splitlines()]
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records]
+
+
+def assert_same(a: Path, b: Path) -> None:
+    """The same steps, the same rollouts, the same weights, to the last bit."""
+    assert lines(a, "metrics.jsonl") == lines(b, "metrics.jsonl")
+    assert lines(a, "rollouts.jsonl") == lines(b, "rollouts.jsonl")
+    for file in ("model/model.safetensors", "model/adapter_model.safetensors"):
+        assert (a / file).exists() == (b / file).exists()
+        if (a / file).exists():
+            assert (a / file).read_bytes() == (b / file).read_bytes()
+    states = [newest(x) for x in (a, b)]
+    assert states[0].tensors.keys() == states[1].tensors.keys()
+    for name, tensor in states[0].tensors.items():
+        assert torch.equal(tensor, states[1].tensors[name]), name
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_random_moments(name, tmp_path):
+    trainer, config = RUNS[name]
+    seed = 7 + list(RUNS).index(name)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "tests.resume_driver", str(tmp_path), trainer),
+            *(json.dumps({**COMMON, **config}), str(seed), "3"),
+        ],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["killed_at"]
+    assert len(lines(tmp_path / "whole", "metrics.jsonl")) == COMMON["max_steps"] + 1
+    assert_same(tmp_path / "whole", tmp_path / "killed")
+
+
+def trainer(run_dir, cls=SDPOTrainer, resume=False, **config):
+    model = HFPolicy(tiny_model(), tiny_tokenizer())
+    extra = {"probe_tasks": 0} if cls is SDPOTrainer else {}
+    made = cls.config_class(**{**COMMON, **extra, **config})
+    return cls(model, CountA(), made, run_dir=run_dir, resume=resume)
+
+
+@pytest.mark.parametrize("cls", [SDPOTrainer, GRPOTrainer])
+def test_a_state_puts_everything_back(cls, tmp_path):
+    config = {"beta": 0.1, "sync_ref_model": True} if cls is GRPOTrainer else {}
+    made = trainer(None, cls, **config)
+
+    def one_step():
+        made.learner.step += 1
+        made.learn(made.learner.collect())
+        return {n: p.detach().clone() for n, p in made.learner.model.named_parameters()}
+
+    one_step()
+    state = made.state_dict()
+    first = one_step()
+    one_step()
+    made.load_state_dict(state)
+    again = one_step()
+    assert all(torch.equal(first[n], again[n]) for n in first)
+
+
+def test_a_resumed_run_takes_more_steps_and_keeps_its_history(tmp_path):
+    trainer(tmp_path / "run", max_steps=4).train()
+    result = trainer(tmp_path / "run", max_steps=6, resume=True).train()
+    assert [line["step"] for line in result.history] == [0, 1, 2, 3, 4, 5, 6]
+    run = Run.open(tmp_path / "run")
+    assert run.status == "done"
+    assert any("resumed from the checkpoint of step 4" in e["message"] for e in run.events)
+
+
+def test_a_run_without_a_checkpoint_starts_over(tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(run_dir, save_steps=0, max_steps=2).train()
+    first = lines(run_dir, "metrics.jsonl")
+    trainer(run_dir, save_steps=0, max_steps=2, resume=True).train()
+    assert lines(run_dir, "metrics.jsonl") == first
+
+
+def test_resuming_another_model_is_refused(tmp_path):
+    trainer(tmp_path / "run").train()
+    other = HFPolicy(tiny_model(hidden_size=16), tiny_tokenizer())
+    config = SDPOConfig(**{**COMMON, "probe_tasks": 0})
+    resumed = SDPOTrainer(other, CountA(), config, run_dir=tmp_path / "run", resume=True)
+    with pytest.raises(UsageError, match="same model"):
+        resumed.train()
+
+
+def test_only_so_many_checkpoints_are_kept_and_the_best(tmp_path):
+    trainer(tmp_path / "run", save_steps=1, save_total_limit=2, eval_steps=1).train()
+    kept = Checkpoints(tmp_path / "run")
+    assert kept.steps() == [5, 6]
+    best = kept.load(BEST)
+    rewards = {
+        line["step"]: line["eval/reward"] for line in lines(tmp_path / "run", "metrics.jsonl")
+    }
+    assert best.data["value"] == max(v for s, v in rewards.items() if s)
+
+
+# --- best, early stop ---------------------------------------------------------------------------
+
+
+def with_evaluations(made, rewards):
+    """Let the evaluations of a trainer give these rewards."""
+    values = iter(rewards)
+
+    def evaluate():
+        if made.learner.step % made.config.eval_steps == 0:
+            made.learner.record("eval/reward", next(values))
+
+    made.learner.evaluate_if_due = evaluate
+    return made
+
+
+def test_the_best_weights_are_left_in_model(tmp_path):
+    made = with_evaluations(
+        trainer(
+            tmp_path / "run",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            save_steps=1,
+            save_total_limit=10,
+        ),
+        [0.1, 0.2, 0.9, 0.3, 0.9, 0.1, 0.0],
+    )
+    result = made.train()
+    assert result.model_step == 2  # the first of two alike
+    at_best = Checkpoints(tmp_path / "run").load(2).part("master")
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    for name, weight in at_best.items():
+        if name in saved:
+            assert torch.equal(weight, saved[name]), name
+    last = Checkpoints(tmp_path / "run").load(6).part("master")
+    assert any(not torch.equal(last[n], at_best[n]) for n in last)
+
+
+def test_patience_ends_a_run(tmp_path):
+    made = with_evaluations(
+        trainer(tmp_path / "run", eval_steps=1, early_stopping_patience=2),
+        [0.1, 0.5, 0.4, 0.5, 0.9],
+    )
+    result = made.train()
+    assert [line["step"] for line in result.history] == [0, 1, 2, 3]
+    events = Run.open(tmp_path / "run").events
+    assert any("stopped after step 3" in e["message"] for e in events)
+
+
+def test_a_metric_that_never_comes_is_said(tmp_path):
+    made = trainer(
+        tmp_path / "run", load_best_model_at_end=True, metric_for_best_model="eval/rewrad"
+    )
+    with pytest.warns(RuntimeWarning, match="eval/rewrad"):
+        made.train()
+
+
+@pytest.mark.parametrize("key", ["early_stopping_patience", "load_best_model_at_end"])
+def test_choosing_the_best_needs_evaluations(key):
+    with pytest.raises(ValueError, match="eval_steps"):
+        GRPOConfig(**{key: 1 if key.startswith("early") else True})
+
+
+# --- the files ----------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_step(1, State({"x": torch.ones(3)}, {"step": 1}), keep=2)
+    import rlrf_trainers.checkpoints as module
+
+    monkeypatch.setattr(module, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoints.save_step(2, State({"x": torch.zeros(3)}, {}), keep=2)
+    assert checkpoints.steps() == [1]
+    assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step-00000001"]
+    assert newest(tmp_path).data == {"step": 1}
+
+
+def test_a_kill_between_two_renames_loses_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(BEST, State({}, {"value": 1}))
+    (checkpoints.folder / BEST).rename(checkpoints.folder / f".{BEST}.old")
+    assert newest(tmp_path) is None
+    assert checkpoints.load(BEST).data == {"value": 1}
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    path = checkpoints.save_step(3, State({"x": torch.ones(3)}, {}), keep=1)
+    (path / "state.safetensors").write_bytes(b"oops")
+    with pytest.raises(UsageError, match="step-00000003"):
+        newest(tmp_path)
+    with pytest.raises(UsageError, match="there are step 3"):
+        checkpoints.load(4)

@@ -1,0 +1,93 @@
+"""The teacher gap: how much more often the policy is right when it is shown the hint.
+
+SDPO moves the policy towards itself-with-the-hint, so what that one can do bounds what is to be
+gained; over models and tasks the final gain is about linear in the gap before training (arXiv
+2605.30070). It costs one more generation batch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+
+import rlrf
+from rlrf import Completion, Prompt, SamplingParams
+from rlrf_trainers import distributed
+from rlrf_trainers.config import SDPOConfig
+from rlrf_trainers.learner import Learner
+from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.reprompt import Reprompt, Reprompter, choose_hints
+
+
+class _Shown:
+    """The policy, which reads the reprompt of its group in place of the question."""
+
+    def __init__(self, policy: HFPolicy, reprompts: dict[str, Reprompt]) -> None:
+        self.policy, self.reprompts = policy, reprompts
+        self.max_batch_size = policy.max_batch_size
+        self.score, self.update_weights = policy.score, policy.update_weights
+
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
+        shown = [
+            replace(p, messages=self.reprompts[p.group or ""].messages)
+            if p.prefix_ids is None
+            else p
+            for p in prompts
+        ]
+        return self.policy.generate(shown, params)
+
+
+def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) -> None:
+    """Record ``self_distillation/teacher_gap`` and what it is the difference of.
+
+    On ``probe_tasks`` training tasks the policy tries a few times. For each failed attempt that
+    gets a hint, it tries once more with the hint. The gap is the mean reward of these less the
+    mean reward of the failed attempt's siblings: to be compared with the failure itself would
+    count a mere second try as a gain.
+
+    Recorded only where an attempt failed and could be given a hint.
+    """
+    tasks = learner.tasks
+    # Of its own seed: whether there is a probe must not change what is trained on.
+    rng = random.Random(config.seed)
+    chosen = rng.sample(range(len(tasks)), min(config.probe_tasks, len(tasks)))
+    mine = [tasks[i] for i in chosen[learner.world.rank :: learner.world.size]]
+    group_size = max(2, min(4, config.num_generations))
+    with distributed.whole(learner.model):
+        rollouts = learner.sample(mine, group_size) if mine else []
+        scored = [r for r in rollouts if r.scored]
+        rewards: dict[str, list[float]] = defaultdict(list)
+        for r in scored:
+            rewards[r.group_id].append(r.reward or 0.0)
+        hinted = [
+            (r, hint)
+            for r, hint in zip(scored, choose_hints(scored, config, rng), strict=True)
+            if hint and not r.solved and len(rewards[r.group_id]) > 1
+        ]
+        if not hinted:
+            return
+        by_id = {task.id: task for task in mine}
+        again = [by_id[r.task_id] for r, _ in hinted]
+        reprompts = {
+            f"{i}:{task.id}": reprompter.build(r, hint)
+            for i, ((r, hint), task) in enumerate(zip(hinted, again, strict=True))
+        }
+        retries = rlrf.rollout(
+            learner.env,
+            _Shown(learner.policy, reprompts),
+            again,
+            max_concurrency=config.max_concurrency,
+            deadline_s=config.rollout_deadline_s,
+            params=learner.sampling_params,
+            seed=config.seed + 31,
+        )
+    for (failed, _), retry in zip(hinted, retries, strict=True):
+        if retry.reward is None:
+            continue
+        siblings = rewards[failed.group_id]
+        without = (sum(siblings) - (failed.reward or 0.0)) / (len(siblings) - 1)
+        learner.record("self_distillation/probe_teacher_reward", retry.reward)
+        learner.record("self_distillation/probe_student_reward", without)
+        learner.record("self_distillation/teacher_gap", retry.reward - without)
