@@ -432,6 +432,18 @@ def test_without_feedback_sdpo_warns_once_and_learns_nothing():
     assert [r.updates for r in report.runs] == [0, 0, 0]
 
 
+def test_what_the_trainer_warns_of_is_said_once_not_once_per_run(monkeypatch):
+    class Worried(SDPOTrainer):
+        def learn(self, rollouts):
+            self.learner.warn("worry", "I worry")
+            super().learn(rollouts)
+
+    monkeypatch.setattr(module, "SDPOTrainer", Worried)
+    with pytest.warns(RuntimeWarning, match="I worry") as told:
+        discover(Letters(), tiny(), methods="sdpo", budget=12, config=LEARNS)
+    assert len([w for w in told if "worry" in str(w.message)]) == 1
+
+
 def test_the_schedule_of_the_learning_rate_follows_the_budget():
     rates = []
 

@@ -166,6 +166,7 @@ def test_every_line_arrives_in_order_on_a_thread_of_its_own(services, warned, tm
     assert not warned
     threads = [service.threads for service in services.values()]
     assert all(len(found) == 1 for found in threads)
+    assert all(thread.daemon for found in threads for thread in found)  # none holds up the exit
     assert len(set.union(*threads) | {threading.current_thread()}) == len(TRACKERS) + 1
     for name, service in services.items():
         assert service.lines == [(s, {"reward": s / 10, "loss": 1.0}) for s in range(20)], name

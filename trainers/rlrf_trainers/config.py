@@ -124,7 +124,7 @@ class TrainerConfig(BaseModel):
     save_total_limit: int = Field(2, ge=1, description="checkpoints to keep, besides the best")
     log_rollouts: bool = Field(True, description="write rollouts.jsonl")
     save_model: bool = Field(True, description="write model/ at the end")
-    report_to: list[str] = Field(
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         [], description="trackers beside metrics.jsonl: tensorboard, wandb, trackio"
     )
     project: str = Field("rlrf", min_length=1, description="name of the project in the trackers")

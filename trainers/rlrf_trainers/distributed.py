@@ -15,9 +15,11 @@ All functions do the obvious local thing when there is only one process.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -80,6 +82,9 @@ class World:
             # Two backends: numbers and objects of the host need no GPU to travel.
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+            # A gloo thread that drops its last tensor while Python is shutting down aborts the
+            # process, seen in one of ten runs under load: let it end first.
+            atexit.register(time.sleep, 0.2)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     @property
@@ -182,7 +187,7 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         parameter.grad = parameter.grad.contiguous()
-        for piece in parameter.grad.view(-1).split(BUCKET):
+        for piece in torch.split(parameter.grad.view(-1), BUCKET):
             same = not bucket or piece.dtype == bucket[0].dtype
             if not same or sum(p.numel() for p in bucket) + piece.numel() > BUCKET:
                 _sum_bucket(bucket)
@@ -197,7 +202,8 @@ def _sum_bucket(pieces: Sequence[Tensor]) -> None:
     dtype = torch.promote_types(pieces[0].dtype, torch.float32)
     flat = torch.cat(list(pieces)).to(dtype)
     dist.all_reduce(flat)
-    for piece, summed in zip(pieces, flat.split([p.numel() for p in pieces]), strict=True):
+    sums = torch.split(flat, [p.numel() for p in pieces])
+    for piece, summed in zip(pieces, sums, strict=True):
         piece.copy_(summed)
 
 
@@ -227,6 +233,12 @@ def grad_norm(parameters: Iterable[Tensor]) -> float:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor, sharing its memory: the tensor itself unless sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank; a collective operation if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 # --- FSDP2 ------------------------------------------------------------------------------------
@@ -344,7 +356,8 @@ def idle(model: Any) -> Tensor:
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=_device())
     hidden = decoder_forward(model, input_ids=ids, use_cache=False)
-    return 0 * (hidden.sum() + base_model(model).get_output_embeddings().weight[0].sum())
+    head: Tensor = base_model(model).get_output_embeddings().weight
+    return 0 * (hidden.sum() + head[0].sum())
 
 
 @contextlib.contextmanager
@@ -394,9 +407,9 @@ def full_state(tensors: Named) -> dict[str, Tensor]:
     main = _alone() or dist.get_rank() == 0
     state = {}
     for name, tensor in tensors:
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = gathered(tensor)
         if main:
-            state[name] = full.detach().to("cpu", copy=True)
+            state[name] = full.to("cpu", copy=True)
     return state
 
 

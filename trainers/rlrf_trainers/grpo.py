@@ -128,13 +128,6 @@ class GRPOTrainer:
         ]
         if rollouts:
             learner.record("masked_fraction", 1 - sum(map(self.matters, samples)) / len(rollouts))
-        if scored and not any(self.matters(s) for s in samples):
-            learner.warn(
-                "flat_rewards",
-                f"step {learner.step}: every group's rewards are all equal, so GRPO has no "
-                "gradient and makes no update. Raise num_generations, use easier tasks, or a "
-                "trainer that reads the feedback (sdpo)",
-            )
         return samples
 
     def matters(self, sample: Attempt) -> bool:

@@ -31,6 +31,7 @@ from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.distributed import World
 from rlrf_trainers.forward import Layout, completion_hidden, micro_batches
+from rlrf_trainers.health import Monitor
 from rlrf_trainers.losses import (
     Aggregation,
     BatchCounts,
@@ -38,8 +39,10 @@ from rlrf_trainers.losses import (
     aggregation_weights,
     rollout_importance_weights,
 )
+from rlrf_trainers.models import IN_MEMORY
 from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
 from rlrf_trainers.policies.sampler import base_model
+from rlrf_trainers.trackers import Trackers, open_trackers
 from rlrf_trainers.vocabulary import (
     Head,
     Logits,
@@ -201,6 +204,8 @@ class Learner:
         self.run: Run | None = None
         if run_dir is not None and self.world.is_main:
             self.run = self._open_run(run_dir, resume)
+        self.monitor = Monitor(config)
+        self.trackers: Trackers | None = None
         self.resume_from: Path | None = Path(run_dir) if run_dir is not None and resume else None
         if self.head.module is None:
             self.warn(
@@ -212,7 +217,7 @@ class Learner:
     def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
         config = {
             "trainer": self.config.model_dump(),
-            "model": str(getattr(self.model.config, "_name_or_path", "") or "in memory"),
+            "model": str(getattr(self.model.config, "_name_or_path", "") or IN_MEMORY),
         }
         if resume:
             run = Run.open(run_dir)
@@ -328,7 +333,7 @@ class Learner:
         """Whether it is so on any process; to be asked on every one."""
         return bool(self.world.max(int(here)))
 
-    def micro_batches(self, samples: Sequence[S]) -> Iterator[Batch[S] | None]:
+    def micro_batches(self, samples: Sequence[S]) -> list[Batch[S] | None]:
         """The samples of each forward; how they are split does not change the loss.
 
         With sharded weights every process must run as many forwards as the others: one that has
@@ -339,11 +344,12 @@ class Learner:
             [s.rollout.completion_ids for s in samples],
             self.config.micro_batch_tokens,
         )
-        found = [[samples[i] for i in rows] for rows in batches]
-        for rows in found:
-            yield Batch(rows, self.device)
-        if distributed.is_sharded(self.model):
-            yield from [None] * (self.world.max(len(found)) - len(found))
+        found: list[Batch[S] | None] = [
+            Batch([samples[i] for i in rows], self.device) for rows in batches
+        ]
+        if distributed.is_sharded(self.model):  # to be agreed on before the first forward
+            found += [None] * (self.world.max(len(found)) - len(found))
+        return found
 
     def idle(self, *, teacher: bool = False) -> None:
         """What a process without samples runs while others have some."""
@@ -616,8 +622,21 @@ class Learner:
     def resumed(self, trainer: Stateful) -> bool:
         """Put the run back to its last checkpoint, where it was asked for; whether there is one."""
         folder, self.resume_from = self.resume_from, None
-        if folder is None:
-            return False
+        found = folder is not None and self._restore(folder, trainer)
+        if self.world.is_main:
+            name = self.run.path.name if self.run is not None else type(self.env).__name__
+            self.trackers = open_trackers(
+                self.config.report_to,
+                project=self.config.project,
+                name=name,
+                config=self.config.model_dump(),
+                warn=self.warn,
+                folder=None if self.run is None else self.run.path,
+                resume_step=self.step + 1 if found else None,
+            )
+        return found
+
+    def _restore(self, folder: Path, trainer: Stateful) -> bool:
         state = newest(folder) if self.world.is_main else None
         self.world.barrier()  # the main process tidies up
         if not self.world.is_main:
@@ -663,6 +682,7 @@ class Learner:
             "trained_s": self.clock.trained,
             "best": dict(self.best) if self.best else None,
             "evaluations_since_best": self.evaluations_since_best,
+            "monitor": self.monitor.state_dict(),
             "config": self.config.model_dump(),
         }
         return State(tensors, data)
@@ -685,6 +705,7 @@ class Learner:
         self.clock.trained = data["trained_s"]
         self.best = data["best"]
         self.evaluations_since_best = data["evaluations_since_best"]
+        self.monitor.load_state_dict(data["monitor"])
 
     # --- the record -----------------------------------------------------------------------
 
@@ -714,8 +735,13 @@ class Learner:
         self.history.append(line)
         if self.run is not None:
             self.run.log(self.step, {k: v for k, v in line.items() if k != "step"})
+        if self.trackers is not None:
+            self.trackers.log(self.step, line)
         if self.on_step is not None and self.world.is_main:
             self.on_step(line)
+        for topic, message in self.monitor.observe(line):
+            self._warned.discard(topic)  # the monitor knows when to say a thing again
+            self.warn(topic, message)
         return line
 
     def log_rollouts(
@@ -754,7 +780,8 @@ class Learner:
             self.run.event("warning", message)
         if topic not in self._warned:
             self._warned.add(topic)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            if self.world.is_main:
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def note(self, message: str) -> None:
         """Keep a note in the run's record."""
@@ -769,6 +796,8 @@ class Learner:
             if step != self.step:
                 self._load_best()
         model_dir = self._save_model()
+        if self.trackers is not None:
+            self.trackers.close()
         if self.run is None:
             return rlrf.TrainResult(self.history)
         self.run.finish("done")
@@ -806,6 +835,8 @@ class Learner:
         try:
             yield
         except BaseException as error:
+            if self.trackers is not None:
+                self.trackers.close(failed=True)
             if self.run is not None:
                 stopped = isinstance(error, KeyboardInterrupt)
                 self.run.event("error", f"{type(error).__name__}: {error}")

@@ -35,7 +35,8 @@ from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, Usage
 from rlrf.fetch import cache_dir, hub_answers
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
-"""How long the hub may take to answer before it counts as unreachable."""
+IN_MEMORY = "in memory"
+"""What a run's configuration has for the model if it came from no folder."""
 
 
 @dataclass(frozen=True)
@@ -478,3 +479,84 @@ def fetch(
         shutil.copytree(folder, out)
         folder = out
     print(folder)
+
+
+@app.command("export")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    checkpoint: Annotated[
+        str, typer.Option(help="final (what the run left in model/), best, or a step.")
+    ] = "final",
+    merge: Annotated[
+        bool, typer.Option("--merge/--adapter", help="A LoRA run: a whole model, or the adapter.")
+    ] = True,
+) -> None:
+    """Write a run's model, at its end or at a checkpoint, as a plain Hugging Face folder."""
+    print(export_model(run, out, checkpoint=checkpoint, merge=merge))
+
+
+def export_model(
+    run_dir: Path | str, out: Path | str, *, checkpoint: str = "final", merge: bool = True
+) -> Path:
+    """Write a run's model as a folder that transformers loads without rlrf or peft.
+
+    Args:
+        run_dir: a run of the trainers ``sdpo`` or ``grpo``.
+        out: the folder to make.
+        checkpoint: ``final``, ``best``, or the number of a step.
+        merge: for a LoRA run, merge the adapter into the model; else write the adapter alone.
+
+    Raises:
+        UsageError: no such run or checkpoint; ``out`` is there already.
+    """
+    from rlrf.config import build_config
+    from rlrf.runs import Run
+    from rlrf_trainers.checkpoints import Checkpoints
+    from rlrf_trainers.config import GRPOConfig, SDPOConfig
+    from rlrf_trainers.learner import trainable
+    from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
+
+    run, out = Run.open(run_dir), Path(out)
+    if out.exists():
+        raise UsageError(f"{str(out)!r} is there already; remove it or name another folder")
+    written = run.config.get("trainer", {})
+    base = str(run.config.get("model", ""))
+    if not isinstance(written, dict) or "lora_r" not in written or not base:
+        raise UsageError(f"{str(run.path)!r} is no run of the trainers sdpo or grpo")
+    cls = SDPOConfig if "distillation_alpha" in written else GRPOConfig
+    config = build_config(cls, written)
+    tensors = None
+    if checkpoint == "final":
+        if not (run.path / "model").is_dir():
+            raise UsageError(
+                f"the run {str(run.path)!r} left no model/; export a checkpoint instead "
+                "(--checkpoint best, or a step)"
+            )
+    else:
+        state = Checkpoints(run.path).load(int(checkpoint) if checkpoint.isdigit() else checkpoint)
+        tensors = state.part("master") or state.tensors
+    if tensors is None and not config.lora_r:
+        shutil.copytree(run.path / "model", out)
+        return out
+    if base == IN_MEMORY:
+        raise UsageError(
+            f"the run {str(run.path)!r} began with a model that was loaded in memory, which cannot "
+            "be loaded again; only the final model of a run without LoRA can be exported"
+        )
+    policy = HFPolicy(base, device="cpu")
+    if tensors is None:
+        from peft import PeftModel
+
+        model: Any = PeftModel.from_pretrained(policy.model, str(run.path / "model"))
+    else:
+        model = trainable(policy.model, config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name in tensors:
+                parameter.data.copy_(tensors[parameter_name])
+    if config.lora_r and merge:
+        model = model.merge_and_unload()
+    with quiet_transformers():
+        model.save_pretrained(out)
+        policy.tokenizer.save_pretrained(out)
+    return out

@@ -193,20 +193,6 @@ class SDPOTrainer:
         }.items():
             learner.record(f"self_distillation/{name}", value)
         learner.record("masked_fraction", 1 - sum(t.matters for t in targets) / collected)
-        if not any(t.matters for t in targets) and len(solved) < len(groups):
-            learner.warn(
-                "empty_target_batch",
-                f"step {learner.step}: no rollout has feedback or a correct sibling, so there is "
-                "nothing to distil and no update. Raise the environment's feedback level, set "
-                "include_environment_feedback=true, or raise num_generations",
-            )
-        if truncated:
-            learner.warn(
-                "reprompt_truncated",
-                f"step {learner.step}: {truncated} of {n} teacher prompts exceed "
-                f"max_reprompt_len={config.max_reprompt_len}; their feedback or demonstration "
-                "was shortened",
-            )
 
     # --- the update -------------------------------------------------------------------------
 

@@ -1,0 +1,89 @@
+"""A run's model as a plain folder: merged or not, from the end or from a checkpoint."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from rlrf import UsageError, make_trainer  # noqa: E402
+from rlrf_trainers.models import app, export_model  # noqa: E402
+from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+from tests.resume_driver import CountA  # noqa: E402
+from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
+
+CONFIG = {
+    "max_steps": 2,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "max_completion_length": 4,
+    "eval_tasks": 2,
+    "eval_steps": 1,
+    "learning_rate": 1e-1,
+    "save_steps": 1,
+    "probe_tasks": 0,
+}
+IDS = torch.tensor([[1, 2, 3, 4]])
+
+
+def trained(tmp_path, *, model=None, **config):
+    folder = save_tiny(tmp_path / "base")
+    trainer = make_trainer(
+        "sdpo",
+        model=model or str(folder),
+        env=CountA(),
+        config={**CONFIG, **config},
+        run_dir=tmp_path / "run",
+    )
+    trainer.train()
+    return trainer.learner.model
+
+
+def logits(folder):
+    with torch.no_grad():
+        return AutoModelForCausalLM.from_pretrained(folder)(IDS).logits
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_the_exported_model_is_the_trained_one(tmp_path, lora_r):
+    model = trained(tmp_path, lora_r=lora_r)
+    with torch.no_grad():
+        expected = model(IDS).logits
+    out = export_model(tmp_path / "run", tmp_path / "out")
+    torch.testing.assert_close(logits(out), expected, atol=1e-4, rtol=1e-4)
+    assert not (out / "adapter_config.json").exists()
+    assert AutoTokenizer.from_pretrained(out).chat_template
+    first = logits(export_model(tmp_path / "run", tmp_path / "first", checkpoint="1"))
+    second = logits(export_model(tmp_path / "run", tmp_path / "second", checkpoint="2"))
+    torch.testing.assert_close(second, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(first, second, atol=1e-4)
+    assert logits(export_model(tmp_path / "run", tmp_path / "best", checkpoint="best")).shape
+
+
+def test_an_adapter_can_stay_one(tmp_path):
+    trained(tmp_path, lora_r=2)
+    out = export_model(tmp_path / "run", tmp_path / "out", checkpoint="2", merge=False)
+    assert (out / "adapter_config.json").exists()
+    assert not (out / "model.safetensors").exists()
+
+
+def test_the_command(tmp_path):
+    trained(tmp_path)
+    run, out = str(tmp_path / "run"), str(tmp_path / "out")
+    done = CliRunner().invoke(app, ["export", run, out])
+    assert done.exit_code == 0, done.output
+    assert out in done.output.replace("\n", "")
+    with pytest.raises(UsageError, match="there already"):
+        export_model(run, out)
+    with pytest.raises(UsageError, match="there are step 1, step 2, best"):
+        export_model(run, tmp_path / "new", checkpoint="7")
+    with pytest.raises(UsageError, match="no run"):
+        export_model(tmp_path / "base", tmp_path / "new")
+
+
+def test_a_model_from_memory_cannot_be_loaded_again(tmp_path):
+    trained(tmp_path, model=HFPolicy(tiny_model(), tiny_tokenizer()), lora_r=2)
+    with pytest.raises(UsageError, match="in memory"):
+        export_model(tmp_path / "run", tmp_path / "out")

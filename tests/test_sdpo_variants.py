@@ -1,0 +1,320 @@
+"""The variants of SDPO against their definitions, in float64 on a tiny model."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import rlrf  # noqa: E402
+from rlrf import Feedback, Outcome, Task  # noqa: E402
+from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
+from rlrf_trainers.forward import Layout, completion_logits  # noqa: E402
+from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.losses import selected_logps, self_distillation_loss  # noqa: E402
+from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.reprompt import Hint, Reprompt, choose_hints, other_hint  # noqa: E402
+from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+
+SMALL = {
+    "max_steps": 1,
+    "prompts_per_step": 3,
+    "num_generations": 4,
+    "max_completion_length": 5,
+    "micro_batch_tokens": 100,
+    "rollout_is": "none",
+}
+
+
+class Parity(rlrf.SingleTurnEnv):
+    """Replies of even length are right; feedback names the task."""
+
+    def load_tasks(self, split):
+        return [Task(f"{split}-{i}", f"Say {i}.") for i in range(6)]
+
+    def grade(self, task, completion):
+        if len(completion) % 2 == 0:
+            return Outcome(1.0)
+        return Outcome(0.0, Feedback.of("hint", f"Say something even about {task.id}."))
+
+
+def sdpo(env=None, **config):
+    model = HFPolicy(tiny_model().double(), tiny_tokenizer())
+    made = SDPOConfig(**{**SMALL, "probe_tasks": 0, **config})
+    trainer = SDPOTrainer(model, env or Parity(), made)
+    trainer.learner.step = 1
+    return trainer
+
+
+def gradient(trainer):
+    found = {
+        n: p.grad.clone() if p.grad is not None else torch.zeros_like(p)
+        for n, p in trainer.learner.model.named_parameters()
+    }
+    return torch.cat([g.flatten() for g in found.values()])
+
+
+def sdpo_gradient(rollouts, **config):
+    trainer = sdpo(**config)
+    trainer.improve(trainer.reprompt(rollouts))
+    return gradient(trainer)
+
+
+def assert_near(found, expected):
+    """Equal to a millionth of the largest number."""
+    scale = expected.abs().max()
+    assert scale > 0
+    torch.testing.assert_close(found / scale, expected / scale, atol=1e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    collected = sdpo().learner.collect()
+    rewards = {r.group_id: set() for r in collected}
+    for r in collected:
+        rewards[r.group_id].add(r.reward)
+    assert {0.0, 1.0} in rewards.values()  # else half of what follows would test nothing
+    return collected
+
+
+def test_the_mix_of_rewards_and_feedback_is_linear(rollouts):
+    ends = {w: sdpo_gradient(rollouts, distillation_weight=w) for w in (0.0, 0.3, 1.0)}
+    assert ends[0.0].abs().max() > 0
+    assert ends[1.0].abs().max() > 0
+    assert_near(ends[0.3], 0.3 * ends[1.0] + 0.7 * ends[0.0])
+
+
+def test_weight_zero_is_grpo_without_scaling(rollouts):
+    model = HFPolicy(tiny_model().double(), tiny_tokenizer())
+    config = GRPOConfig(**SMALL, loss_type="grpo", scale_rewards="none")
+    grpo = GRPOTrainer(model, Parity(), config)
+    grpo.learner.step = 1
+    grpo.improve(grpo.advantages(rollouts))
+    assert_near(sdpo_gradient(rollouts, distillation_weight=0.0), gradient(grpo))
+
+
+def test_routing_distils_failures_and_reinforces_the_rest(rollouts):
+    trainer = sdpo(route_to_grpo=True)
+    targets = trainer.reprompt(rollouts)
+    assert {(t.rollout.solved, t.distil, t.reinforce) for t in targets if t.reprompt} <= {
+        (False, 1.0, 0.0),
+        (True, 0.0, 1.0),
+    }
+    assert all(t.reinforce == 1.0 for t in targets if not t.reprompt)
+    assert any(t.distil for t in targets)
+    assert any(t.matters and t.reinforce for t in targets)
+
+
+def by_hand(rollouts, per_token):
+    """The gradient of ``mean over rows of the mean over tokens of per_token(...)``."""
+    trainer = sdpo()
+    targets = trainer.reprompt(rollouts)
+    total = 0.0
+    for target in targets:
+        if target.reprompt is None:
+            continue
+        r = target.rollout
+        layout = Layout([r.completion_ids])
+        student = completion_logits(trainer.learner.model, [r.prompt_ids], layout)
+        with torch.no_grad():
+            teacher = completion_logits(trainer.learner.model, [target.reprompt.prompt_ids], layout)
+        ids = torch.tensor(r.completion_ids)
+        total = total + per_token(student, teacher, ids).mean() / len(targets)
+    total.backward()
+    return gradient(trainer)
+
+
+def test_logit_level(rollouts):
+    expected = by_hand(
+        rollouts,
+        lambda s, t, ids: self_distillation_loss(s, t, alpha=1.0, topk=20)[0],
+    )
+    assert_near(sdpo_gradient(rollouts), expected)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_token_and_sequence_level(rollouts, level):
+    def per_token(student, teacher, ids):
+        logps, teacher_logps = selected_logps(student, ids), selected_logps(teacher, ids)
+        advantage = (teacher_logps - logps).detach()
+        if level == "sequence":
+            advantage = advantage.mean().expand(len(ids))
+        return -advantage * logps
+
+    assert_near(sdpo_gradient(rollouts, distillation_level=level), by_hand(rollouts, per_token))
+
+
+def test_advantages_are_clipped_in_the_gradient(rollouts):
+    def clipped(student, teacher, ids):
+        log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+        advantage = (log_q - log_p).clamp(-0.1, 0.1).detach()
+        return -(advantage * log_p.exp()).sum(-1)
+
+    found = sdpo_gradient(rollouts, distillation_advantage_clip=0.1, distillation_topk=0)
+    assert_near(found, by_hand(rollouts, clipped))
+    unclipped = sdpo_gradient(rollouts, distillation_topk=0)
+    assert not torch.allclose(found, unclipped, atol=1e-6)
+
+
+def test_the_teachers_entropy_weighs_its_tokens(rollouts):
+    def weighed(student, teacher, ids):
+        per_token, metrics = self_distillation_loss(student, teacher, alpha=1.0, topk=20)
+        return per_token * (-2.0 * metrics["teacher_entropy"]).exp()
+
+    assert_near(sdpo_gradient(rollouts, teacher_entropy_beta=2.0), by_hand(rollouts, weighed))
+
+
+# --- the control ------------------------------------------------------------------------------
+
+
+def test_what_the_control_says_too_is_not_taught(rollouts, monkeypatch):
+    import rlrf_trainers.sdpo as module
+
+    assert sdpo_gradient(rollouts, baseline="control").abs().max() > 1e-6
+    monkeypatch.setattr(module, "other_hint", lambda rollout, hint, *_: hint)
+    assert sdpo_gradient(rollouts, baseline="control").abs().max() < 1e-12
+
+
+def test_the_control_is_another_tasks_hint(rollouts):
+    config = SDPOConfig(use_successful_as_teacher=False)
+    hints = choose_hints(rollouts, config, random.Random(0))
+    for rollout, hint in zip(rollouts, hints, strict=True):
+        if not hint:
+            continue
+        other = other_hint(rollout, hint, rollouts, hints)
+        assert other.feedback.text != hint.feedback.text
+        assert rollout.task_id not in other.feedback.text
+
+
+def test_where_all_feedback_is_one_rule_the_control_is_one_bit(rollouts):
+    rule = Feedback.of("format_error", "Reply in JSON.")
+    hints = [Hint(None, rule, (rule,)) for _ in rollouts]
+    assert other_hint(rollouts[0], hints[0], rollouts, hints).feedback.text == (
+        "The attempt was not correct."
+    )
+
+
+# --- several turns ----------------------------------------------------------------------------
+
+
+class Tennis(rlrf.MultiTurnEnv):
+    """Three turns, feedback on the first and the last."""
+
+    def load_tasks(self, split):
+        return [Task(f"{split}-{i}", f"Serve {i}.") for i in range(6)]
+
+    def start(self, task):
+        return []
+
+    def respond(self, state, action):
+        state.append(action)
+        turn = len(state)
+        told = Feedback() if turn == 2 else Feedback.of("hint", f"hint {turn}")
+        over = turn == 3
+        return rlrf.Turn(() if over else f"Back {turn}.", 0.0, told, terminated=over)
+
+
+def test_feedback_stands_beside_the_turn_it_is_about():
+    trainer = sdpo(Tennis(), feedback_placement="turn")
+    decode = trainer.learner.tokenizer.decode
+    for target in trainer.reprompt(trainer.learner.collect()):
+        r, shown = target.rollout, target.reprompt
+        question, rest = decode(list(shown.prompt_ids)), decode(list(shown.completion_ids))
+        assert "hint 1" in question
+        assert "hint 3" not in question
+        assert rest.count("hint") == 1
+        before, _, after = rest.partition("hint 3")
+        assert "Back 2." in before  # what the third reply answers
+        assert "Back 2." not in after
+        sampled = [t for t, m in zip(r.completion_ids, r.completion_mask, strict=True) if m]
+        theirs = [t for t, m in zip(shown.completion_ids, shown.completion_mask, strict=True) if m]
+        assert theirs == sampled
+        # A turn without feedback is what it was.
+        start = r.completion_mask.index(0)
+        assert shown.completion_ids[: start + 1] == r.completion_ids[: start + 1]
+
+
+def test_teacher_and_student_score_the_same_tokens_of_every_turn():
+    trainer = sdpo(Tennis(), feedback_placement="turn", teacher_regularization="live")
+    targets = trainer.reprompt(trainer.learner.collect())
+    batch = trainer.learner.micro_batches(targets)[0]
+    logits = trainer.teacher_logits(batch)(slice(None), None)
+    ids = batch.ids
+    start = 0
+    for target in batch.samples:
+        shown = target.reprompt
+        whole = torch.tensor([[*shown.prompt_ids, *shown.completion_ids]])
+        alone = trainer.learner.model(whole).logits[0, len(shown.prompt_ids) - 1 : -1]
+        alone = alone[torch.tensor(shown.completion_mask).bool()]
+        part = slice(start, start + len(alone))
+        torch.testing.assert_close(logits[part], alone.detach(), atol=1e-8, rtol=1e-6)
+        sampled = zip(target.rollout.completion_ids, target.rollout.completion_mask, strict=True)
+        assert ids[part].tolist() == [t for t, m in sampled if m]
+        start += len(alone)
+
+
+def test_a_long_turns_feedback_is_shortened_not_the_turn():
+    class Chatty(Tennis):
+        def respond(self, state, action):
+            turn = super().respond(state, action)
+            long = Feedback.of("hint", "blah " * 400 + f"END {len(state)}")
+            return rlrf.Turn(turn.messages, 0.0, long, terminated=turn.terminated)
+
+    trainer = sdpo(Chatty(), feedback_placement="turn", max_reprompt_len=300)
+    (target, *_) = trainer.reprompt(trainer.learner.collect())
+    shown: Reprompt = target.reprompt
+    assert shown.truncated
+    assert len(shown.prompt_ids) <= 300
+    text = trainer.learner.tokenizer.decode(list(shown.completion_ids))
+    assert "Back 1." in text
+    assert "Back 2." in text
+    added = len(shown.completion_ids) - len(target.rollout.completion_ids)
+    assert added < 300
+
+
+# --- the teacher gap --------------------------------------------------------------------------
+
+
+def test_the_teacher_gap_compares_with_siblings_not_with_the_failure(monkeypatch):
+    """The hint's reader always succeeds; without it one of four does: a gap of 1 - 1/3."""
+
+    class Once(Parity):
+        def grade(self, task, completion):
+            return Outcome(float(completion == "right"), Feedback.of("hint", "Say right."))
+
+    trainer = sdpo(Once(), probe_tasks=2)
+    policy = trainer.learner.policy
+    generate = policy.generate
+    calls = []
+
+    def scripted(prompts, params):
+        calls.append([p.messages[-1]["content"] for p in prompts])
+        out = []
+        for i, completion in enumerate(generate(prompts, params)):
+            hinted = "right" in (prompts[i].messages[-1]["content"] or "")
+            text = "right" if hinted or i % 4 == 0 else "wrong"
+            message = {"role": "assistant", "content": text}
+            out.append(
+                type(completion)(
+                    completion.prompt_ids,
+                    completion.token_ids,
+                    completion.logprobs,
+                    text,
+                    completion.finish_reason,
+                    message,
+                )
+            )
+        return out
+
+    monkeypatch.setattr(policy, "generate", scripted)
+    order = list(trainer.learner.rng.getstate())
+    trainer.probe()
+    found = trainer.learner.metrics
+    gap = found["self_distillation/teacher_gap"]
+    assert len(gap) == 6  # of two tasks three attempts each failed
+    assert math.isclose(sum(gap) / 6, 1 - 1 / 3)
+    assert list(trainer.learner.rng.getstate()) == order  # training is not disturbed
