@@ -283,7 +283,9 @@ def measure_rlrf(job: Job) -> dict[str, Any]:
         "prompts_per_step": len(job.prompts),
         "num_generations": job.group,
         "max_completion_length": job.tokens,
-        "micro_batch_tokens": job.rows * job.tokens,
+        # As many rollouts as TRL's micro-batches; a group's prompt is counted once.
+        "micro_batch_tokens": job.rows * job.tokens
+        + max(len(policy.encode((rlrf.user(p),))) for p in job.prompts),
         "learning_rate": job.learning_rate,
         "weight_decay": WEIGHT_DECAY,
         "lora_r": job.lora_r,
@@ -301,6 +303,7 @@ def measure_rlrf(job: Job) -> dict[str, Any]:
             "distillation_topk": TOPK if job.method == "sdpo_topk" else 0,
             "teacher_regularization": "ema",
             "teacher_update_rate": EMA_RATE,
+            "probe_tasks": 0,
         }
     trainer: Any = rlrf.make_trainer(
         job.method.split("_")[0],
@@ -421,6 +424,11 @@ def measure_trl(job: Job) -> dict[str, Any]:
         peft_config=lora if job.lora_r else None,
     )
     trainer.eos_token_ids = [vocabulary]
+    if job.lora_r and job.device == "cpu" and not job.shipped:
+        # On a CPU torch.matmul copies a frozen [V, H] weight once per row for a strided input.
+        trainer.model.get_base_model().lm_head.register_forward_pre_hook(
+            lambda _, inputs: (inputs[0].contiguous(), *inputs[1:])
+        )
     name = "_generate_single_turn" if job.method == "grpo" else "_generate_transformers"
     inner = getattr(trainer, name)
 

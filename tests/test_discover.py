@@ -47,7 +47,7 @@ class Riddle(rlrf.SingleTurnEnv):
     def grade(self, task, completion):
         if completion == "boom":
             raise InfraError("no sandbox", kind="sandbox_died", retryable=False)
-        if completion == task.hidden:
+        if completion.rstrip("!") == task.hidden:
             return Outcome(1.0)
         reward = 0.5 if completion == "half" else 0.0
         return Outcome(reward, Feedback.of("wrong_answer", f"<{completion}> is wrong."))
@@ -127,7 +127,7 @@ def made(method="sdpo", task="t", seed=0, *, time=None, budget=8, **fields):
     [("sdpo", 32, 1), ("best_of_k", 40, 0), ("multi_turn", 21, 0)],
 )
 def test_the_time_is_the_index_of_the_first_success_among_all_attempts(method, attempts, updates):
-    found = run(method, (20, "no"), "right", (3, "half"), "right")
+    found = run(method, (20, "no"), "right", (3, "half"), "right!")
     assert found.time == 21
     assert found.attempts == attempts  # the batch of the first success was sampled whole
     assert found.updates == updates
@@ -407,11 +407,9 @@ def test_all_methods_make_the_same_first_attempts():
 def test_tasks_and_steps_draw_other_samples():
     report = discover(Letters(), tiny(), methods="best_of_k", budget=8, config=LEARNS)
     assert len({r.rewards for r in report.runs}) == 3
-    policy = HFPolicy(tiny_model(), tiny_tokenizer(), max_batch_size=4)
-    (found,) = discover(
-        Letters(), policy, ["task-0"], methods="best_of_k", budget=8, config=LEARNS
-    ).runs
-    assert found.rewards[:4] != found.rewards[4:]
+    policy = Recorder(batch=4)
+    discover(Letters(), policy, methods="best_of_k", budget=8, seeds=2, config=LEARNS)
+    assert len(set(policy.seeds)) == len(policy.seeds) == 3 * 2 * 2  # tasks, seeds, batches
 
 
 def test_sdpo_learns_from_the_feedback_of_a_task():
@@ -564,8 +562,10 @@ def test_an_attempt_without_feedback_adds_nothing():
 
 
 def test_baselines_need_no_model_of_ours():
-    report = discover(Riddle(), Recorder(), ["task-0"], methods="best_of_k", budget=20)
+    policy = Recorder()
+    report = discover(Riddle(), policy, ["task-0"], methods="best_of_k", budget=20)
     assert report.runs[0].attempts == 20
+    assert len(policy.calls) == 1  # as many at once as it takes: they do not depend on each other
     with pytest.raises(UsageError, match=r"Recorder.*leave 'sdpo' out"):
         discover(Riddle(), Recorder(), methods=("best_of_k", "sdpo"))
     with pytest.raises(UsageError, match=r"Recorder.*leave 'multi_turn' out"):
@@ -800,6 +800,7 @@ def test_nothing_scored_exits_with_1_and_is_tried_again(command, tmp_path, monke
     assert json.loads((tmp_path / "x.json").read_text())["methods"]["sdpo"]["curve"] is None
     code, _, error = command(*arguments)
     assert code == 0, error
+    assert "runs done" not in error
     data = json.loads((tmp_path / "x.json").read_text())
     assert all(r["failure"] is None for r in data["runs"])
 

@@ -83,7 +83,7 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
             # A gloo thread that drops its last tensor while Python is shutting down aborts the
-            # process, seen in one of ten runs under load: let it end first.
+            # process, seen at the end of 7 of 21 runs under load: let it end first.
             atexit.register(time.sleep, 0.2)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
@@ -289,7 +289,8 @@ def _units(model: Any) -> list[FSDPModule]:
     return [m for m in base_model(model).modules() if isinstance(m, FSDPModule)]
 
 
-def _reshard(model: Any) -> None:
+def reshard(model: Any) -> None:
+    """Give up gathered parameters, where a forward without gradients has left some."""
     for unit in _units(model):
         unit.reshard()
 
@@ -368,7 +369,7 @@ def swapped(model: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
         model: its parameters get the values; not inside :func:`whole`, which may be inside this.
         weights: by name as in ``model.named_parameters()``, of any dtype, sharded as they are.
     """
-    _reshard(model)
+    reshard(model)
     parameters = {n: p for n, p in model.named_parameters() if n in weights}
     # FSDP gathers from memory of its own, which a parameter's data is a view of: write in place.
     before = {n: local(p.data) for n, p in parameters.items()}
@@ -378,7 +379,7 @@ def swapped(model: Any, weights: Mapping[str, Tensor]) -> Iterator[None]:
         _put(parameters, weights)
         yield
     finally:
-        _reshard(model)
+        reshard(model)
         _put(parameters, before)
 
 

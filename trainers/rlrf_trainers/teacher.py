@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlrf_trainers.distributed import full_state, idle, load_full, swapped
+from rlrf_trainers.distributed import full_state, gathered, idle, load_full, swapped
 from rlrf_trainers.policies.sampler import base_model
 from rlrf_trainers.vocabulary import Head, Logits
 
@@ -113,15 +113,10 @@ class Teacher:
         if head.module is None:
             return head
         own = {
-            field: _full(self.weights[name]).to(self._trainable[name].dtype)
+            field: gathered(self.weights[name]).to(self._trainable[name].dtype)
             for field, name in self._of_head.items()
         }
         if not own:
             return head
         weight, bias = own.get("weight", head.own_weight), own.get("bias", head.own_bias)
         return replace(head, weight=weight, bias=bias)
-
-
-def _full(tensor: Any) -> Tensor:
-    whole: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole

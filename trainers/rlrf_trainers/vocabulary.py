@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlrf_trainers.distributed import _reshard as reshard
+from rlrf_trainers.distributed import reshard
 from rlrf_trainers.forward import Layout, completion_hidden
 from rlrf_trainers.losses import _LOG_ZERO, _METRICS, Divergence
 from rlrf_trainers.policies.sampler import base_model
