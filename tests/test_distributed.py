@@ -19,7 +19,10 @@ from rlrf_trainers import distributed as d  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft on transformers 5.23
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft on transformers 5.23
+]
 
 LIMIT_S = 60  # of a rank's work, and of its wait for the other
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -237,7 +240,7 @@ def test_two_ranks_train_as_one(fsdp, options):
     assert other["norms"] == main["norms"]
     assert not other["weights"]
     double = options.get("dtype") is None
-    close(main, expected, 1e-10 if double else 1e-5)
+    close(main, expected, 1e-10 if double else 1e-4)
 
 
 def first_gradients(world, fsdp, **options):

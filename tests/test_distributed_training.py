@@ -92,7 +92,9 @@ CASES = {
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data-parallel", "fsdp"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [c if c == "sdpo" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
+)
 def test_two_processes_equal_one(case, fsdp, records):
     name, config = CASES[case]
     config = {**config, "fsdp": fsdp}
@@ -118,6 +120,7 @@ def train(world, folder, config, resume):
     return trainer.train().history
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data-parallel", "fsdp"])
 def test_a_whole_run_its_checkpoints_and_its_resumption(fsdp, tmp_path):
     config = {"fsdp": fsdp, "save_steps": 1, "eval_steps": 1, "save_total_limit": 5}

@@ -14,6 +14,8 @@ from rlrf_trainers.forward import (  # noqa: E402
     _Decoder,
     _plain,
     _shared_prefix,
+    _split_prefixes,
+    completion_hidden,
     completion_logits,
     micro_batches,
 )
@@ -51,6 +53,39 @@ def test_equals_one_sequence_at_a_time(forward):
         for row, prompt, completion in zip(logits, prompts, completions, strict=True):
             expected = one_by_one(model, prompt, completion)
             torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_prompts_that_only_begin_alike_share_their_beginning():
+    rng = random.Random(3)
+    question = [rng.randrange(256) for _ in range(20)]
+    other = [rng.randrange(256) for _ in range(18)]
+    prompts = [question + [rng.randrange(256) for _ in range(n)] for n in (4, 6, 4)]
+    prompts += [other + [7, 8], other, other]
+    completions = [[rng.randrange(256) for _ in range(n)] for n in (3, 1, 4, 2, 5, 3)]
+    masks = [[1] * len(c) for c in completions]
+    masks[2] = [1, 0, 0, 1]
+    layout = Layout(completions, masks)
+    starts, longer = _split_prefixes(prompts, layout)
+    assert [len(s) for s in starts] == [20, 20, 20, 18, 18, 18]
+    assert longer.rows.tolist() == layout.rows.tolist()
+    calls = []
+    model = tiny_model()
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with torch.no_grad():
+        shared = completion_hidden(model, prompts, layout)
+        assert sum(calls) < sum(map(len, prompts)) + sum(map(len, completions))
+        plain = _plain(_Decoder(model, False), prompts, layout)
+    torch.testing.assert_close(shared, plain, atol=2e-5, rtol=1e-4)
+
+
+def test_groups_of_equal_prompts_do_not_give_up_their_prompt_for_a_common_system_message():
+    system = list(range(10))
+    prompts = [system + [50 + i // 4] * 10 for i in range(8)]
+    starts, layout = _split_prefixes(prompts, Layout([[1, 2]] * 8))
+    assert starts == prompts
+    assert layout.completions == [[1, 2]] * 8
 
 
 def test_gradients_flow_through_the_shared_prefix():

@@ -14,9 +14,11 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig  # noqa: E402
 from rlrf_trainers.forward import Layout, completion_hidden, completion_logits  # noqa: E402
 from rlrf_trainers.losses import (  # noqa: E402
     Divergence,
+    aggregation_weights,
     clipped_surrogate,
     entropy,
     importance_weights,
+    rollout_importance_weights,
     selected_logps,
     self_distillation_loss,
 )
@@ -25,6 +27,8 @@ from rlrf_trainers.vocabulary import (  # noqa: E402
     vocabulary_logps,
     vocabulary_loss,
 )
+from tests import golden_loss  # noqa: E402
+from tests.test_losses import SMALL_GOLDEN  # noqa: E402
 from tests.tiny_model import tiny_model  # noqa: E402
 
 N, H, V = 23, 8, 50
@@ -287,6 +291,51 @@ def test_logps_in_chunks():
         lambda rows: case.head.logits(case.hidden.detach()[rows]), case.ids, V, CHUNK
     )
     torch.testing.assert_close(found, selected_logps(case.student_logits(), case.ids).detach())
+
+
+@pytest.mark.parametrize("case", golden_loss.load_cases(SMALL_GOLDEN), ids=lambda c: c["name"])
+def test_the_official_losses_through_chunks(case):
+    """The golden cases again, as the trainer computes them: flat, in chunks, weights first."""
+    b, t, v = case["shape"]
+    config = case["config"]
+
+    def array(name, *shape):
+        return torch.tensor(case[name], dtype=torch.float64).reshape(shape)
+
+    student = array("student_logits", b * t, v).requires_grad_()
+    teacher = array("teacher_logits", b * t, v)
+    old = array("old_logps", b * t)
+    mask = array("completion_mask", b, t) * array("sample_mask", b, 1)
+    weights = aggregation_weights(mask, "token_mean", dtype=torch.float64).flatten()
+    if case["rollout_logps"] is not None and config["rollout_is"] is not None:
+        weights = weights * rollout_importance_weights(
+            old, array("rollout_logps", b * t), config["rollout_is"]
+        )
+    sampled_only = not config["full_logit_distillation"]
+    ids = torch.tensor(case["completion_ids"]).flatten()
+    advantages = selected_logps(teacher, ids) - selected_logps(student.detach(), ids)
+
+    def objective(tokens, rows):
+        per_token = -advantages[rows] * tokens.logps if sampled_only else tokens.divergence
+        ratio = importance_weights(tokens.logps, old[rows], config["is_clip"])
+        return (per_token * ratio * weights[rows]).sum()
+
+    divergence = Divergence(
+        config["alpha"], config["distillation_topk"], config["distillation_add_tail"]
+    )
+    loss, _ = vocabulary_loss(
+        student,
+        Head(None),
+        ids,
+        objective,
+        None if sampled_only else divergence,
+        lambda rows, _: teacher[rows].clone(),
+        chunk_bytes=3 * 5 * 4 * v,
+    )
+    (grad,) = torch.autograd.grad(loss, student)
+    assert abs(loss.item() - case["expected_loss"]) <= 1e-6
+    expected = torch.tensor(case["expected_grad_student_logits"], dtype=torch.float64)
+    assert (grad - expected.reshape(grad.shape)).abs().max() <= 1e-6
 
 
 # --- heads of real architectures --------------------------------------------------------------

@@ -37,7 +37,7 @@ class Layout:
     def __init__(
         self, completions: Sequence[Ids], masks: Sequence[Sequence[int]] | None = None
     ) -> None:
-        self.completions = completions
+        self.completions, self.masks = completions, masks
         self.lengths = [len(c) for c in completions]
         sampled = [
             [t for t in range(n) if masks is None or masks[i][t]]
@@ -47,6 +47,14 @@ class Layout:
         self.rows = torch.tensor([i for i, ts in enumerate(sampled) for _ in ts], dtype=torch.long)
         self.positions = torch.tensor([t for ts in sampled for t in ts], dtype=torch.long)
         self.ranks = torch.tensor([k for ts in sampled for k in range(len(ts))], dtype=torch.long)
+
+    def after(self, prefixes: Sequence[Ids]) -> Layout:
+        """The same tokens, with tokens that were not sampled before each completion."""
+        masks = self.masks or [(1,) * n for n in self.lengths]
+        return Layout(
+            [(*p, *c) for p, c in zip(prefixes, self.completions, strict=True)],
+            [(*(0,) * len(p), *m) for p, m in zip(prefixes, masks, strict=True)],
+        )
 
     def flat(self, values: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
         """Per completion token (ids, log-probabilities), as ``[N]`` of the sampled ones."""
@@ -72,8 +80,9 @@ def completion_hidden(
 ) -> Tensor:
     """Hidden states from which the head predicts each sampled token.
 
-    Equal prompts run through the model once and their cache is repeated: a group of ``G``
-    rollouts costs ``P + G * T`` tokens instead of ``G * (P + T)``. Gradients flow through.
+    What prompts have in common runs through the model once and its cache is repeated: a group of
+    ``G`` rollouts costs ``P + G * T`` tokens instead of ``G * (P + T)``, and so do the question
+    of its teacher's prompts, which differ in the feedback behind it. Gradients flow through.
 
     Args:
         model: a causal LM of transformers (PEFT-wrapped or not).
@@ -85,8 +94,45 @@ def completion_hidden(
     Returns:
         ``[N, H]`` in the order of ``layout``, in the model's dtype.
     """
-    forward = _shared_prefix if _can_share(model) else _plain
-    return forward(_Decoder(model, logits), prompts, layout)
+    decoder = _Decoder(model, logits)
+    if not _can_share(model):
+        return _plain(decoder, prompts, layout)
+    return _shared_prefix(decoder, *_split_prefixes(prompts, layout))
+
+
+def _split_prefixes(prompts: Sequence[Ids], layout: Layout) -> tuple[list[Ids], Layout]:
+    """Shorten prompts to beginnings worth sharing; their rests precede the completions.
+
+    Sorted prompts with a common beginning are neighbours. Two neighbours (with those that have
+    joined them) share one if that makes fewer tokens in all.
+    """
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows.setdefault(tuple(prompt), []).append(i)
+    clusters: list[tuple[tuple[int, ...], list[int]]] = []  # beginning, rows
+    for prompt in sorted(rows):
+        own = rows[prompt]
+        if clusters:
+            start, others = clusters[-1]
+            common = _common(start, prompt)
+            shared_now = len(start) + len(prompt)
+            more = len(others) * (len(start) - common) + len(own) * (len(prompt) - common)
+            if common and common + more < shared_now:
+                clusters[-1] = (prompt[:common], others + own)
+                continue
+        clusters.append((prompt, own))
+    length = {i: len(start) for start, members in clusters for i in members}
+    rests = [tuple(p[length[i] :]) for i, p in enumerate(prompts)]
+    if not any(rests):
+        return list(prompts), layout
+    return [p[: length[i]] for i, p in enumerate(prompts)], layout.after(rests)
+
+
+def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
+    """How many tokens two prompts begin with alike."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def completion_logits(

@@ -127,7 +127,7 @@ class GRPOTrainer:
             for rollout, advantage in zip(scored, values.tolist(), strict=True)
         ]
         if rollouts:
-            learner.record("masked_fraction", 1 - sum(map(self.matters, samples)) / len(rollouts))
+            learner.record("masked_fraction", 1 - sum(s.counts for s in samples) / len(rollouts))
         return samples
 
     def matters(self, sample: Attempt) -> bool:
