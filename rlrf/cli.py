@@ -630,6 +630,7 @@ def _train(
     # An earlier run comes back if no new one begins: no such model, say.
     aside = runs.set_aside(path) if _is_main() and not resume else contextlib.nullcontext()
     more = {"resume": True} if resume else {}
+    before = runs.Run.open(path).info if resume else None
     if (
         resume
         and "resume" not in inspect.signature(trainers.load(settings.trainer.name)).parameters
@@ -637,8 +638,15 @@ def _train(
         raise UsageError(
             f"trainer {settings.trainer.name!r} cannot resume a run: it takes no `resume`"
         )
+    written = to_toml(settings.model_dump(exclude_none=True))
     try:
         with aside, _progress(getattr(trainer_config, "max_steps", None)) as progress:
+
+            def on_step(line: dict[str, float]) -> None:
+                # What --set changed holds once the run goes on with it, not before.
+                (path / "config.toml").write_text(written, encoding="utf-8")
+                progress(line)
+
             built = make_trainer(
                 settings.trainer.name,
                 model=settings.model,
@@ -646,13 +654,11 @@ def _train(
                 config=trainer_config,
                 run_dir=path,
                 eval_env=eval_env,
-                on_step=progress,
+                on_step=on_step if resume else progress,
                 **more,
             )
-            if runs.is_run(path) and _is_main():
-                (path / "config.toml").write_text(
-                    to_toml(settings.model_dump(exclude_none=True)), encoding="utf-8"
-                )
+            if runs.is_run(path) and _is_main() and not resume:
+                (path / "config.toml").write_text(written, encoding="utf-8")
             result = built.train()
         status = "done"
     except KeyboardInterrupt:
@@ -663,7 +669,7 @@ def _train(
         message = f"{type(error).__name__}: {error}"
         raise
     finally:
-        if runs.is_run(path) and _is_main():
+        if runs.is_run(path) and _is_main() and runs.Run.open(path).info != before:
             run = runs.Run.open(path)
             if run.status == "running":  # else the trainer has said it itself
                 run.finish(status, message)

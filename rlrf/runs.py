@@ -23,6 +23,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -316,22 +317,26 @@ def set_aside(path: Path | str) -> Iterator[None]:
     """Make room for a new run in a folder; the old one comes back if no new one begins."""
     path = Path(path)
     old = path / ".overwritten"
+    if old.is_dir():  # a kill came in between
+        _bring_back(old, path)
     names = [n for n in (*_FILES, "config.toml") if (path / n).exists()]
     if names:
-        old.mkdir(exist_ok=True)
+        old.mkdir()
     for name in names:
         (path / name).replace(old / name)
     try:
         yield
     finally:
-        begun = is_run(path)
-        for name in names:
-            if begun:
-                (old / name).unlink()
-            else:
-                (old / name).replace(path / name)
-        if names:
-            old.rmdir()
+        if old.is_dir():
+            _bring_back(old, path)
+
+
+def _bring_back(old: Path, path: Path) -> None:
+    """Put a run that was set aside back, or drop it where another has begun."""
+    if not is_run(path):
+        for file in old.iterdir():
+            file.replace(path / file.name)
+    shutil.rmtree(old)
 
 
 def environment_lock(env: Env | None = None) -> dict[str, Any]:

@@ -655,3 +655,62 @@ def test_rollout_progress_on_a_terminal_and_off_it(capsys: pytest.CaptureFixture
     with RolloutProgress(1, console=console) as live:
         live(done)
     assert "100.0% solved" in console.export_text()
+
+
+# --- resume -------------------------------------------------------------------------------
+
+
+def test_resume_goes_on_with_what_the_run_was_configured_with(
+    rlrf_cli: Invoke, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    from tests.tiny_model import save_tiny
+
+    model = save_tiny(tmp_path / "tiny")
+    sets = {
+        "max_steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 3,
+        "eval_tasks": 2,
+        "probe_tasks": 0,
+        "save_steps": 1,
+    }
+    code, _, error = rlrf_cli(
+        *("train", "--env", "cli-cities-v0", "--model", str(model), "--run-dir", "a"),
+        *(f"--set=trainer.{k}={v}" for k, v in sets.items()),
+        "--no-report",
+    )
+    assert code == 0, error
+    more = ("train", "--resume", "a", "--set", "trainer.max_steps=3")
+    code, out, error = rlrf_cli(*more)
+    assert code == 0, error
+    assert "step 3/3" in out
+    assert "step 2/3" not in out
+    run = Run.open("a")
+    assert [m["step"] for m in run.metrics] == [0, 1, 2, 3]
+    assert run.config["trainer"]["max_steps"] == 3
+    for given in (("--run-dir", "b"), ("--overwrite",), ("a/config.toml",)):
+        code, _, error = rlrf_cli(*more, *given)
+        assert (code, "leave out" in error) == (2, True)
+    before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+    code, _, error = rlrf_cli(*more, "--set", "trainer.lora_r=2")
+    assert code == 2
+    assert "lora_r=0" in error
+    after = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+    assert after == before
+
+
+def test_resume_needs_a_run_that_stands_still_and_a_trainer_that_can(rlrf_cli: Invoke) -> None:
+    code, _, error = rlrf_cli("train", "--resume", "nowhere")
+    assert code == 2
+    assert "'nowhere' is not a folder" in error
+    assert rlrf_cli(*TRAIN, "--run-dir", "a", "--no-report")[0] == 0
+    code, _, error = rlrf_cli("train", "--resume", "a")
+    assert code == 2
+    assert "'cli-fake' cannot resume" in error
+    assert Run.open("a").status == "done"
+    Path("a/config.toml").unlink()
+    code, _, error = rlrf_cli("train", "--resume", "a")
+    assert code == 2
+    assert "no config.toml" in error

@@ -60,7 +60,7 @@ def test_prompts_that_only_begin_alike_share_their_beginning():
     question = [rng.randrange(256) for _ in range(20)]
     other = [rng.randrange(256) for _ in range(18)]
     prompts = [question + [rng.randrange(256) for _ in range(n)] for n in (4, 6, 4)]
-    prompts += [other + [7, 8], other, other]
+    prompts += [[*other, 7, 8], other, other]
     completions = [[rng.randrange(256) for _ in range(n)] for n in (3, 1, 4, 2, 5, 3)]
     masks = [[1] * len(c) for c in completions]
     masks[2] = [1, 0, 0, 1]

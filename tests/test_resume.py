@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from safetensors.torch import load_file  # noqa: E402
 
-from rlrf import UsageError  # noqa: E402
+from rlrf import RlrfError, UsageError  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
@@ -34,7 +34,7 @@ COMMON = {
 }
 RUNS = {
     "sdpo": ("sdpo", {"teacher_update_rate": 0.1, "demonstration": "random", "probe_tasks": 2}),
-    "sdpo-lora": ("sdpo", {"lora_r": 2, "lora_dropout": 0.1, "num_iterations": 2}),
+    "sdpo-lora": ("sdpo", {"lora_r": 2, "num_iterations": 2}),
     "sdpo-bf16": ("sdpo", {"_dtype": "bfloat16", "distillation_weight": 0.5}),
     "grpo": ("grpo", {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}),
 }
@@ -117,12 +117,54 @@ def test_a_resumed_run_takes_more_steps_and_keeps_its_history(tmp_path):
     assert any("resumed from the checkpoint of step 4" in e["message"] for e in run.events)
 
 
-def test_a_run_without_a_checkpoint_starts_over(tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     run_dir = tmp_path / "run"
-    trainer(run_dir, save_steps=0, max_steps=2).train()
+    trainer(run_dir, save_steps=2, max_steps=2).train()
     first = lines(run_dir, "metrics.jsonl")
-    trainer(run_dir, save_steps=0, max_steps=2, resume=True).train()
+    Checkpoints(run_dir).clear()
+    Run.open(run_dir).finish("running")
+    trainer(run_dir, save_steps=2, max_steps=2, resume=True).train()
     assert lines(run_dir, "metrics.jsonl") == first
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ({"save_steps": 0}, {"max_steps": 9}, "no checkpoint"),
+        ({}, {"lora_r": 2}, "lora_r=0"),
+        ({}, {"teacher_regularization": "live"}, "teacher_regularization='ema'"),
+    ],
+)
+def test_a_resume_that_is_refused_touches_nothing(then, now, message, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(run_dir, max_steps=2, **then).train()
+
+    def everything():
+        return {
+            p.relative_to(run_dir): p.read_bytes()
+            for p in sorted(run_dir.rglob("*"))
+            if p.is_file()
+        }
+
+    before = everything()
+    with pytest.raises(UsageError, match=message):
+        trainer(run_dir, **{"max_steps": 2, **then, **now}, resume=True).train()
+    assert everything() == before
+
+
+def test_another_trainer_or_task_set_is_refused(tmp_path):
+    trainer(tmp_path / "run", max_steps=2).train()
+    with pytest.raises(UsageError, match="trainer='SDPOTrainer'"):
+        trainer(tmp_path / "run", GRPOTrainer, max_steps=3, resume=True).train()
+    resumed = trainer(tmp_path / "run", max_steps=3, resume=True)
+    resumed.learner.tasks = resumed.learner.tasks[:3]
+    with pytest.raises(UsageError, match="tasks=7"):
+        resumed.train()
+
+
+def test_the_last_step_is_always_kept(tmp_path):
+    trainer(tmp_path / "run", max_steps=3, save_steps=2, eval_steps=0).train()
+    assert Checkpoints(tmp_path / "run").steps() == [2, 3]
 
 
 def test_resuming_another_model_is_refused(tmp_path):
@@ -132,6 +174,27 @@ def test_resuming_another_model_is_refused(tmp_path):
     resumed = SDPOTrainer(other, CountA(), config, run_dir=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="same model"):
         resumed.train()
+
+
+def test_a_new_run_in_the_place_of_an_old_one_leaves_nothing_of_it(tmp_path):
+    trainer(tmp_path / "run", max_steps=2).train()
+    for name in ("metrics.jsonl", "status.json", "config.json", "rollouts.jsonl", "lock.json"):
+        (tmp_path / "run" / name).unlink()
+    (tmp_path / "run" / "events.jsonl").unlink()
+    trainer(tmp_path / "run", max_steps=1, lora_r=2, save_steps=0).train()
+    assert not Checkpoints(tmp_path / "run").steps()
+    assert not (tmp_path / "run" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    run_dir = tmp_path / "run"
+    theirs = [run_dir / "checkpoints" / "best" / "w.pt", run_dir / "model" / "weights.bin"]
+    for file in theirs:
+        file.parent.mkdir(parents=True)
+        file.write_text("theirs")
+    trainer(run_dir, max_steps=1, save_model=False).train()
+    assert all(file.read_text() == "theirs" for file in theirs)
 
 
 def test_only_so_many_checkpoints_are_kept_and_the_best(tmp_path):
@@ -216,7 +279,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     import rlrf_trainers.checkpoints as module
 
     monkeypatch.setattr(module, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RlrfError, match=r"step-00000002.*disk full"):
         checkpoints.save_step(2, State({"x": torch.zeros(3)}, {}), keep=2)
     assert checkpoints.steps() == [1]
     assert sorted(p.name for p in checkpoints.folder.iterdir()) == ["step-00000001"]

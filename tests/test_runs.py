@@ -10,7 +10,7 @@ import pytest
 
 import rlrf
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError
-from rlrf.runs import Run, check_free, clear, is_run
+from rlrf.runs import Run, check_free, clear, is_run, set_aside
 
 
 class Tiny(SingleTurnEnv):
@@ -184,3 +184,17 @@ def test_an_old_run_comes_back_if_no_new_one_begins(tmp_path: Path) -> None:
         Run.create(tmp_path / "run", config={"n": 2}, env=None)
     assert Run.open(tmp_path / "run").config == {"n": 2}
     assert not (tmp_path / "run" / ".overwritten").exists()
+
+
+def test_what_a_kill_left_set_aside_comes_back_or_goes(tmp_path):
+    make(tmp_path)
+    (tmp_path / ".overwritten").mkdir()
+    (tmp_path / ".overwritten" / "report.html").write_text("old")
+    with set_aside(tmp_path):  # a run is there, so what was set aside is of one before it
+        make(tmp_path)
+    assert not (tmp_path / ".overwritten").exists()
+    assert not (tmp_path / "report.html").exists()
+    with contextlib.suppress(KeyboardInterrupt), set_aside(tmp_path):
+        raise KeyboardInterrupt
+    assert is_run(tmp_path)
+    assert not (tmp_path / ".overwritten").exists()

@@ -285,6 +285,23 @@ def test_bf16_weights_take_small_steps_through_fp32_masters():
     assert (start - parameter.float()).mean().item() == pytest.approx(drop, rel=0.2)
 
 
+def test_a_second_trainer_of_the_same_bf16_model_gets_its_gradients():
+    model = HFPolicy(tiny_model().to(torch.bfloat16), tiny_tokenizer())
+    grpo(model=model, max_steps=1).train()
+    second = sdpo(model=model, max_steps=1)
+    before = weights(second)
+    history = second.train().history
+    assert history[1]["grad_norm"] > 0
+    assert moved(before, second)
+
+
+def test_an_adapter_of_another_rank_is_refused():
+    model = policy()
+    sdpo(model=model, lora_r=2, max_steps=1)
+    with pytest.raises(rlrf.UsageError, match="rank 2 already"):
+        sdpo(model=model, lora_r=4)
+
+
 # --- the teacher ----------------------------------------------------------------------------
 
 
@@ -310,7 +327,7 @@ def test_each_teacher_uses_its_own_weights_and_leaves_the_students_alone():
         with torch.no_grad():
             model.weight.fill_(2.0)
         teacher.update()
-        seen = teacher.read(lambda: model(torch.ones(1, 1)), Head(None))(slice(0, 1))
+        seen = teacher.read([lambda: model(torch.ones(1, 1))], Head(None))[0](slice(0, 1))
         assert model.weight.item() == 2.0
         return seen.item()
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrf.errors import UsageError
+from rlrf.errors import RlrfError, UsageError
 
 _STEP = re.compile(r"step-(\d{8})")
 BEST = "best"
@@ -62,13 +62,13 @@ class Checkpoints:
         """Write ``name``, replacing an older one of that name.
 
         Raises:
-            OSError: the disk is full or the folder cannot be written; what was there stays.
+            RlrfError: the disk is full or the folder cannot be written; what was there stays.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._sweep()
         target, fresh = self.folder / name, self.folder / f".{name}.new"
-        fresh.mkdir()
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            fresh.mkdir()
             # A copy of what is not contiguous; views of one storage are refused by safetensors.
             tensors = {n: t.detach().contiguous() for n, t in state.tensors.items()}
             save_file(tensors, fresh / "state.safetensors")
@@ -79,6 +79,11 @@ class Checkpoints:
                 target.rename(self.folder / f".{name}.old")
             fresh.rename(target)
             _flush(self.folder)
+        except (OSError, SafetensorError) as error:
+            raise RlrfError(
+                f"the checkpoint {str(target)!r} could not be written: {error}. Make room or set "
+                "save_steps=0, and go on with --resume"
+            ) from error
         finally:
             self._sweep()
         return target
@@ -123,8 +128,10 @@ class Checkpoints:
             ) from None
 
     def clear(self) -> None:
-        """Delete all of them: a new run begins."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Delete all of them: a new run begins. What is no checkpoint of ours is left alone."""
+        for path in self.folder.glob("*"):
+            if {"state.json", "state.safetensors"} <= {p.name for p in path.glob("*")}:
+                shutil.rmtree(path)
 
     def _sweep(self) -> None:
         """Remove what a kill left half done, and put back what it had put aside."""

@@ -70,9 +70,6 @@ class TrainerConfig(BaseModel):
     # --- what is trained
     lora_r: int = Field(0, ge=0, description="rank of a LoRA adapter; 0 trains all weights")
     lora_alpha: int = Field(0, ge=0, description="0: 2 * lora_r")
-    lora_dropout: float = Field(
-        0.0, ge=0, lt=1, description="0: dropout would make old and new log-probs differ"
-    )
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear", description="names of modules, or every linear layer but the output's"
     )
@@ -137,6 +134,11 @@ class TrainerConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
+        if self.mini_batch_prompts > self.prompts_per_step:
+            raise ValueError(
+                f"mini_batch_prompts={self.mini_batch_prompts} is more than there are: "
+                f"prompts_per_step={self.prompts_per_step} (0 takes them all)"
+            )
         for name in ("early_stopping_patience", "load_best_model_at_end"):
             if getattr(self, name) and not self.eval_steps:
                 raise ValueError(
@@ -297,10 +299,20 @@ class SDPOConfig(TrainerConfig):
                     f"{setting} needs distillation_alpha=1 (the policy gradient it changes is "
                     f"that of the reverse KL), got {self.distillation_alpha}"
                 )
-        if self.distillation_weight < 1 and self.num_generations < 2:
+        if self.teacher_entropy_beta and self.distillation_level != "logit":
             raise ValueError(
-                f"distillation_weight={self.distillation_weight} adds GRPO, which compares "
-                "rollouts of a group: num_generations must be at least 2"
+                f"teacher_entropy_beta={self.teacher_entropy_beta} weighs divergences, which "
+                f"distillation_level={self.distillation_level!r} has none of; use 'logit'"
+            )
+        if (self.distillation_weight < 1 or self.route_to_grpo) and self.num_generations < 2:
+            setting = (
+                "route_to_grpo=true"
+                if self.route_to_grpo
+                else f"distillation_weight={self.distillation_weight}"
+            )
+            raise ValueError(
+                f"{setting} adds GRPO, which compares rollouts of a group: num_generations must "
+                "be at least 2"
             )
         if not (self.include_environment_feedback or self.use_successful_as_teacher):
             raise ValueError(
@@ -338,6 +350,12 @@ class GRPOConfig(TrainerConfig):
                 f"num_generations={self.num_generations}: GRPO compares rollouts of a group, "
                 "so it needs at least 2"
             )
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(
+                f"delta={self.delta} must exceed 1 + epsilon_high = {1 + high:g}, or it clips "
+                "before the clip does"
+            )
         if self.sync_ref_model and not self.beta:
             raise ValueError(
                 "sync_ref_model=true moves a reference that nothing uses: set beta above 0"
@@ -347,7 +365,10 @@ class GRPOConfig(TrainerConfig):
 
 def _needs_fields(template: str, names: set[str]) -> str:
     try:
-        found = {field for _, field, _, _ in string.Formatter().parse(template) if field}
+        parts = [p for p in string.Formatter().parse(template) if p[1] is not None]
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ValueError("a field must be its bare name in braces")
+        found = {field or "" for _, field, _, _ in parts}
     except ValueError as error:
         raise ValueError(f"is no format string: {error}; write {{{{ for a literal brace") from None
     if found != names:

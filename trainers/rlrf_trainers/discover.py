@@ -51,6 +51,10 @@ ADVANTAGE_CLIP = 5.0
 """[P] table 12, of section 5 alone."""
 MAX_PROMPT_LEN = 32_768
 """Tokens of a multi-turn prompt before the oldest feedback is dropped; [P] section 5: 32k."""
+_WITHOUT_EFFECT = (
+    *("max_steps", "prompts_per_step", "probe_tasks", "eval_steps", "eval_tasks"),
+    *("early_stopping_patience", "load_best_model_at_end", "save_steps", "report_to"),
+)
 CONFIDENCE = 0.9
 """Of every interval here; [P] section 5: 90 %."""
 REPLICATES = 2000
@@ -338,8 +342,13 @@ def discovery_config(
         "success_reward_threshold": env.success_threshold,
     }
     given = dict(options or {})
-    clips = "distillation_advantage_clip" in SDPOConfig.model_fields
-    if clips and given.get("distillation_alpha", 1) == 1:  # it belongs to the reverse KL
+    for key in _WITHOUT_EFFECT:
+        if key in given:
+            raise ConfigError(
+                f"{prefix}{key}={given[key]!r} has no effect here: rlrf discover samples tasks of "
+                "its own, follows --budget and writes only --out; leave it out"
+            )
+    if given.get("distillation_alpha", 1) == 1:  # it belongs to the reverse KL
         defaults["distillation_advantage_clip"] = ADVANTAGE_CLIP
     return build_config(SDPOConfig, {**defaults, **given}, prefix=prefix)
 
@@ -652,7 +661,7 @@ def multi_turn_prompt(
         dropped += 1
     fitting = config.model_copy(update={"max_reprompt_len": max_prompt_len})
     newest = build_reprompt(messages, Hint(None, told[-1]), fitting, encode, tokenizer)
-    return newest.messages, dropped
+    return (messages if newest is None else newest.messages), dropped
 
 
 # --- the command --------------------------------------------------------------------------

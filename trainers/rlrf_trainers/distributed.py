@@ -396,7 +396,7 @@ def _put(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None
 
 
 @torch.no_grad()
-def full_state(tensors: Named) -> dict[str, Tensor]:
+def full_state(tensors: Named, *, copy: bool = True) -> dict[str, Tensor]:
     """Whole tensors on the CPU of rank 0, whatever the number of ranks; empty on the others.
 
     To be called on every rank, with the same names in the same order. One tensor at a time is
@@ -404,13 +404,14 @@ def full_state(tensors: Named) -> dict[str, Tensor]:
 
     Args:
         tensors: ``(name, tensor)``, sharded or not: ``model.named_parameters()``, optimizer state.
+        copy: False lets whole tensors that are on the CPU share their memory.
     """
     main = _alone() or dist.get_rank() == 0
     state = {}
     for name, tensor in tensors:
         full = gathered(tensor)
         if main:
-            state[name] = full.to("cpu", copy=True)
+            state[name] = full.to("cpu", copy=copy)
     return state
 
 

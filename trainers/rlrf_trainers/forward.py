@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlrf_trainers.distributed import decoder_forward, is_sharded
 from rlrf_trainers.policies.sampler import base_model
@@ -56,6 +60,11 @@ class Layout:
             [(*(0,) * len(p), *m) for p, m in zip(prefixes, masks, strict=True)],
         )
 
+    def rows_of(self, rows: slice) -> Layout:
+        """The layout of some rows alone."""
+        masks = None if self.masks is None else self.masks[rows]
+        return Layout(self.completions[rows], masks)
+
     def flat(self, values: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
         """Per completion token (ids, log-probabilities), as ``[N]`` of the sampled ones."""
         pairs = zip(self.rows.tolist(), self.positions.tolist(), strict=True)
@@ -95,7 +104,7 @@ def completion_hidden(
         ``[N, H]`` in the order of ``layout``, in the model's dtype.
     """
     decoder = _Decoder(model, logits)
-    if not _can_share(model):
+    if not can_share(model):
         return _plain(decoder, prompts, layout)
     return _shared_prefix(decoder, *_split_prefixes(prompts, layout))
 
@@ -164,24 +173,30 @@ class _Decoder:
         """Hidden states (or logits) ``[B, T, ...]`` and the cache."""
         if self.logits:
             out = self.model(**inputs)
-            return out.logits, out.past_key_values
+            return out.logits, getattr(out, "past_key_values", None)
         if is_sharded(self.model):
             return decoder_forward(self.model, **inputs), None
         out = base_model(self.model).get_decoder()(**inputs)
-        return out.last_hidden_state, out.past_key_values
+        return out.last_hidden_state, getattr(out, "past_key_values", None)
 
 
-def _can_share(model: Any) -> bool:
+def can_share(model: Any) -> bool:
+    """Whether prompts that begin alike can run through the model once."""
     # Sharded weights want the same number of forwards on every process. Activation checkpointing
     # recomputes layers without the cache, and only a plain growing cache can be repeated.
     if is_sharded(model):
         return False
-    if model.training and _checkpoints_activations(model):
+    if any(m.training for m in model.modules() if isinstance(m, GradientCheckpointingLayer)) and (
+        _checkpoints_activations(model)
+    ):
         return False
-    return not any(
-        kind not in ("full_attention", None)
-        for kind in (getattr(model.config, "layer_types", None) or ())
-    )
+    base = base_model(model)
+    names = set(inspect.signature(base.forward).parameters)
+    if not {"attention_mask", "position_ids", "past_key_values"} <= names:
+        return False
+    # The cache knows its model best: sliding windows, recurrent states and the like have layers
+    # of other classes, subclasses included.
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
 
 
 def _checkpoints_activations(model: Any) -> bool:
@@ -194,8 +209,6 @@ def _checkpoints_activations(model: Any) -> bool:
 
 
 def _shared_prefix(decoder: _Decoder, prompts: Sequence[Ids], layout: Layout) -> Tensor:
-    from transformers import DynamicCache
-
     device = decoder.device
     index: dict[tuple[int, ...], int] = {}
     owner = torch.tensor([index.setdefault(tuple(p), len(index)) for p in prompts])  # [B]
@@ -282,17 +295,17 @@ def pad_right(rows: Sequence[Ids], device: torch.device, width: int) -> tuple[Te
 
 
 def micro_batches(
-    prompts: Sequence[Ids], completions: Sequence[Ids], max_tokens: int
+    prompts: Sequence[Ids], completions: Sequence[Ids], max_tokens: int, *, share: bool = True
 ) -> Iterator[list[int]]:
     """Row indices in batches whose forward takes at most ``max_tokens`` tokens (or one row).
 
-    Rows of equal prompt stay together, because they share its forward; it counts once.
+    Rows of equal prompt stay together; where its forward is shared, it counts once.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i]), i))
     batch: list[int] = []
     tokens = 0
     for i in order:
-        shared = bool(batch) and tuple(prompts[i]) == tuple(prompts[batch[-1]])
+        shared = share and bool(batch) and tuple(prompts[i]) == tuple(prompts[batch[-1]])
         cost = len(completions[i]) + (0 if shared else len(prompts[i]))
         if batch and tokens + cost > max_tokens:
             yield batch

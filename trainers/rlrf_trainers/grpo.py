@@ -28,7 +28,6 @@ from rlrf_trainers.losses import (
     clipped_surrogate,
     group_advantages,
     k3_kl,
-    reward_statistics,
 )
 from rlrf_trainers.teacher import Kind, Teacher
 from rlrf_trainers.vocabulary import Objective, Tokens
@@ -103,9 +102,9 @@ class GRPOTrainer:
         for mini_batch in steps:
             self.improve(mini_batch)
             learner.optimizer_step()
-        if steps and learner.step % config.ref_model_sync_steps == 0:
+        if learner.step % config.ref_model_sync_steps == 0:
             self.reference.update(learner.optimizer.masters)
-        learner.log_rollouts([s.rollout for s in samples])
+        learner.log_rollouts(rollouts)
 
     def advantages(self, rollouts: Sequence[Rollout]) -> list[Attempt]:
         """Group-relative advantages; unscored rollouts are in no baseline and in no loss."""
@@ -113,10 +112,13 @@ class GRPOTrainer:
         scored = [r for r in rollouts if r.scored]
         rewards = torch.tensor([float(r.reward or 0.0) for r in scored])
         groups = [r.group_id for r in scored]
-        values = group_advantages(rewards, groups, scale_rewards=config.scale_rewards)
-        if scored:
-            for name, value in reward_statistics(rewards, groups).items():
-                learner.record(name, value)
+        values = group_advantages(
+            rewards,
+            groups,
+            scale_rewards=config.scale_rewards,
+            batch_std=learner.standard_deviation(rewards),
+        )
+        learner.record_rewards(scored)
         masks_cut = config.mask_truncated_completions
         samples = [
             Attempt(
@@ -127,7 +129,8 @@ class GRPOTrainer:
             for rollout, advantage in zip(scored, values.tolist(), strict=True)
         ]
         if rollouts:
-            learner.record("masked_fraction", 1 - sum(s.counts for s in samples) / len(rollouts))
+            masked = 1 - sum(s.counts for s in samples) / len(rollouts)
+            learner.record("masked_fraction", masked, len(rollouts))
         return samples
 
     def matters(self, sample: Attempt) -> bool:
@@ -141,16 +144,17 @@ class GRPOTrainer:
         """Accumulate the gradient of one optimizer step."""
         learner = self.learner
         counts = learner.counts(samples, [s for s in samples if s.counts])
-        for batch in learner.micro_batches([s for s in samples if self.matters(s)]):
-            reference = self.reference_logps(batch) if self.config.beta else None
-            with learner.clock("update"):
-                if batch is None:
-                    learner.idle()
-                    continue
-                hidden = learner.hidden(batch.prompts, batch.layout)  # [N, H]
-                objective = self.objective(batch, hidden, counts, reference)
-                metrics = learner.loss(batch, objective, hidden=hidden)
-            learner.record_sampling(batch, metrics["logps"])
+        for window in learner.windows([s for s in samples if self.matters(s)]):
+            references = self.reference_logps(window)
+            for batch, reference in zip(window, references, strict=True):
+                with learner.clock("update"):
+                    if batch is None:
+                        learner.idle()
+                        continue
+                    hidden = learner.hidden(batch.prompts, batch.layout)  # [N, H]
+                    objective = self.objective(batch, hidden, counts, reference)
+                    metrics = learner.loss(batch, objective, hidden=hidden)
+                learner.record_sampling(batch, metrics["logps"])
 
     def objective(
         self, batch: Batch[Attempt], hidden: Tensor, counts: BatchCounts, reference: Tensor | None
@@ -159,12 +163,11 @@ class GRPOTrainer:
         learner, config = self.learner, self.config
         weights = batch.weights(config.loss_type, counts, config.max_completion_length)  # [N]
         advantages = batch.per_row([s.advantage for s in batch.samples])
-        correction = learner.sampler_correction(batch, hidden)
         old, whole = batch.old_logps, None
-        if config.importance_sampling_level == "sequence":
-            # Every token of a row has the row's ratio, hence the row's mean weight.
-            weights = batch.row_means(weights)
+        by_row = config.importance_sampling_level == "sequence"
+        if by_row:
             whole = learner.row_log_ratios(batch, hidden)
+        correction = learner.sampler_correction(batch, hidden, by_row=by_row)
 
         def objective(tokens: Tokens, rows: slice) -> Tensor:
             logps = tokens.logps
@@ -178,34 +181,34 @@ class GRPOTrainer:
                 delta=config.delta,
             )
             for name in ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"):
-                learner.record(name, metrics[name].mean().item())
+                learner.record(name, metrics[name].mean().item(), len(loss))
             loss = loss * correction(before, rows)
             if reference is not None:
                 kl = k3_kl(logps, reference[rows])
-                learner.record("kl", kl.detach().mean().item())
+                learner.record("kl", kl.detach().mean().item(), len(kl))
                 loss = loss + config.beta * kl
             return (loss * weights[rows]).sum()
 
         return objective
 
-    def reference_logps(self, batch: Batch[Attempt] | None) -> Tensor | None:
-        """``[N]``: the reference policy's log-probabilities of the sampled tokens."""
+    def reference_logps(self, window: Sequence[Batch[Attempt] | None]) -> list[Tensor | None]:
+        """``[N]`` per micro-batch: the reference policy's log-probabilities of what was sampled."""
         learner = self.learner
-        if batch is None:
-            self.reference.idle()
-            return None
+        if not self.config.beta:
+            return [None] * len(window)
         with learner.clock("reference"):
-            logits = self.reference.read(
-                lambda: learner.hidden(batch.prompts, batch.layout), learner.head
-            )
-            return learner.logps(logits, batch.ids)
+            read = self.reference.read([learner.reader(b) for b in window], learner.head)
+            return [
+                None if batch is None else learner.logps(logits, batch.ids)
+                for batch, logits in zip(window, read, strict=True)
+            ]
 
     # --- state ------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
-        """Everything the next step depends on."""
-        state = self.learner.state_dict()
-        state.tensors |= prefixed("reference", self.reference.state_dict())
+    def state_dict(self, *, copy: bool = True) -> State:
+        """Everything the next step depends on; see :meth:`Learner.state_dict`."""
+        state = self.learner.state_dict(copy=copy)
+        state.tensors |= prefixed("reference", self.reference.state_dict(copy=copy))
         return state
 
     def load_state_dict(self, state: State) -> None:

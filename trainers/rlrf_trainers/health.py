@@ -25,7 +25,7 @@ topic                    lines condition
 ``entropy_explosion``    3     > 2 nats and > 2.5 times the early mean
 ``length_drift``         5     twice or half the early mean, and 8 tokens away from it
 ``sampler_mismatch``     3     the sampler's log-probabilities are off by > 0.1 nats on average, or
-                               by > 3 at worst where there is no average
+                               by > 3 at worst where there is no average (not under top_p, top_k)
 ``teacher_divergence``   3     KL to the teacher > 0.5 nats a token and > 3 times the early mean
 ``reference_divergence`` 3     GRPO: KL to the reference > 2 nats a token
 ``eval_collapse``        1     an evaluation is 25 % below the best one, and by more than chance
@@ -376,14 +376,16 @@ class Monitor:
 
     def _sampler_mismatch(self, m: dict[str, float]) -> str | None:
         mean, worst = m.get(f"{_MISMATCH}/mean"), m[f"{_MISMATCH}/max"]
+        cut = getattr(self.config, "top_p", 1.0) < 1 or getattr(self.config, "top_k", 0) > 0
+        if cut:  # another distribution by design
+            return None
         if worst <= 3 if mean is None else mean <= 0.1:
             return None
         seen = f"{worst:.2g} nats at worst" if mean is None else f"{mean:.2g} nats on average"
         return (
             f"the sampler's log-probabilities and the trainer's are apart by {seen}: it samples "
-            "from other weights (were they updated?), in another precision, at another "
-            f"{self._knob('temperature')}, or from a cut distribution "
-            f"({self._knob('top_p')}, {self._knob('top_k')}). {self._knob('rollout_is')} corrects "
+            "from other weights (were they updated?), in another precision, or at another "
+            f"{self._knob('temperature')}. {self._knob('rollout_is')} corrects "
             f"up to {self._knob('rollout_is_threshold')}, not more."
         )
 

@@ -11,16 +11,20 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import shutil
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rlrf
 from rlrf import Env, Rollout, SamplingParams, Task
@@ -30,19 +34,20 @@ from rlrf_trainers import distributed
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.distributed import World
-from rlrf_trainers.forward import Layout, completion_hidden, micro_batches
+from rlrf_trainers.forward import Layout, can_share, completion_hidden, micro_batches
 from rlrf_trainers.health import Monitor
 from rlrf_trainers.losses import (
     Aggregation,
     BatchCounts,
     Divergence,
     aggregation_weights,
+    reward_statistics,
     rollout_importance_weights,
 )
 from rlrf_trainers.models import IN_MEMORY
 from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
 from rlrf_trainers.policies.sampler import base_model
-from rlrf_trainers.trackers import Trackers, open_trackers
+from rlrf_trainers.trackers import Trackers, check_trackers, open_trackers
 from rlrf_trainers.vocabulary import (
     Head,
     Logits,
@@ -130,8 +135,8 @@ class Batch(Generic[S]):
 class Stateful(Protocol):
     """A trainer that can be put back to where it was."""
 
-    def state_dict(self) -> State:
-        """Everything the next step depends on."""
+    def state_dict(self, *, copy: bool = True) -> State:
+        """Everything the next step depends on; without ``copy`` it may change with that step."""
         ...
 
     def load_state_dict(self, state: State) -> None:
@@ -176,6 +181,17 @@ class Learner:
                 f"prompts_per_step={config.prompts_per_step} leaves some of the "
                 f"{self.world.size} processes without a task; give each at least one"
             )
+        if config.mini_batch_prompts % self.world.size:
+            raise UsageError(
+                f"mini_batch_prompts={config.mini_batch_prompts} cannot be divided among "
+                f"{self.world.size} processes; make it a multiple of that, or 0 for all"
+            )
+        if config.load_best_model_at_end and run_dir is None:
+            raise UsageError(
+                "load_best_model_at_end=True needs a run directory to keep the best weights in; "
+                "give run_dir=..."
+            )
+        check_trackers(config.report_to, None if run_dir is None else Path(run_dir))
         self.eval_env = eval_env if eval_env is not None else env
         self.eval_split = (
             self.eval_env.split if eval_env is not None or "eval" not in env.splits else "eval"
@@ -191,7 +207,7 @@ class Learner:
         self.head = Head.of(self.model, config.temperature)
         self.optimizer = MasterAdamW(self.model, config)
         self.rng = random.Random(config.seed)
-        self.metrics: dict[str, list[float]] = defaultdict(list)
+        self.metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)
         self.history: list[dict[str, float]] = []
         self.step = 0
         self.best: dict[str, float] | None = None
@@ -201,6 +217,9 @@ class Learner:
         self._warned: set[str] = set()
         self._loss = 0.0
         self._how: dict[str, Callable[[Sequence[float]], float]] = {}
+        self._unsaid: list[tuple[str, str]] = []
+        self._noted: dict[str, int] = {}
+        self._first_step = 0
         self.run: Run | None = None
         if run_dir is not None and self.world.is_main:
             self.run = self._open_run(run_dir, resume)
@@ -214,17 +233,19 @@ class Learner:
                 "that rlrf does not know, so the loss holds them all: loss_chunk_mb has no effect",
             )
 
-    def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
-        config = {
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the run is configured with."""
+        return {
             "trainer": self.config.model_dump(),
             "model": str(getattr(self.model.config, "_name_or_path", "") or IN_MEMORY),
         }
+
+    def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
         if resume:
-            run = Run.open(run_dir)
-            run.describe(config, self.env)
-            return run
-        run = Run.create(run_dir, config=config, env=self.env)
-        Checkpoints(run_dir).clear()
+            return Run.open(run_dir)
+        run = Run.create(run_dir, config=self.description, env=self.env)
+        Checkpoints(run_dir).clear()  # of the run that this one replaces
         return run
 
     # --- data -----------------------------------------------------------------------------
@@ -277,13 +298,14 @@ class Learner:
 
     def _record_rollouts(self, rollouts: Sequence[Rollout]) -> None:
         scored = [r for r in rollouts if r.scored]
-        self.record("unscored_fraction", 1 - len(scored) / len(rollouts))
+        self.record("unscored_fraction", 1 - len(scored) / len(rollouts), len(rollouts))
         if not scored:
             failures = sorted({r.failure or "" for r in rollouts})
+            whose = f" of process {self.world.rank}" if self.world.size > 1 else ""
             self.warn(
                 "unscored",
-                f"no rollout of step {self.step} could be scored; nothing is learnt from it. "
-                f"First failure: {failures[0]}",
+                f"no rollout{whose} of step {self.step} could be scored; nothing is learnt from "
+                f"them. First failure: {failures[0]}",
             )
             return
         if len(scored) < len(rollouts):
@@ -293,7 +315,7 @@ class Learner:
                 f"are unscored and left out: {next(r.failure for r in rollouts if not r.scored)}",
             )
         lengths = [float(sum(r.completion_mask)) for r in scored]
-        self.record("completions/mean_length", sum(lengths) / len(lengths))
+        self.record("completions/mean_length", sum(lengths) / len(lengths), len(lengths))
         logprobs = [
             logp
             for r in scored
@@ -301,14 +323,28 @@ class Learner:
             if sampled
         ]
         if logprobs:  # -log pi of a sample from pi estimates the entropy without bias
-            self.record("entropy", -sum(logprobs) / len(logprobs))
-        self.record("completions/min_length", min(lengths))
-        self.record("completions/max_length", max(lengths))
+            self.record("entropy", -sum(logprobs) / len(logprobs), len(logprobs))
+        self.record("completions/min_length", min(lengths), how=min)
+        self.record("completions/max_length", max(lengths), how=max)
         cut = sum(r.finish_reason == "length" for r in scored)
-        self.record("completions/clipped_ratio", cut / len(scored))
+        self.record("completions/clipped_ratio", cut / len(scored), len(scored))
         for name in sorted({name for r in scored for name in r.metrics}):
             values = [r.metrics[name] for r in scored if name in r.metrics]
-            self.record(f"env/{name}", sum(values) / len(values))
+            self.record(f"env/{name}", sum(values) / len(values), len(values))
+
+    def record_rewards(self, scored: Sequence[Rollout]) -> None:
+        """TRL's statistics of the rewards of scored rollouts."""
+        if not scored:
+            return
+        groups = [r.group_id for r in scored]
+        rewards = torch.tensor([float(r.reward or 0.0) for r in scored])
+        for name, value in reward_statistics(rewards, groups).items():
+            self.record(name, value, len(scored) if name == "reward" else len(set(groups)))
+
+    def standard_deviation(self, rewards: Tensor) -> float:
+        """The unbiased deviation of all processes' rewards; 0 for fewer than two."""
+        everyone = torch.tensor([r for part in self.world.gather(rewards.tolist()) for r in part])
+        return everyone.std().item() if len(everyone) > 1 else 0.0
 
     # --- the shape of an update -------------------------------------------------------------
 
@@ -321,8 +357,7 @@ class Learner:
         for sample in samples:
             groups.setdefault(sample.rollout.group_id, []).append(sample)
         whole = list(groups.values())
-        share = -(-self.config.mini_batch_prompts // self.world.size)
-        size = share or max(1, len(whole))
+        size = self.config.mini_batch_prompts // self.world.size or max(1, len(whole))
         batches = [
             [sample for group in whole[start : start + size] for sample in group]
             for start in range(0, len(whole), size)
@@ -332,6 +367,12 @@ class Learner:
     def anywhere(self, here: bool) -> bool:
         """Whether it is so on any process; to be asked on every one."""
         return bool(self.world.max(int(here)))
+
+    def windows(self, samples: Sequence[S]) -> Iterator[list[Batch[S] | None]]:
+        """The micro-batches, so many at a time as a teacher reads at once."""
+        batches = self.micro_batches(samples)
+        for start in range(0, len(batches), _WINDOW):
+            yield batches[start : start + _WINDOW]
 
     def micro_batches(self, samples: Sequence[S]) -> list[Batch[S] | None]:
         """The samples of each forward; how they are split does not change the loss.
@@ -343,6 +384,7 @@ class Learner:
             [s.rollout.prompt_ids for s in samples],
             [s.rollout.completion_ids for s in samples],
             self.config.micro_batch_tokens,
+            share=can_share(self.model),
         )
         found: list[Batch[S] | None] = [
             Batch([samples[i] for i in rows], self.device) for rows in batches
@@ -351,12 +393,9 @@ class Learner:
             found += [None] * (self.world.max(len(found)) - len(found))
         return found
 
-    def idle(self, *, teacher: bool = False) -> None:
+    def idle(self) -> None:
         """What a process without samples runs while others have some."""
-        if teacher:
-            distributed.idle(self.model)
-        else:
-            distributed.idle(self.model).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        distributed.idle(self.model).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
 
     def counts(self, samples: Sequence[Sample], active: Sequence[Sample]) -> BatchCounts:
         """What the loss of an optimizer step is divided by, over all processes."""
@@ -365,8 +404,39 @@ class Learner:
         return BatchCounts(rows, active_rows, all_tokens, tokens, self.world.size)
 
     def hidden(self, prompts: Sequence[Sequence[int]], layout: Layout) -> Tensor:
-        """``[N, H]`` hidden states of the sampled tokens."""
-        return completion_hidden(self.model, prompts, layout, logits=self.head.module is None)
+        """``[N, H]`` hidden states of the sampled tokens.
+
+        Without gradients, in forwards of at most four times ``micro_batch_tokens``, as they keep
+        no activations; in one where the weights are sharded.
+        """
+        naive = self.head.module is None
+        if torch.is_grad_enabled() or distributed.is_sharded(self.model):
+            return completion_hidden(self.model, prompts, layout, logits=naive)
+        budget, parts, start = 4 * self.config.micro_batch_tokens, [], 0
+        while start < len(prompts):
+            end, tokens = start, 0
+            while end < len(prompts):
+                tokens += len(prompts[end]) + layout.lengths[end]
+                if end > start and tokens > budget:
+                    break
+                end += 1
+            rows = slice(start, end)
+            parts.append(
+                completion_hidden(self.model, prompts[rows], layout.rows_of(rows), logits=naive)
+            )
+            start = end
+        return torch.cat(parts)
+
+    def reader(
+        self,
+        batch: Batch[Any] | None,
+        prompts: Sequence[Sequence[int]] | None = None,
+        layout: Layout | None = None,
+    ) -> Callable[[], Tensor]:
+        """What a teacher runs on a micro-batch, after other prompts if they are given."""
+        if batch is None:  # takes part in what the others do
+            return partial(distributed.idle, self.model)
+        return partial(self.hidden, prompts or batch.prompts, layout or batch.layout)
 
     def loss(
         self,
@@ -377,11 +447,7 @@ class Learner:
         divergence: Divergence | None = None,
         teacher: TeacherLogits | None = None,
     ) -> dict[str, Tensor]:
-        """A micro-batch's share of the loss: its gradient is added up; metrics ``[N]``.
-
-        Raises:
-            RlrfError: it is not finite.
-        """
+        """A micro-batch's share of the loss: its gradient is added up; metrics ``[N]``."""
         loss, metrics = vocabulary_loss(
             hidden,
             self.head,
@@ -404,7 +470,7 @@ class Learner:
         for batch in self.micro_batches(samples):
             with torch.no_grad():
                 if batch is None:
-                    self.idle(teacher=True)
+                    distributed.idle(self.model)
                     continue
                 logps = self.student_logps(batch, self.hidden(batch.prompts, batch.layout))
                 for sample, row in zip(batch.samples, batch.split(logps), strict=True):
@@ -423,12 +489,14 @@ class Learner:
         return batch.row_means(self.student_logps(batch, hidden) - old)
 
     def sampler_correction(
-        self, batch: Batch[Any], hidden: Tensor
+        self, batch: Batch[Any], hidden: Tensor, *, by_row: bool = False
     ) -> Callable[[Tensor, slice], Tensor]:
         """Weights for the sampler's distribution not being ours.
 
-        All ones when switched off, when the policy reports no log-probabilities, and under top_p
-        or top_k, where the sampled distribution is another one by design.
+        With ``by_row`` every token has the mean weight of its row, as TRL has it where the
+        policy's ratio is one per row. All ones when switched off, when the policy reports no
+        log-probabilities, and under top_p or top_k, where the sampled distribution is another one
+        by design.
 
         Returns:
             ``(old_logps [n] of a chunk, rows) -> weights [n]``.
@@ -444,7 +512,7 @@ class Learner:
             )
             return lambda old, _: torch.ones_like(old)
         clip, mode = c.rollout_is_threshold, c.rollout_is
-        if mode in ("token_truncate", "token_mask"):
+        if mode in ("token_truncate", "token_mask") and not by_row:
             return lambda old, rows: rollout_importance_weights(
                 old, sampled[rows].to(old), clip, mode
             )
@@ -462,6 +530,8 @@ class Learner:
                 layout.mask(batch.device),
             )
         )
+        if by_row:
+            weights = batch.row_means(weights)
         return lambda _, rows: weights[rows]
 
     def record_sampling(self, batch: Batch[Any], logps: Tensor) -> None:
@@ -470,25 +540,17 @@ class Learner:
         if sampled is None:
             return
         gap = (logps if old is None else old) - sampled.to(logps)
-        self.record("sampling/sampling_logp_difference/mean", gap.abs().mean().item())
-        self.record("sampling/sampling_logp_difference/max", gap.abs().max().item(), max)
-        ratio = gap.clamp(-20, 20).exp()
-        self.record("sampling/importance_sampling_ratio/min", ratio.min().item(), min)
-        self.record("sampling/importance_sampling_ratio/mean", ratio.mean().item())
-        self.record("sampling/importance_sampling_ratio/max", ratio.max().item(), max)
+        n, ratio = len(gap), gap.clamp(-20, 20).exp()
+        self.record("sampling/sampling_logp_difference/mean", gap.abs().mean().item(), n)
+        self.record("sampling/sampling_logp_difference/max", gap.abs().max().item(), how=max)
+        self.record("sampling/importance_sampling_ratio/min", ratio.min().item(), how=min)
+        self.record("sampling/importance_sampling_ratio/mean", ratio.mean().item(), n)
+        self.record("sampling/importance_sampling_ratio/max", ratio.max().item(), how=max)
 
     # --- optimizer ------------------------------------------------------------------------
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of a micro-batch's share of the loss.
-
-        A loss that is not finite is refused before it can reach a weight.
-        """
-        if not torch.isfinite(loss):
-            raise RlrfError(
-                f"the loss of step {self.step} is {loss.item()}; the weights are those of the "
-                "step before. Lower learning_rate or max_grad_norm"
-            )
+        """Accumulate gradients of a micro-batch's share of the loss."""
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._loss += loss.item()
 
@@ -496,11 +558,20 @@ class Learner:
         """Clip, step on the fp32 masters, and forget the gradients.
 
         A gradient that is not finite skips the step and says so.
+
+        Raises:
+            RlrfError: the loss is not finite, on any process; no weight has changed.
         """
+        loss, self._loss = self.world.sum([self._loss])[0], 0.0
+        if not math.isfinite(loss):  # decided together: one process must not leave the others
+            self.optimizer.zero_grad()
+            raise RlrfError(
+                f"the loss of step {self.step} is {loss}; the weights are those of the step "
+                "before. Lower learning_rate or max_grad_norm"
+            )
         norm = self.optimizer.clip(self.config.max_grad_norm)
         rate = self.learning_rate()
-        self.record("loss", self.world.sum([self._loss])[0])
-        self._loss = 0.0
+        self.record("loss", loss)
         self.record("grad_norm", norm)
         self.record("learning_rate", rate)
         if math.isfinite(norm):
@@ -566,15 +637,18 @@ class Learner:
         """Keep the weights of the best evaluation, and count how long ago it was."""
         c = self.config
         value = line.get(c.metric_for_best_model)
-        if not self.step:  # nothing is trained yet
+        if not any(name.startswith("eval/") for name in line):
             return
-        if value is None or not math.isfinite(value):
-            if self.step == c.max_steps and self.best is None and c.load_best_model_at_end:
+        if value is None:
+            known = sorted(n for n in line if n.startswith("eval/"))
+            if c.eval_steps and not self.step:
                 self.warn(
                     "best",
-                    f"no evaluation gave metric_for_best_model={c.metric_for_best_model!r}, so "
-                    f"the last weights are kept; the metrics are {', '.join(sorted(line))}",
+                    f"metric_for_best_model={c.metric_for_best_model!r} is no metric of an "
+                    f"evaluation, so no best weights are kept; there are {', '.join(known)}",
                 )
+            return
+        if not self.step or not math.isfinite(value):  # nothing is trained yet, or all is lost
             return
         if self.best is not None and value <= self.best["value"]:
             self.evaluations_since_best += 1
@@ -582,7 +656,7 @@ class Learner:
         self.best = {"step": float(self.step), "value": value}
         self.evaluations_since_best = 0
         if c.eval_steps:
-            weights = distributed.full_state(self.optimizer.masters.items())
+            weights = distributed.full_state(self.optimizer.masters.items(), copy=False)
             if self.run is not None:
                 Checkpoints(self.run.path).save(BEST, State(weights, dict(self.best)))
 
@@ -622,7 +696,11 @@ class Learner:
     def resumed(self, trainer: Stateful) -> bool:
         """Put the run back to its last checkpoint, where it was asked for; whether there is one."""
         folder, self.resume_from = self.resume_from, None
-        found = folder is not None and self._restore(folder, trainer)
+        try:
+            found = folder is not None and self._restore(folder, trainer)
+        except BaseException:
+            self.run = None  # it is not ours: neither its status nor anything in it changes
+            raise
         if self.world.is_main:
             name = self.run.path.name if self.run is not None else type(self.env).__name__
             self.trackers = open_trackers(
@@ -638,39 +716,92 @@ class Learner:
 
     def _restore(self, folder: Path, trainer: Stateful) -> bool:
         state = newest(folder) if self.world.is_main else None
-        self.world.barrier()  # the main process tidies up
-        if not self.world.is_main:
-            state = newest(folder)
+        if state is not None and self.world.size > 1:
+            # The others need the names; the main process hands out the tensors.
+            names = {
+                n: t if n.startswith("rng") else t.to("meta") for n, t in state.tensors.items()
+            }
+            mine = self.world.broadcast(State(names, state.data))
+            state = state if self.world.is_main else mine
+        else:
+            state = self.world.broadcast(state)
+        # Nothing of the run is touched before all that may fail has not.
+        if state is not None:
+            self._check_same(state, trainer)
+            trainer.load_state_dict(state)
+        elif self.run is not None and (
+            # One that was killed before its first checkpoint begins again; else nothing is lost.
+            any(m["step"] for m in self.run.metrics)
+            and (not self.config.save_steps or self.run.status == "done")
+        ):
+            raise UsageError(
+                f"the run {str(self.run.path)!r} has no checkpoint to go on from (save_steps "
+                "was 0); train anew, in another run directory or with --overwrite"
+            )
+        self._first_step = self.step
         if self.run is not None:
             self.run.rewind(state.data["position"] if state else {})
+            self.run.describe(self.description, self.env)
             self.history = [
                 {k: math.nan if v is None else v for k, v in line.items()}
                 for line in self.run.metrics
             ]
         if state is None:
             self.note("resumed from the beginning: no checkpoint had been written")
-            return False
-        trainer.load_state_dict(state)
-        self.note(f"resumed from the checkpoint of step {self.step}")
-        return True
+        else:
+            self.note(f"resumed from the checkpoint of step {self.step}")
+        return state is not None
+
+    def _check_same(self, state: State, trainer: Stateful) -> None:
+        """What a checkpoint's tensors depend on must be as it was.
+
+        Raises:
+            UsageError: it is not.
+        """
+        now = self._fixed(trainer, self.config.model_dump())
+        then = self._fixed(trainer, state.data["config"])
+        for key in ("trainer", "model", "tasks"):
+            then[key] = state.data[key]
+        now |= {"model": self.description["model"], "tasks": len(self.tasks)}
+        for key, value in now.items():
+            if then.get(key) != value:
+                raise UsageError(
+                    f"the checkpoint was written with {key}={then.get(key)!r}, and now it is "
+                    f"{value!r}: the run cannot be resumed so; leave it as it was, or train anew"
+                )
+
+    @staticmethod
+    def _fixed(trainer: Stateful, config: Mapping[str, Any]) -> dict[str, Any]:
+        # What the names and shapes of tensors follow from.
+        keys = ("lora_r", "lora_alpha", "lora_target_modules", "teacher_regularization")
+        fixed = {key: config[key] for key in keys if key in config}
+        if "beta" in config:
+            fixed["beta"] = config["beta"] if not config["beta"] else "above 0"
+        return {"trainer": type(trainer).__name__, **fixed}
 
     def _checkpoint_if_due(self, trainer: Stateful) -> None:
         every = self.config.save_steps
-        if not every or self.step % every:
+        last = self.step == self.config.max_steps or self.stops_early
+        if not every or (self.step % every and not last):
             return
         with self.clock("checkpoint"):
-            state = trainer.state_dict()
+            state = trainer.state_dict(copy=False)
+            state.data["trainer"] = type(trainer).__name__
             if self.run is not None:
                 state.data["position"] = self.run.position()
                 Checkpoints(self.run.path).save_step(self.step, state, self.config.save_total_limit)
 
-    def state_dict(self) -> State:
+    def state_dict(self, *, copy: bool = True) -> State:
         """Everything the next step depends on: weights, optimizer, random numbers, task order.
 
         Whole tensors on the CPU, whatever the number of processes; on the main one only.
+
+        Args:
+            copy: False lets tensors share memory with the live ones, to be written at once.
         """
-        tensors = prefixed("master", distributed.full_state(self.optimizer.masters.items()))
-        tensors |= prefixed("adamw", distributed.full_state(self.optimizer.state()))
+        masters = distributed.full_state(self.optimizer.masters.items(), copy=copy)
+        tensors = prefixed("master", masters)
+        tensors |= prefixed("adamw", distributed.full_state(self.optimizer.state(), copy=copy))
         tensors["rng.torch"] = torch.get_rng_state()
         if torch.cuda.is_available():
             tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -684,6 +815,8 @@ class Learner:
             "evaluations_since_best": self.evaluations_since_best,
             "monitor": self.monitor.state_dict(),
             "config": self.config.model_dump(),
+            "model": self.description["model"],
+            "tasks": len(self.tasks),
         }
         return State(tensors, data)
 
@@ -713,21 +846,39 @@ class Learner:
         self,
         name: str,
         value: float,
+        weight: float = 1.0,
+        *,
         how: Callable[[Sequence[float]], float] | None = None,
     ) -> None:
-        """Add a value to this step's metric; several are averaged, or reduced by ``how``."""
-        self.metrics[name].append(float(value))
+        """Add a value to this step's metric.
+
+        Several, of micro-batches or processes, become their weighted mean, or what ``how`` makes
+        of them.
+        """
+        self.metrics[name].append((float(value), float(weight)))
         if how is not None:
             self._how[name] = how
 
+    def _reduced(self, name: str, found: Sequence[tuple[float, float]]) -> float:
+        values, weights = zip(*found, strict=True)
+        if name in self._how:
+            return self._how[name](values)
+        total = sum(weights)
+        return sum(v * w for v, w in found) / total if total else math.nan
+
     def log_step(self) -> dict[str, float]:
         """Close the step: reduce its metrics over all processes, write the line, tell of it."""
-        values: dict[str, list[float]] = defaultdict(list)
-        for metrics in self.world.gather(dict(self.metrics)):
-            for name, found in metrics.items():
-                values[name] += found
+        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        parts = self.world.gather((dict(self.metrics), self._unsaid))
+        for metrics, _ in parts:
+            for name, pairs in metrics.items():
+                found[name] += pairs
+        for rank, (_, warned) in enumerate(parts):
+            for topic, message in warned if self.world.is_main else ():
+                self.warn(topic, f"process {rank}: {message}")
+        self._unsaid = []
         line: dict[str, float] = {"step": self.step}
-        line |= {k: self._how.get(k, _mean)(v) for k, v in values.items() if v}
+        line |= {name: self._reduced(name, pairs) for name, pairs in found.items()}
         line |= {f"time/{k}": v for k, v in self.clock.take().items()}
         line["time/train_total"] = self.clock.trained
         self.metrics.clear()
@@ -739,7 +890,7 @@ class Learner:
             self.trackers.log(self.step, line)
         if self.on_step is not None and self.world.is_main:
             self.on_step(line)
-        for topic, message in self.monitor.observe(line):
+        for topic, message in self.monitor.observe(line) if self.world.is_main else ():
             self._warned.discard(topic)  # the monitor knows when to say a thing again
             self.warn(topic, message)
         return line
@@ -775,13 +926,15 @@ class Learner:
             self.run.log_rollouts(self.step, (r for part in everywhere for r in part))
 
     def warn(self, topic: str, message: str) -> None:
-        """Warn once per topic on the console, and always in the run's record."""
-        if self.run is not None:
+        """Warn once per topic on the console, and once per topic and step in the run's record."""
+        if self.run is not None and self._noted.get(topic) != self.step:
+            self._noted[topic] = self.step
             self.run.event("warning", message)
-        if topic not in self._warned:
+        if not self.world.is_main:
+            self._unsaid.append((topic, message))  # the main process says it
+        elif topic not in self._warned:
             self._warned.add(topic)
-            if self.world.is_main:
-                warnings.warn(message, RuntimeWarning, stacklevel=3)
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def note(self, message: str) -> None:
         """Keep a note in the run's record."""
@@ -807,8 +960,7 @@ class Learner:
         state = State()
         if self.run is not None:
             state = Checkpoints(self.run.path).load(BEST)
-        elif self.world.size == 1:
-            return  # nothing was written, so nothing can be loaded
+            self.best = state.data  # after a kill it may be newer than the checkpoint's word
         distributed.load_full(self.optimizer.masters.items(), state.tensors)
         self.optimizer.publish()
         self.note(f"model/ holds the weights of step {(self.best or {}).get('step', 0):.0f}")
@@ -817,16 +969,21 @@ class Learner:
         if not self.config.save_model or (self.run is None and self.world.size == 1):
             return None
         # peft picks the adapter out of a state dict of the whole model by itself.
-        state = distributed.full_state(self.model.state_dict().items())
+        sharded = distributed.is_sharded(self.model)
+        state = distributed.full_state(self.model.state_dict().items()) if sharded else {}
         if self.run is None:
             return None
         path: Path = self.run.path / "model"
+        fresh = path.with_name(".model.new")
+        shutil.rmtree(fresh, ignore_errors=True)
         with quiet_transformers():
             if distributed.is_sharded(self.model):
-                self.model.save_pretrained(path, state_dict=state)
+                self.model.save_pretrained(fresh, state_dict=state)
             else:
-                self.model.save_pretrained(path)
-            self.tokenizer.save_pretrained(path)
+                self.model.save_pretrained(fresh)
+            self.tokenizer.save_pretrained(fresh)
+        shutil.rmtree(path, ignore_errors=True)  # an adapter must not lie beside an old model
+        fresh.rename(path)
         return path
 
     @contextlib.contextmanager
@@ -838,16 +995,27 @@ class Learner:
             if self.trackers is not None:
                 self.trackers.close(failed=True)
             if self.run is not None:
-                stopped = isinstance(error, KeyboardInterrupt)
-                self.run.event("error", f"{type(error).__name__}: {error}")
-                if self.world.size == 1:  # saving a sharded model takes all processes
-                    self._save_model()
-                self.run.finish("interrupted" if stopped else "failed")
+                self._close(self.run, error)
             raise
 
+    def _close(self, run: Run, error: BaseException) -> None:
+        """Keep what can be kept of a run that fails; what cannot must not hide why it failed."""
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        # A sharded model takes all processes to save; one that has not moved is not worth it.
+        moved = self.world.size == 1 and self.step > self._first_step
+        told = f"{type(error).__name__}: {error}"
+        with contextlib.suppress(OSError):
+            run.event("error", told)
+        with contextlib.suppress(OSError, SafetensorError):
+            if moved:
+                self._save_model()
+        with contextlib.suppress(OSError):
+            run.finish(status, told)
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+
+_WINDOW = 8
+"""Micro-batches whose teacher's hidden states are kept at once: to swap the teacher's weights in
+takes time, their hidden states take memory, a few kilobytes a token."""
 
 
 def as_rng_state(data: Any) -> Any:
@@ -866,7 +1034,6 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
         adapter = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha or 2 * config.lora_r,
-            lora_dropout=config.lora_dropout,
             target_modules=config.lora_target_modules,
             task_type="CAUSAL_LM",
         )
@@ -874,15 +1041,24 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
             # peft asks transformers >= 5.23 by a name that is deprecated there.
             warnings.simplefilter("ignore", FutureWarning)
             model = get_peft_model(model, adapter)
-    elif not config.lora_r and not hasattr(model, "peft_config"):
+    elif not hasattr(model, "peft_config"):
         model.requires_grad_(True)
+    elif config.lora_r and config.lora_r != model.active_peft_config.r:
+        raise UsageError(
+            f"lora_r={config.lora_r}, but the model has an adapter of rank "
+            f"{model.active_peft_config.r} already; give lora_r=0 to train that one, or the model "
+            "without it"
+        )
     if config.gradient_checkpointing:
         # Renamed in transformers 5.23; the old name warns there.
         name = "activation_checkpointing_enable"
         getattr(model, name, model.gradient_checkpointing_enable)()
-    # Dropout would make the scored distribution another one than the sampled; train() mode
-    # is only needed where checkpointing asks for it.
-    model.train(config.gradient_checkpointing)
+    # Dropout would make the scored distribution another one than the sampled. Activation
+    # checkpointing asks the layer itself, and it alone, whether it trains.
+    model.eval()
+    for module in model.modules() if config.gradient_checkpointing else ():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
     return model
 
 
@@ -906,7 +1082,12 @@ class MasterAdamW:
                 self.masters[name] = parameter
             else:
                 self.masters[name] = parameter.detach().float().requires_grad_()
-                parameter.register_post_accumulate_grad_hook(lambda _, n=name: self._collect(n))
+                # Of an earlier trainer of this model, which would take the gradients away.
+                if (stale := getattr(parameter, "_rlrf_hook", None)) is not None:
+                    stale.remove()
+                hook: Any = partial(lambda n, _: self._collect(n), name)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                parameter._rlrf_hook = handle
         self.adamw = torch.optim.AdamW(
             self.masters.values(),
             lr=config.learning_rate,

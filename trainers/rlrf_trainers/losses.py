@@ -727,6 +727,7 @@ def group_advantages(
     *,
     scale_rewards: ScaleRewards = "group",
     scored: Tensor | None = None,
+    batch_std: float | None = None,
 ) -> Tensor:
     """Group-relative advantages (GRPO, arXiv 2402.03300): reward minus the group's mean, scaled.
 
@@ -740,6 +741,7 @@ def group_advantages(
             (arXiv 2508.08221), or not at all (``"none"``, Dr. GRPO). Deviations are unbiased
             (n - 1) with 1e-4 added, as in TRL.
         scored: ``[B]``, False marks further rows as unscored.
+        batch_std: the deviation of the whole batch, where these rewards are a part of it.
 
     Returns:
         ``[B]``, detached, at least float32. A group with one scored row has advantage 0.
@@ -758,6 +760,8 @@ def group_advantages(
         return centred
     if scale_rewards == "group":
         std = _group_std(centred, groups, count)[groups]
+    elif batch_std is not None:
+        std = values.new_tensor(batch_std)
     else:
         kept = values[valid]
         std = kept.std() if kept.numel() > 1 else kept.new_zeros(())

@@ -30,13 +30,13 @@ class _Shown:
         self.score, self.update_weights = policy.score, policy.update_weights
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-        shown = [
+        read = [
             replace(p, messages=self.reprompts[p.group or ""].messages)
             if p.prefix_ids is None
             else p
             for p in prompts
         ]
-        return self.policy.generate(shown, params)
+        return self.policy.generate(read, params)
 
 
 def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) -> None:
@@ -68,12 +68,13 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
         ]
         if not hinted:
             return
+        built = [(r, reprompter.build(r, hint)) for r, hint in hinted]
+        shown = [(r, reprompt) for r, reprompt in built if reprompt is not None]
+        if not shown:
+            return
         by_id = {task.id: task for task in mine}
-        again = [by_id[r.task_id] for r, _ in hinted]
-        reprompts = {
-            f"{i}:{task.id}": reprompter.build(r, hint)
-            for i, ((r, hint), task) in enumerate(zip(hinted, again, strict=True))
-        }
+        again = [by_id[r.task_id] for r, _ in shown]
+        reprompts = {f"{i}:{r.task_id}": reprompt for i, (r, reprompt) in enumerate(shown)}
         retries = rlrf.rollout(
             learner.env,
             _Shown(learner.policy, reprompts),
@@ -83,7 +84,7 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
             params=learner.sampling_params,
             seed=config.seed + 31,
         )
-    for (failed, _), retry in zip(hinted, retries, strict=True):
+    for (failed, _), retry in zip(shown, retries, strict=True):
         if retry.reward is None:
             continue
         siblings = rewards[failed.group_id]

@@ -181,25 +181,38 @@ class Reprompter:
         """Ids of a chat up to where the assistant's next reply begins."""
         return self.policy.encode(messages, self.tools)
 
-    def build(self, rollout: Rollout, hint: Hint) -> Reprompt:
-        """The teacher's view of a rollout.
+    def build(self, rollout: Rollout, hint: Hint) -> Reprompt | None:
+        """The teacher's view of a rollout; None where there is no room for any of the hint.
+
+        The room is ``max_reprompt_len``, or what the reply leaves of the model's context.
 
         Raises:
             UsageError: the message before the first reply is not from the user.
         """
+        room = self.config.max_reprompt_len
+        if self.policy.context is not None:
+            room = min(room, self.policy.context - len(rollout.completion_ids))
         in_turns = self.config.feedback_placement == "turn" and len(hint.by_step) > 1
         first = Hint(hint.demonstration, hint.by_step[0]) if in_turns else hint
         reprompt = build_reprompt(
-            prompt_messages(rollout), first, self.config, self.encode, self.policy.tokenizer
+            prompt_messages(rollout),
+            first,
+            self.config,
+            self.encode,
+            self.policy.tokenizer,
+            max_len=room,
         )
+        if reprompt is None:
+            return None
         ids, mask, truncated = rollout.completion_ids, rollout.completion_mask, reprompt.truncated
         if in_turns:
-            ids, mask, cut = self._with_feedback(rollout, hint, reprompt.prompt_ids)
+            left = room - len(reprompt.prompt_ids)
+            ids, mask, cut = self._with_feedback(rollout, hint, reprompt.prompt_ids, left)
             truncated |= cut
         return replace(reprompt, completion_ids=ids, completion_mask=mask, truncated=truncated)
 
     def _with_feedback(
-        self, rollout: Rollout, hint: Hint, prompt_ids: tuple[int, ...]
+        self, rollout: Rollout, hint: Hint, prompt_ids: tuple[int, ...], room: int
     ) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
         """The completion with each later step's feedback beside what that step answered.
 
@@ -214,7 +227,9 @@ class Reprompter:
             )
         ]
         later = [f for f in hint.by_step[1:] if f]
-        room = max(0, self.config.max_reprompt_len - len(prompt_ids)) // max(1, len(later))
+        # What the template takes is reckoned in with each.
+        frame = len(_ids(self.policy.tokenizer, self.config.feedback_template))
+        room = max(0, room // max(1, len(later)) - frame)
         turns = _turns(rollout)
         ids: list[int] = []
         mask: list[int] = []
@@ -225,12 +240,14 @@ class Reprompter:
             elif reply < len(hint.by_step) and hint.by_step[reply] and reply < len(turns):
                 told = hint.by_step[reply].tokenize(self.policy.tokenizer, room)
                 truncated |= told.truncated
-                *before, last = turns[reply]
-                text = self.config.feedback_template.format(feedback_raw=told.text)
-                extended: Message = {**last, "content": f"{last['content'] or ''}{text}"}
-                prefix = [*prompt_ids, *ids]
-                turn = self.policy.chat.extend(prefix, (*before, extended), self.tools)
-                run = turn[len(prefix) :]
+                if told.text:
+                    # An environment that said nothing gets a message to put the feedback in.
+                    *before, last = turns[reply] or (user(""),)
+                    text = self.config.feedback_template.format(feedback_raw=told.text)
+                    extended: Message = {**last, "content": f"{last['content'] or ''}{text}"}
+                    prefix = [*prompt_ids, *ids]
+                    turn = self.policy.chat.extend(prefix, (*before, extended), self.tools)
+                    run = turn[len(prefix) :]
             ids += run
             mask += [int(sampled)] * len(run)
         return tuple(ids), tuple(mask), truncated
@@ -253,7 +270,9 @@ def build_reprompt(
     config: SDPOConfig,
     encode: Callable[[Messages], Sequence[int]],
     tokenizer: Any,
-) -> Reprompt:
+    *,
+    max_len: int | None = None,
+) -> Reprompt | None:
     """The teacher's chat: earlier messages, then one user turn with question and hint.
 
     If it exceeds ``max_reprompt_len``, the demonstration and the feedback are shortened (their
@@ -265,6 +284,10 @@ def build_reprompt(
         config: templates and budget.
         encode: chat to ids, the policy's own, so that teacher and student share a template.
         tokenizer: counts and cuts.
+        max_len: the budget, if it is less than ``max_reprompt_len``.
+
+    Returns:
+        None where the budget leaves no room for any of the hint.
 
     Raises:
         UsageError: the last message is not from the user.
@@ -286,16 +309,17 @@ def build_reprompt(
         )
         return (*messages[:-1], user(text))
 
+    budget = config.max_reprompt_len if max_len is None else min(max_len, config.max_reprompt_len)
     demonstration, feedback = hint.demonstration, hint.feedback
     shown = chat(demonstration, feedback.text)
     ids = encode(shown)
-    if len(ids) <= config.max_reprompt_len:
+    if len(ids) <= budget:
         return Reprompt(shown, tuple(ids), False)
 
     # What the frame alone takes is spent; the rest is shared evenly, and what the shorter of the
     # two does not need goes to the other.
     frame = len(encode(chat("" if demonstration is not None else None, ".")))
-    room = max(0, config.max_reprompt_len - frame)
+    room = max(0, budget - frame)
     needs = {
         "demonstration": len(_ids(tokenizer, demonstration)) if demonstration else 0,
         "feedback": len(feedback.tokenize(tokenizer)),
@@ -305,13 +329,15 @@ def build_reprompt(
         cut_demonstration = (
             None
             if demonstration is None
-            else cut_tokens(demonstration, tokenizer, share["demonstration"])
+            else cut_tokens(demonstration, tokenizer, share["demonstration"]) or None
         )
         cut_feedback = feedback.tokenize(tokenizer, share["feedback"]).text
         shown = chat(cut_demonstration, cut_feedback)
         ids = encode(shown)
-        over = len(ids) - config.max_reprompt_len
-        if over <= 0 or room == 0:
+        over = len(ids) - budget
+        if cut_demonstration is None and not cut_feedback:
+            return None
+        if over <= 0:
             return Reprompt(shown, tuple(ids), True)
         room = max(0, room - over)  # joining texts can cost a token or two more than their sum
 

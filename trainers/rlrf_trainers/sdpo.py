@@ -28,14 +28,13 @@ from torch import Tensor
 from rlrf import Env, Rollout, TrainResult
 from rlrf_trainers.checkpoints import State, prefixed
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.learner import Batch, Learner, Sample, as_rng_state
+from rlrf_trainers.learner import Batch, Learner, Sample
 from rlrf_trainers.losses import (
     BatchCounts,
     Divergence,
     clipped_surrogate,
     group_advantages,
     importance_weights,
-    reward_statistics,
 )
 from rlrf_trainers.probe import measure_gap
 from rlrf_trainers.reprompt import Hint, Reprompt, Reprompter, choose_hints, other_hint, succeeded
@@ -98,7 +97,6 @@ class SDPOTrainer:
             c.distillation_advantage_clip or None,
         )
         self.reprompter = Reprompter(c, self.learner.policy, env)
-        self.rng = random.Random(c.seed)
 
     def train(self) -> TrainResult:
         """Run all steps; see the module's algorithm box.
@@ -135,7 +133,7 @@ class SDPOTrainer:
             learner.optimizer_step()
         if steps:
             self.teacher.update(learner.optimizer.masters)
-        self.log(targets)
+        self.log(rollouts, targets)
 
     # --- the reprompt -----------------------------------------------------------------------
 
@@ -146,26 +144,39 @@ class SDPOTrainer:
         """
         config = self.config
         scored = [r for r in rollouts if r.scored]
-        hints = choose_hints(scored, config, self.rng)
+        # Of the step, not of what came before: so a resumed run draws what it would have drawn.
+        rng = random.Random(f"{config.seed} {self.learner.step} {self.learner.world.rank}")
+        hints = choose_hints(scored, config, rng)
         advantages = group_advantages(
             torch.tensor([float(r.reward or 0.0) for r in scored]),
             [r.group_id for r in scored],
             scale_rewards="none",
         ).tolist()
-        targets = []
+        targets, unshown = [], 0
         for rollout, hint, advantage in zip(scored, hints, advantages, strict=True):
             target = Target(rollout, advantage=advantage)
             if hint and target.tokens:
                 target.reprompt = self.reprompter.build(rollout, hint)
-                if config.baseline == "control":
+                if target.reprompt and config.baseline == "control":
                     other = other_hint(rollout, hint, scored, hints)
                     target.control = self.reprompter.build(rollout, other)
+                    if target.control is None:
+                        target.reprompt = None
+                unshown += target.reprompt is None
             weight = config.distillation_weight
             if config.route_to_grpo:
                 weight = float(bool(target.reprompt) and not succeeded(rollout, config))
             target.distil = weight if target.reprompt else 0.0
             target.reinforce = 1.0 - weight
             targets.append(target)
+        if unshown:
+            self.learner.warn(
+                "reprompt_room",
+                f"step {self.learner.step}: {unshown} rollouts are not distilled, because question "
+                "and template leave no room for a hint "
+                f"(max_reprompt_len={config.max_reprompt_len}, the model's context is "
+                f"{self.learner.policy.context})",
+            )
         self._record_reprompts(targets, hints, len(rollouts))
         return targets
 
@@ -191,8 +202,10 @@ class SDPOTrainer:
             "empty_target_batch": float(active == 0),
             "reprompt_truncated_fraction": truncated / n,
         }.items():
-            learner.record(f"self_distillation/{name}", value)
-        learner.record("masked_fraction", 1 - sum(t.matters for t in targets) / collected)
+            weight = len(groups) if name == "success_group_fraction" else n
+            learner.record(f"self_distillation/{name}", value, weight)
+        masked = 1 - sum(t.matters for t in targets) / collected
+        learner.record("masked_fraction", masked, collected)
 
     # --- the update -------------------------------------------------------------------------
 
@@ -205,13 +218,14 @@ class SDPOTrainer:
         distil_counts = learner.counts(targets, taught)
         reinforce_counts = learner.counts(targets, [t for t in targets if t.reinforce])
         for rows, has_teacher in ((taught, True), (others, False)):
-            for batch in learner.micro_batches(rows):
-                teacher = self.teacher_logits(batch) if has_teacher else None
-                with learner.clock("update"):
-                    if batch is None:
-                        learner.idle()
-                        continue
-                    self._distil(batch, teacher, distil_counts, reinforce_counts)
+            for window in learner.windows(rows):
+                teachers = self.teacher_logits(window) if has_teacher else [None] * len(window)
+                for batch, teacher in zip(window, teachers, strict=True):
+                    with learner.clock("update"):
+                        if batch is None:
+                            learner.idle()
+                            continue
+                        self._distil(batch, teacher, distil_counts, reinforce_counts)
 
     def _distil(
         self,
@@ -290,12 +304,14 @@ class SDPOTrainer:
                         per_token = per_token.clamp(max=config.distillation_kl_clip)
                 loss = loss + (per_token * weights).sum()
             if reinforces:
-                per_token, _ = clipped_surrogate(
+                per_token, clipped = clipped_surrogate(
                     tokens.logps - before,
                     rewards[rows],
                     epsilon=config.epsilon,
                     epsilon_high=config.epsilon_high,
                 )
+                for name in ("clip_ratio/low", "clip_ratio/high", "clip_ratio/region"):
+                    self.learner.record(name, clipped[name].mean().item(), len(per_token))
                 loss = loss + (per_token * corrected * reinforce[rows]).sum()
             return loss
 
@@ -315,31 +331,30 @@ class SDPOTrainer:
                 found = found.clamp(-clip, clip)
         return batch.row_means(found) if config.distillation_level == "sequence" else found
 
-    def teacher_logits(self, batch: Batch[Target] | None) -> TeacherLogits | None:
-        """The teacher's logits of the student's tokens, after the reprompts.
+    def teacher_logits(self, window: Sequence[Batch[Target] | None]) -> list[TeacherLogits | None]:
+        """The teacher's logits of the student's tokens, after the reprompts, per micro-batch.
 
         With a control, ``log q`` becomes ``log pi + log q_hint - log q_control``: what remains of
         the advantage ``log q - log pi`` is what this hint says and another does not.
         """
         with self.learner.clock("teacher"):
-            shown = self._read(batch, "reprompt")
+            shown = self._read(window, "reprompt")
             if self.config.baseline == "none":
-                return None if shown is None else lambda rows, _: shown(rows)
-            control = self._read(batch, "control")
-        if shown is None or control is None:
-            return None
-        return lambda rows, student: shown(rows).sub_(control(rows)).add_(student)
+                return [lambda rows, _, read=read: read(rows) for read in shown]  # type: ignore[misc]  # mypy infers no default
+            control = self._read(window, "control")
+        return [
+            lambda rows, student, a=a, b=b: a(rows).sub_(b(rows)).add_(student)  # type: ignore[misc]  # mypy infers no default
+            for a, b in zip(shown, control, strict=True)
+        ]
 
-    def _read(self, batch: Batch[Target] | None, which: str) -> Logits | None:
-        if batch is None:
-            self.teacher.idle()
-            return None
-        prompts: list[Reprompt] = [getattr(t, which) for t in batch.samples]
-        layout = Reprompt.layout(prompts)
-        learner = self.learner
-        return self.teacher.read(
-            lambda: learner.hidden([p.prompt_ids for p in prompts], layout), learner.head
-        )
+    def _read(self, window: Sequence[Batch[Target] | None], which: str) -> list[Logits]:
+        readers = []
+        for batch in window:
+            prompts = [getattr(t, which) for t in batch.samples] if batch else []
+            ids = [p.prompt_ids for p in prompts]
+            layout = Reprompt.layout(prompts) if prompts else None
+            readers.append(self.learner.reader(batch, ids, layout))
+        return self.teacher.read(readers, self.learner.head)
 
     # --- the record -------------------------------------------------------------------------
 
@@ -351,42 +366,33 @@ class SDPOTrainer:
             "teacher_topk_coverage",
         ):
             if name in metrics:
-                self.learner.record(f"self_distillation/{name}", metrics[name].mean().item())
+                value = metrics[name].mean().item()
+                self.learner.record(f"self_distillation/{name}", value, len(metrics[name]))
         rows = batch.split(metrics["teacher_student_kl"])
         for target, row in zip(batch.samples, rows, strict=True):
             values = iter(row.tolist())
             target.token_kl = [next(values) if m else None for m in target.rollout.completion_mask]
 
-    def log(self, targets: Sequence[Target]) -> None:
+    def log(self, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> None:
         """Rewards, and every rollout with what its teacher saw and thought."""
         learner = self.learner
-        if targets:
-            stats = reward_statistics(
-                torch.tensor([float(t.rollout.reward or 0.0) for t in targets]),
-                [t.rollout.group_id for t in targets],
-            )
-            for name, value in stats.items():
-                learner.record(name, value)
-        learner.log_rollouts(
-            [t.rollout for t in targets],
-            extra=[
-                {
-                    "teacher_prompt": learner.tokenizer.decode(list(t.reprompt.prompt_ids))
-                    if t.reprompt
-                    else None,
-                    "token_kl": t.token_kl or None,
-                }
-                for t in targets
-            ],
-        )
+        learner.record_rewards([t.rollout for t in targets])
+        extra: dict[int, dict[str, Any]] = {
+            id(t.rollout): {
+                "teacher_prompt": learner.tokenizer.decode(list(t.reprompt.prompt_ids)),
+                "token_kl": t.token_kl or None,
+            }
+            for t in targets
+            if t.reprompt
+        }
+        learner.log_rollouts(rollouts, extra=[extra.get(id(r), {}) for r in rollouts])
 
     # --- state ------------------------------------------------------------------------------
 
-    def state_dict(self) -> State:
-        """Everything the next step depends on."""
-        state = self.learner.state_dict()
-        state.tensors |= prefixed("teacher", self.teacher.state_dict())
-        state.data["demonstration_rng"] = self.rng.getstate()
+    def state_dict(self, *, copy: bool = True) -> State:
+        """Everything the next step depends on; see :meth:`Learner.state_dict`."""
+        state = self.learner.state_dict(copy=copy)
+        state.tensors |= prefixed("teacher", self.teacher.state_dict(copy=copy))
         return state
 
     def load_state_dict(self, state: State) -> None:
@@ -397,4 +403,3 @@ class SDPOTrainer:
         """
         self.learner.load_state_dict(state)
         self.teacher.load_state_dict(state.part("teacher"))
-        self.rng.setstate(as_rng_state(state.data["demonstration_rng"]))

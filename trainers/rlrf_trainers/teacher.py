@@ -8,14 +8,15 @@ more. fp32 because an update of rate 0.01 rounds away in bf16.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlrf_trainers.distributed import full_state, gathered, idle, load_full, swapped
+from rlrf_trainers.distributed import full_state, gathered, load_full, swapped
 from rlrf_trainers.policies.sampler import base_model
 from rlrf_trainers.vocabulary import Head, Logits
 
@@ -51,25 +52,30 @@ class Teacher:
         )
 
     @torch.no_grad()
-    def read(self, forward: Callable[[], Tensor], head: Head) -> Logits:
+    def read(self, forwards: Sequence[Callable[[], Tensor]], head: Head) -> list[Logits]:
         """The teacher's logits of some tokens, made chunk by chunk from its hidden states.
 
+        The weights are swapped once for all forwards.
+
         Args:
-            forward: gives hidden states ``[N, H]`` with whatever weights are in the model.
+            forwards: each gives hidden states ``[N, H]`` with whatever weights are in the model.
             head: the student's.
         """
+        slow: list[Tensor] = []
+        slow_head = head
+        if self.kind != "live":
+            with swapped(self.model, self.weights):
+                slow = [forward() for forward in forwards]
+            slow_head = self._head(head)
+            if self.kind != "trust_region":
+                return [partial(_logits, slow_head, hidden) for hidden in slow]
+        live = [forward() for forward in forwards]
         if self.kind == "live":
-            live = forward()
-            return lambda rows: head.logits(live[rows])
-        with swapped(self.model, self.weights):
-            slow = forward()
-        slow_head = self._head(head)
-        if self.kind != "trust_region":
-            return lambda rows: slow_head.logits(slow[rows])
-        live = forward()
-        return lambda rows: torch.lerp(
-            slow_head.logits(slow[rows]), head.logits(live[rows]), self.rate
-        )
+            return [partial(_logits, head, hidden) for hidden in live]
+        return [
+            partial(_mixture, slow_head, a, head, b, self.rate)
+            for a, b in zip(slow, live, strict=True)
+        ]
 
     @torch.no_grad()
     def update(self, student: dict[str, Tensor] | None = None) -> None:
@@ -87,18 +93,9 @@ class Teacher:
             new = (student or {}).get(name, parameter).detach().float()
             self.weights[name].lerp_(new, self.rate)
 
-    @torch.no_grad()
-    def idle(self) -> None:
-        """What a process runs while others :meth:`read`; only sharded weights need it."""
-        if self.kind != "live":
-            with swapped(self.model, self.weights):
-                idle(self.model)
-        if self.kind in ("live", "trust_region"):
-            idle(self.model)
-
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, copy: bool = True) -> dict[str, Tensor]:
         """The teacher's own weights, whole; must be saved with a checkpoint."""
-        return full_state(self.weights.items())
+        return full_state(self.weights.items(), copy=copy)
 
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
         """Take the weights :meth:`state_dict` gave.
@@ -110,13 +107,21 @@ class Teacher:
 
     def _head(self, head: Head) -> Head:
         """The head with the teacher's weights, where the head is trained."""
-        if head.module is None:
-            return head
-        own = {
+        own = {  # a collective operation on shards
             field: gathered(self.weights[name]).to(self._trainable[name].dtype)
             for field, name in self._of_head.items()
         }
-        if not own:
+        if head.module is None or not own:
             return head
         weight, bias = own.get("weight", head.own_weight), own.get("bias", head.own_bias)
         return replace(head, weight=weight, bias=bias)
+
+
+def _logits(head: Head, hidden: Tensor, rows: slice) -> Tensor:
+    return head.logits(hidden[rows])
+
+
+def _mixture(
+    slow_head: Head, slow: Tensor, head: Head, live: Tensor, rate: float, rows: slice
+) -> Tensor:
+    return torch.lerp(slow_head.logits(slow[rows]), head.logits(live[rows]), rate)

@@ -46,6 +46,31 @@ Warn = Callable[[str, str], None]
 """``warn(topic, message)``; called on the thread that opens, logs or closes, on no other."""
 
 
+def check_trackers(report_to: Sequence[str], folder: Path | None) -> dict[str, Exception | None]:
+    """Whether these trackers can be had at all; to be asked before anything is written.
+
+    Returns:
+        Per tracker what is wrong with its installed package, or None.
+
+    Raises:
+        ConfigError: an unknown name, or TensorBoard without a folder.
+        MissingDependencyError: a tracker's package is not installed.
+    """
+    names = list(dict.fromkeys([report_to] if isinstance(report_to, str) else report_to))
+    for tracker in names:
+        if tracker not in _BACKENDS:
+            raise ConfigError(
+                f"report_to has {tracker!r}; it may hold {', '.join(TRACKERS)} "
+                f"(metrics.jsonl is always written){nearest(tracker, TRACKERS)}"
+            )
+    if "tensorboard" in names and folder is None:
+        raise ConfigError(
+            "report_to has 'tensorboard', which writes into the run directory, and this run has "
+            "none; give one (run_dir=...)"
+        )
+    return {tracker: _import(tracker) for tracker in names}
+
+
 def open_trackers(
     report_to: Sequence[str],
     *,
@@ -79,19 +104,9 @@ def open_trackers(
         ConfigError: an unknown name, or TensorBoard without a folder.
         MissingDependencyError: a tracker's package is not installed.
     """
-    names = list(dict.fromkeys([report_to] if isinstance(report_to, str) else report_to))
-    for tracker in names:
-        if tracker not in _BACKENDS:
-            raise ConfigError(
-                f"report_to has {tracker!r}; it may hold {', '.join(TRACKERS)} "
-                f"(metrics.jsonl is always written){nearest(tracker, TRACKERS)}"
-            )
-    if "tensorboard" in names and folder is None:
-        raise ConfigError(
-            "report_to has 'tensorboard', which writes into the run directory, and this run has "
-            "none; give one (run_dir=...)"
-        )
-    broken = {tracker: error for tracker in names if (error := _import(tracker)) is not None}
+    found = check_trackers(report_to, folder)
+    names = list(found)
+    broken = {tracker: error for tracker, error in found.items() if error is not None}
     session = _Session(
         project=project,
         name=name,
