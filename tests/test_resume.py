@@ -193,7 +193,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
     for file in theirs:
         file.parent.mkdir(parents=True)
         file.write_text("theirs")
-    trainer(run_dir, max_steps=1, save_model=False).train()
+    trainer(run_dir, max_steps=1, eval_steps=0, save_steps=0, save_model=False).train()
     assert all(file.read_text() == "theirs" for file in theirs)
 
 
