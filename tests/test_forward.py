@@ -172,3 +172,39 @@ def test_micro_batches_cover_every_row_once_within_budget():
     order = [tuple(prompts[i]) for i in batch]
     changes = sum(a != b for a, b in itertools.pairwise(order))
     assert changes == len(set(order)) - 1
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Mixtral", "Phi3", "Starcoder2"])
+def test_sliding_windows_that_no_layer_type_tells_of(name):
+    """Beyond the window a repeated cache would be wrong, and nothing would say so."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=272,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=6,
+        pad_token_id=0,
+    )
+    model = tiny_model(config=config)
+    prompts, completions = rows(4)
+    layout = Layout(completions)
+    with torch.no_grad():
+        logits = rowwise(layout, completion_logits(model, prompts, layout))
+        for row, prompt, completion in zip(logits, prompts, completions, strict=True):
+            expected = one_by_one(model, prompt, completion)
+            torch.testing.assert_close(row, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_budget_counts_a_prompt_once_only_where_it_is_shared():
+    prompts, completions = [[1] * 50] * 8, [[2] * 5] * 8
+    assert list(micro_batches(prompts, completions, 100)) == [list(range(8))]
+    assert list(micro_batches(prompts, completions, 110, share=False)) == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+        [6, 7],
+    ]

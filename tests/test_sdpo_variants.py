@@ -276,6 +276,73 @@ def test_a_long_turns_feedback_is_shortened_not_the_turn():
     assert added < 300
 
 
+def test_an_environment_that_says_nothing_gets_a_message_for_its_feedback():
+    class Silent(Tennis):
+        def respond(self, state, action):
+            turn = super().respond(state, action)
+            return rlrf.Turn((), 0.0, turn.feedback, terminated=turn.terminated)
+
+    trainer = sdpo(Silent(), feedback_placement="turn")
+    targets = trainer.reprompt(trainer.learner.collect())
+    assert targets
+    for target in targets:
+        shown = target.reprompt
+        assert "hint 3" in trainer.learner.tokenizer.decode(list(shown.completion_ids))
+        sampled = [t for t, m in zip(shown.completion_ids, shown.completion_mask, strict=True) if m]
+        theirs = zip(target.rollout.completion_ids, target.rollout.completion_mask, strict=True)
+        assert sampled == [t for t, m in theirs if m]
+
+
+class Verbose(Parity):
+    """Feedback of many words."""
+
+    def grade(self, task, completion):
+        return Outcome(0.0, Feedback.of("hint", "even " * 300))
+
+
+def test_the_teachers_prompt_stays_within_the_models_context():
+    model = HFPolicy(tiny_model().double(), tiny_tokenizer(), max_context=200)
+    trainer = SDPOTrainer(model, Verbose(), SDPOConfig(**SMALL, probe_tasks=0))
+    trainer.learner.step = 1
+    for target in trainer.reprompt(trainer.learner.collect()):
+        assert target.reprompt.truncated
+        assert len(target.reprompt.prompt_ids) + len(target.rollout.completion_ids) <= 200
+
+
+def test_without_room_for_a_hint_nothing_is_distilled():
+    trainer = sdpo(Verbose(), max_reprompt_len=40)
+    with pytest.warns(RuntimeWarning, match="max_reprompt_len=40"):
+        targets = trainer.reprompt(trainer.learner.collect())
+    assert targets
+    assert not any(t.distil for t in targets)
+
+
+def test_a_long_teachers_prompts_are_read_in_parts(monkeypatch):
+    import rlrf_trainers.learner as module
+
+    found, sizes = [], []
+    for budget in (100, 10_000):
+        trainer = sdpo(Verbose(), micro_batch_tokens=budget)
+        targets = trainer.reprompt(trainer.learner.collect())
+        batch = module.Batch(targets, trainer.learner.device)
+        hidden = module.completion_hidden
+        calls = []
+        monkeypatch.setattr(
+            module,
+            "completion_hidden",
+            lambda model, prompts, *a, calls=calls, hidden=hidden, **k: (
+                calls.append(len(prompts)),
+                hidden(model, prompts, *a, **k),
+            )[1],
+        )
+        found.append(trainer.teacher_logits([batch])[0](slice(None), None))
+        sizes.append(calls)
+        monkeypatch.undo()
+    assert len(sizes[0]) == len(targets)
+    assert len(sizes[1]) == 1
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-6)
+
+
 # --- the teacher gap --------------------------------------------------------------------------
 
 
