@@ -14,7 +14,7 @@ import rlrf  # noqa: E402
 from rlrf import Feedback, InfraError, Outcome, RlrfError, Task  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.learner import MasterAdamW  # noqa: E402
+from rlrf_trainers.learner import Batch, MasterAdamW, Sample  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.teacher import Teacher  # noqa: E402
@@ -300,6 +300,29 @@ def test_an_adapter_of_another_rank_is_refused():
     sdpo(model=model, lora_r=2, max_steps=1)
     with pytest.raises(rlrf.UsageError, match="rank 2 already"):
         sdpo(model=model, lora_r=4)
+
+
+def test_checkpointing_drops_nothing_even_in_layers_that_drop_by_themselves():
+    from transformers import OPTConfig
+
+    config = OPTConfig(
+        vocab_size=272,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        dropout=0.5,
+        attention_dropout=0.5,
+    )
+    trainer = sdpo(
+        model=HFPolicy(tiny_model(config=config), tiny_tokenizer()), gradient_checkpointing=True
+    )
+    rollouts = trainer.learner.sample(trainer.learner.tasks[:2])
+    batch = Batch([Sample(r) for r in rollouts], trainer.learner.device)
+    one, two = (trainer.learner.hidden(batch.prompts, batch.layout) for _ in range(2))
+    assert one.requires_grad
+    assert torch.equal(one, two)
 
 
 # --- the teacher ----------------------------------------------------------------------------

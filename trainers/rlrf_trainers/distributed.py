@@ -110,7 +110,7 @@ class World:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """The sums over ranks of a few numbers, exactly the same on every rank."""
-        return [math.fsum(column) for column in zip(*self.gather(list(values)), strict=True)]
+        return [_sum(column) for column in zip(*self.gather(list(values)), strict=True)]
 
     def max(self, value: int) -> int:
         """The largest of the ranks' values."""
@@ -129,6 +129,13 @@ class World:
         if dist.is_initialized():
             self.barrier()
             dist.destroy_process_group()
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    try:
+        return math.fsum(numbers)
+    except (ValueError, OverflowError):  # infinities of both signs, or numbers near them
+        return math.nan
 
 
 def _device() -> torch.device:

@@ -1059,6 +1059,9 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
     for module in model.modules() if config.gradient_checkpointing else ():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):  # some layers drop by themselves
+                    setattr(module, name, 0.0)
     return model
 
 
