@@ -638,13 +638,15 @@ def _train(
         raise UsageError(
             f"trainer {settings.trainer.name!r} cannot resume a run: it takes no `resume`"
         )
-    written = to_toml(settings.model_dump(exclude_none=True))
+    written, fresh = to_toml(settings.model_dump(exclude_none=True)), path / ".config.toml.new"
     try:
         with aside, _progress(getattr(trainer_config, "max_steps", None)) as progress:
 
             def on_step(line: dict[str, float]) -> None:
                 # What --set changed holds once the run goes on with it, not before.
-                (path / "config.toml").write_text(written, encoding="utf-8")
+                if (path / "config.toml").read_text("utf-8") != written:
+                    fresh.write_text(written, encoding="utf-8")
+                    fresh.replace(path / "config.toml")
                 progress(line)
 
             built = make_trainer(

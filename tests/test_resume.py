@@ -20,7 +20,7 @@ from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
-from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
 
 COMMON = {
     "max_steps": 6,
@@ -195,6 +195,14 @@ def test_what_is_not_ours_is_left_alone(tmp_path):
         file.write_text("theirs")
     trainer(run_dir, max_steps=1, eval_steps=0, save_steps=0, save_model=False).train()
     assert all(file.read_text() == "theirs" for file in theirs)
+
+
+def test_a_model_is_not_overwritten_by_what_is_trained_from_it(tmp_path):
+    save_tiny(tmp_path / "run" / "model")
+    config = SDPOConfig(**{**COMMON, "probe_tasks": 0})
+    with pytest.raises(UsageError, match="lies where this run"):
+        SDPOTrainer(str(tmp_path / "run" / "model"), CountA(), config, run_dir=tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
 
 def test_only_so_many_checkpoints_are_kept_and_the_best(tmp_path):

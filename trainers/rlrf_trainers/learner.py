@@ -242,6 +242,12 @@ class Learner:
         }
 
     def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
+        source, target = Path(self.description["model"]), Path(run_dir) / "model"
+        if source.is_dir() and target.is_dir() and source.samefile(target):
+            raise UsageError(
+                f"the model {str(source)!r} lies where this run will leave its own; choose "
+                "another run directory, or move the model"
+            )
         if resume:
             return Run.open(run_dir)
         run = Run.create(run_dir, config=self.description, env=self.env)
