@@ -51,7 +51,7 @@ ADVANTAGE_CLIP = 5.0
 """[P] table 12, of section 5 alone."""
 MAX_PROMPT_LEN = 32_768
 """Tokens of a multi-turn prompt before the oldest feedback is dropped; [P] section 5: 32k."""
-_WITHOUT_EFFECT = (
+WITHOUT_EFFECT = (
     *("max_steps", "prompts_per_step", "probe_tasks", "eval_steps", "eval_tasks"),
     *("early_stopping_patience", "load_best_model_at_end", "save_steps", "report_to"),
 )
@@ -342,12 +342,6 @@ def discovery_config(
         "success_reward_threshold": env.success_threshold,
     }
     given = dict(options or {})
-    for key in _WITHOUT_EFFECT:
-        if key in given:
-            raise ConfigError(
-                f"{prefix}{key}={given[key]!r} has no effect here: rlrf discover samples tasks of "
-                "its own, follows --budget and writes only --out; leave it out"
-            )
     if given.get("distillation_alpha", 1) == 1:  # it belongs to the reverse KL
         defaults["distillation_advantage_clip"] = ADVANTAGE_CLIP
     return build_config(SDPOConfig, {**defaults, **given}, prefix=prefix)
@@ -728,6 +722,12 @@ def _discover(
     try:
         options = settings.trainer.options
         trainer_config = discovery_config(environment, options, prefix="trainer.")
+        if unused := [key for key in WITHOUT_EFFECT if key in options]:
+            print(
+                f"note: {', '.join(unused)} of the trainer have no effect here: tasks are given, "
+                "--budget ends a run, and --out is all that is written",
+                file=sys.stderr,
+            )
         ids = _task_ids(environment, task, tasks_file)[:limit]
         chosen_seeds = list(range(seed, seed + seeds))
         decides = {
