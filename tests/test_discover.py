@@ -327,6 +327,7 @@ LEARNS = {"learning_rate": 1e-2, "num_generations": 4}
 SETTINGS = [LEARNS, LEARNS | {"lora_r": 4}, LEARNS | {"teacher_regularization": "live"}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", SETTINGS)
 def test_every_run_starts_from_the_same_weights_bit_for_bit(config, dtype, monkeypatch):
@@ -374,6 +375,7 @@ def test_every_run_starts_from_the_same_weights_bit_for_bit(config, dtype, monke
         assert all(torch.equal(p, fresh[n]) for n, p in policy.model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", SETTINGS)
 def test_a_run_does_not_depend_on_those_before_it(config):
     whole = discover(Letters(), tiny(), ["task-0", "task-1"], budget=12, seeds=2, config=config)
