@@ -11,6 +11,7 @@ torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
 from rlrf import Feedback, Outcome, Task  # noqa: E402
+from rlrf_trainers.batch import Batch  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.forward import Layout, completion_logits  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
@@ -324,7 +325,7 @@ def test_a_long_teachers_prompts_are_read_in_parts(monkeypatch):
     for budget in (100, 10_000):
         trainer = sdpo(Verbose(), micro_batch_tokens=budget)
         targets = trainer.reprompt(trainer.learner.collect())
-        batch = module.Batch(targets, trainer.learner.device)
+        batch = Batch(targets, trainer.learner.device)
         hidden = module.completion_hidden
         calls = []
         monkeypatch.setattr(

@@ -12,9 +12,10 @@ torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
 from rlrf import Feedback, InfraError, Outcome, RlrfError, Task  # noqa: E402
+from rlrf_trainers.batch import Batch, Sample  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.learner import Batch, MasterAdamW, Sample  # noqa: E402
+from rlrf_trainers.optimizer import MasterAdamW  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.teacher import Teacher  # noqa: E402

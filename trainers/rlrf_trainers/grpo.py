@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from rlrf import Env, Rollout, TrainResult
+from rlrf_trainers.batch import Batch, Sample
 from rlrf_trainers.checkpoints import State, prefixed
 from rlrf_trainers.config import GRPOConfig
-from rlrf_trainers.learner import Batch, Learner, Sample
+from rlrf_trainers.learner import Learner
 from rlrf_trainers.losses import (
     BatchCounts,
     clipped_surrogate,

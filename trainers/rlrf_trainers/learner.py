@@ -16,35 +16,33 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 import rlrf
 from rlrf import Env, Rollout, SamplingParams, Task
-from rlrf.errors import MissingDependencyError, RlrfError, UsageError
+from rlrf.errors import RlrfError, UsageError
 from rlrf.runs import Run
 from rlrf_trainers import distributed
+from rlrf_trainers.batch import Batch, S, Sample
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.distributed import World
 from rlrf_trainers.forward import Layout, can_share, completion_hidden, micro_batches
 from rlrf_trainers.health import Monitor
 from rlrf_trainers.losses import (
-    Aggregation,
     BatchCounts,
     Divergence,
-    aggregation_weights,
     reward_statistics,
     rollout_importance_weights,
 )
 from rlrf_trainers.models import IN_MEMORY
+from rlrf_trainers.optimizer import MasterAdamW, trainable
 from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
 from rlrf_trainers.policies.sampler import base_model
 from rlrf_trainers.trackers import Trackers, check_trackers, open_trackers
@@ -56,80 +54,6 @@ from rlrf_trainers.vocabulary import (
     vocabulary_logps,
     vocabulary_loss,
 )
-
-
-@dataclass
-class Sample:
-    """A scored rollout on its way through an update; trainers add what they need."""
-
-    rollout: Rollout
-    old_logps: Tensor | None = None
-    """``[S]`` of the sampled tokens, before the first of several optimizer steps; else None."""
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens the policy sampled."""
-        return sum(self.rollout.completion_mask)
-
-
-S = TypeVar("S", bound=Sample)
-
-
-class Batch(Generic[S]):
-    """Samples that share a forward, with their sampled tokens in the order of a :class:`Layout`.
-
-    Attributes:
-        samples: ``[B]``.
-        layout: the order of the ``N`` tokens.
-        ids: ``[N]`` the sampled tokens.
-        prompts: ``[B]`` the student's prompts.
-    """
-
-    def __init__(self, samples: Sequence[S], device: torch.device) -> None:
-        self.samples = list(samples)
-        rollouts = [s.rollout for s in samples]
-        self.prompts = [r.prompt_ids for r in rollouts]
-        self.layout = Layout(
-            [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
-        )
-        self.ids = self.layout.flat(self.layout.completions, device)
-        self.device = device
-
-    def per_row(self, values: Sequence[float]) -> Tensor:
-        """``[N]``: each row's value at each of its tokens."""
-        return torch.tensor(values, device=self.device)[self.layout.rows.to(self.device)]
-
-    def split(self, per_token: Tensor) -> list[Tensor]:
-        """``[N]`` cut into rows."""
-        return list(torch.split(per_token, self.layout.counts))
-
-    def row_means(self, per_token: Tensor) -> Tensor:
-        """``[N]``: at each token the mean over its row."""
-        rows = self.split(per_token)
-        return torch.cat([row.mean().expand(len(row)) for row in rows])
-
-    @property
-    def old_logps(self) -> Tensor | None:
-        """``[N]``, or None when this is the only optimizer step."""
-        rows = [s.old_logps for s in self.samples if s.old_logps is not None]
-        return torch.cat(rows) if len(rows) == len(self.samples) else None
-
-    @property
-    def sampler_logps(self) -> Tensor | None:
-        """``[N]`` what the sampler said it drew from, or None where it says nothing."""
-        rows = [s.rollout.logprobs for s in self.samples]
-        return self.layout.flat(rows, self.device) if all(rows) else None
-
-    def weights(
-        self, mode: Aggregation, counts: BatchCounts, max_completion_length: int | None = None
-    ) -> Tensor:
-        """``[N]``: each token's weight in the loss of the whole optimizer step."""
-        mask = self.layout.mask(self.device)
-        return self.layout.unpadded(
-            aggregation_weights(
-                mask, mode, counts=counts, max_completion_length=max_completion_length
-            )
-        )
 
 
 class Stateful(Protocol):
@@ -1028,157 +952,6 @@ def as_rng_state(data: Any) -> Any:
     """A state of :class:`random.Random` that has been JSON."""
     version, internal, gauss = data
     return version, tuple(internal), gauss
-
-
-def trainable(model: Any, config: TrainerConfig) -> Any:
-    """The model with what is to be trained set to require gradients: an adapter, or everything."""
-    if config.lora_r and not hasattr(model, "peft_config"):
-        try:
-            from peft import LoraConfig, get_peft_model
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError("lora_r > 0", "peft", "train") from error
-        adapter = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha or 2 * config.lora_r,
-            target_modules=config.lora_target_modules,
-            task_type="CAUSAL_LM",
-        )
-        with warnings.catch_warnings():
-            # peft asks transformers >= 5.23 by a name that is deprecated there.
-            warnings.simplefilter("ignore", FutureWarning)
-            model = get_peft_model(model, adapter)
-    elif not hasattr(model, "peft_config"):
-        model.requires_grad_(True)
-    elif config.lora_r and config.lora_r != model.active_peft_config.r:
-        raise UsageError(
-            f"lora_r={config.lora_r}, but the model has an adapter of rank "
-            f"{model.active_peft_config.r} already; give lora_r=0 to train that one, or the model "
-            "without it"
-        )
-    if config.gradient_checkpointing:
-        # Renamed in transformers 5.23; the old name warns there.
-        name = "activation_checkpointing_enable"
-        getattr(model, name, model.gradient_checkpointing_enable)()
-    # Dropout would make the scored distribution another one than the sampled. Activation
-    # checkpointing asks the layer itself, and it alone, whether it trains.
-    model.eval()
-    for module in model.modules() if config.gradient_checkpointing else ():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):  # some layers drop by themselves
-                    setattr(module, name, 0.0)
-    return model
-
-
-class MasterAdamW:
-    """AdamW on fp32 masters of whatever dtype the model computes in.
-
-    A bf16 weight of 0.02 cannot take a step of 1e-5: the next bf16 number is 1e-4 away. So every
-    parameter that is not at least fp32 gets an fp32 master, and its gradients are added up there,
-    micro-batch after micro-batch. fp32 parameters (LoRA adapters) are their own masters.
-    """
-
-    def __init__(self, model: Any, config: TrainerConfig) -> None:
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        if not self.parameters:
-            raise UsageError(
-                "the model has no trainable parameter; set lora_r, or unfreeze some weights"
-            )
-        self.masters: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            if parameter.dtype.itemsize >= 4:
-                self.masters[name] = parameter
-            else:
-                self.masters[name] = parameter.detach().float().requires_grad_()
-                # Of an earlier trainer of this model, which would take the gradients away.
-                if (stale := getattr(parameter, "_rlrf_hook", None)) is not None:
-                    stale.remove()
-                hook: Any = partial(lambda n, _: self._collect(n), name)
-                handle = parameter.register_post_accumulate_grad_hook(hook)
-                parameter._rlrf_hook = handle
-        self.adamw = torch.optim.AdamW(
-            self.masters.values(),
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            weight_decay=config.weight_decay,
-            # One pass over the numbers, without temporaries of the size of a parameter.
-            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
-        )
-
-    @torch.no_grad()
-    def _collect(self, name: str) -> None:
-        """Move a parameter's gradient to its master."""
-        parameter, master = self.parameters[name], self.masters[name]
-        if master is parameter or parameter.grad is None:
-            return
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
-            master.grad.add_(parameter.grad)
-        parameter.grad = None
-
-    def clip(self, max_norm: float) -> float:
-        """Add up the gradients of all processes, scale to ``max_norm``, return the norm before."""
-        for name in self.parameters:
-            self._collect(name)  # FSDP sets gradients without the hook
-        masters = list(self.masters.values())
-        distributed.sum_gradients(masters)
-        norm = distributed.grad_norm(masters)
-        if math.isfinite(norm) and norm > max_norm:
-            for master in masters:
-                if master.grad is not None:
-                    master.grad.mul_(max_norm / norm)
-        return norm
-
-    def step(self, learning_rate: float) -> None:
-        """One AdamW step at ``learning_rate``."""
-        for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
-        self.adamw.step()
-        self.publish()
-
-    @torch.no_grad()
-    def publish(self) -> None:
-        """Copy the masters into the model."""
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = None
-            self.masters[name].grad = None
-
-    def state(self) -> list[tuple[str, Tensor]]:
-        """AdamW's tensors, each named ``kind.parameter``."""
-        return [
-            (f"{kind}.{name}", value)
-            for name, master in self.masters.items()
-            for kind, value in self.adamw.state.get(master, {}).items()
-        ]
-
-    def load(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Take weights and AdamW's tensors, whole ones, on every process.
-
-        Raises:
-            UsageError: they are of another model.
-        """
-        distributed.load_full(self.masters.items(), masters)
-        self.publish()
-        self.adamw.state.clear()
-        for name, master in self.masters.items():
-            kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state]
-            own = {
-                k: torch.zeros_like(master.detach())
-                if k != "step"
-                else torch.zeros((), dtype=torch.float32)
-                for k in kinds
-            }
-            distributed.load_full(own.items(), {k: state[f"{k}.{name}"] for k in kinds})
-            if own:
-                self.adamw.state[master] = own
 
 
 class Clock:

@@ -514,7 +514,7 @@ def export_model(
     from rlrf.runs import Run
     from rlrf_trainers.checkpoints import Checkpoints
     from rlrf_trainers.config import GRPOConfig, SDPOConfig
-    from rlrf_trainers.learner import trainable
+    from rlrf_trainers.optimizer import trainable
     from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
 
     run, out = Run.open(run_dir), Path(out)

@@ -1,0 +1,168 @@
+"""What of a model is trained, and the optimizer that trains it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rlrf.errors import MissingDependencyError, UsageError
+from rlrf_trainers import distributed
+from rlrf_trainers.config import TrainerConfig
+
+
+def trainable(model: Any, config: TrainerConfig) -> Any:
+    """The model with what is to be trained set to require gradients: an adapter, or everything."""
+    if config.lora_r and not hasattr(model, "peft_config"):
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ModuleNotFoundError as error:
+            raise MissingDependencyError("lora_r > 0", "peft", "train") from error
+        adapter = LoraConfig(
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha or 2 * config.lora_r,
+            target_modules=config.lora_target_modules,
+            task_type="CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            # peft asks transformers >= 5.23 by a name that is deprecated there.
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(model, adapter)
+    elif not hasattr(model, "peft_config"):
+        model.requires_grad_(True)
+    elif config.lora_r and config.lora_r != model.active_peft_config.r:
+        raise UsageError(
+            f"lora_r={config.lora_r}, but the model has an adapter of rank "
+            f"{model.active_peft_config.r} already; give lora_r=0 to train that one, or the model "
+            "without it"
+        )
+    if config.gradient_checkpointing:
+        # Renamed in transformers 5.23; the old name warns there.
+        name = "activation_checkpointing_enable"
+        getattr(model, name, model.gradient_checkpointing_enable)()
+    # Dropout would make the scored distribution another one than the sampled. Activation
+    # checkpointing asks the layer itself, and it alone, whether it trains.
+    model.eval()
+    for module in model.modules() if config.gradient_checkpointing else ():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            for name, value in vars(module).items():
+                if "drop" in name and isinstance(value, float):  # some layers drop by themselves
+                    setattr(module, name, 0.0)
+    return model
+
+
+class MasterAdamW:
+    """AdamW on fp32 masters of whatever dtype the model computes in.
+
+    A bf16 weight of 0.02 cannot take a step of 1e-5: the next bf16 number is 1e-4 away. So every
+    parameter that is not at least fp32 gets an fp32 master, and its gradients are added up there,
+    micro-batch after micro-batch. fp32 parameters (LoRA adapters) are their own masters.
+    """
+
+    def __init__(self, model: Any, config: TrainerConfig) -> None:
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.parameters:
+            raise UsageError(
+                "the model has no trainable parameter; set lora_r, or unfreeze some weights"
+            )
+        self.masters: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            if parameter.dtype.itemsize >= 4:
+                self.masters[name] = parameter
+            else:
+                self.masters[name] = parameter.detach().float().requires_grad_()
+                # Of an earlier trainer of this model, which would take the gradients away.
+                if (stale := getattr(parameter, "_rlrf_hook", None)) is not None:
+                    stale.remove()
+                hook: Any = partial(lambda n, _: self._collect(n), name)
+                handle = parameter.register_post_accumulate_grad_hook(hook)
+                parameter._rlrf_hook = handle
+        self.adamw = torch.optim.AdamW(
+            self.masters.values(),
+            lr=config.learning_rate,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            # One pass over the numbers, without temporaries of the size of a parameter.
+            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
+        )
+
+    @torch.no_grad()
+    def _collect(self, name: str) -> None:
+        """Move a parameter's gradient to its master."""
+        parameter, master = self.parameters[name], self.masters[name]
+        if master is parameter or parameter.grad is None:
+            return
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    def clip(self, max_norm: float) -> float:
+        """Add up the gradients of all processes, scale to ``max_norm``, return the norm before."""
+        for name in self.parameters:
+            self._collect(name)  # FSDP sets gradients without the hook
+        masters = list(self.masters.values())
+        distributed.sum_gradients(masters)
+        norm = distributed.grad_norm(masters)
+        if math.isfinite(norm) and norm > max_norm:
+            for master in masters:
+                if master.grad is not None:
+                    master.grad.mul_(max_norm / norm)
+        return norm
+
+    def step(self, learning_rate: float) -> None:
+        """One AdamW step at ``learning_rate``."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Copy the masters into the model."""
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self.masters[name].grad = None
+
+    def state(self) -> list[tuple[str, Tensor]]:
+        """AdamW's tensors, each named ``kind.parameter``."""
+        return [
+            (f"{kind}.{name}", value)
+            for name, master in self.masters.items()
+            for kind, value in self.adamw.state.get(master, {}).items()
+        ]
+
+    def load(self, masters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        """Take weights and AdamW's tensors, whole ones, on every process.
+
+        Raises:
+            UsageError: they are of another model.
+        """
+        distributed.load_full(self.masters.items(), masters)
+        self.publish()
+        self.adamw.state.clear()
+        for name, master in self.masters.items():
+            kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state]
+            own = {
+                k: torch.zeros_like(master.detach())
+                if k != "step"
+                else torch.zeros((), dtype=torch.float32)
+                for k in kinds
+            }
+            distributed.load_full(own.items(), {k: state[f"{k}.{name}"] for k in kinds})
+            if own:
+                self.adamw.state[master] = own
