@@ -285,7 +285,7 @@ def measure_rlrf(job: Job) -> dict[str, Any]:
         "max_completion_length": job.tokens,
         # As many rollouts as TRL's micro-batches; a group's prompt is counted once.
         "micro_batch_tokens": job.rows * job.tokens
-        + max(len(policy.encode((rlrf.user(p),))) for p in job.prompts),
+        + max(len(policy.chat.encode((rlrf.user(p),))) for p in job.prompts),
         "learning_rate": job.learning_rate,
         "weight_decay": WEIGHT_DECAY,
         "lora_r": job.lora_r,

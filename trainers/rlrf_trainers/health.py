@@ -365,7 +365,7 @@ class Monitor:
                 f"{seen}. Self-distillation does shorten replies, and that is no fault while the "
                 "held-out reward holds; on tasks unlike the training ones it has cost up to 40 % "
                 "(arXiv 2603.24472). Evaluate on such tasks too; against it: "
-                f"set {self._knob('teacher_regularization')} to frozen, lower "
+                f"{self._slower()}lower "
                 f"{self._knobs('teacher_update_rate', 'learning_rate')}, or set "
                 f"{self._knob('distillation_kl_clip')} above 0."
             )
@@ -435,13 +435,19 @@ class Monitor:
             names.append("feedback_kinds")
         return f"the environment's feedback level, {self._knobs(*names)}"
 
+    def _slower(self) -> str:
+        """The teacher that does not move, where it does."""
+        if self.config.teacher_regularization == "frozen":
+            return ""
+        return f"set {self._knob('teacher_regularization')} to frozen, "
+
     def _tether(self) -> str:
         """What holds the policy near where it was."""
         if self._sdpo:
-            return (
-                f"set {self._knob('teacher_regularization')} to frozen, or lower "
-                f"{self._knob('teacher_update_rate')}"
-            )
+            slower = self._slower()
+            moves = self.config.teacher_regularization in ("ema", "trust_region")
+            rate = f"lower {self._knob('teacher_update_rate')}" if moves else ""
+            return " or ".join(filter(None, (slower.removesuffix(", "), rate))) or "stop earlier"
         return f"raise {self._knob('beta')}"
 
 
