@@ -7,12 +7,11 @@ what has the name of a checkpoint is one, whenever the process or the machine di
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,14 +155,8 @@ def newest(run_dir: Path | str) -> State | None:
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
-    with _closing(descriptor):
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _closing(descriptor: int) -> Iterator[None]:
     try:
-        yield
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

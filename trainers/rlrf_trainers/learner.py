@@ -907,10 +907,7 @@ class Learner:
         fresh = path.with_name(".model.new")
         shutil.rmtree(fresh, ignore_errors=True)
         with quiet_transformers():
-            if distributed.is_sharded(self.model):
-                self.model.save_pretrained(fresh, state_dict=state)
-            else:
-                self.model.save_pretrained(fresh)
+            self.model.save_pretrained(fresh, **({"state_dict": state} if sharded else {}))
             self.tokenizer.save_pretrained(fresh)
         shutil.rmtree(path, ignore_errors=True)  # an adapter must not lie beside an old model
         fresh.rename(path)

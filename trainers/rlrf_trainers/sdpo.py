@@ -114,6 +114,8 @@ class SDPOTrainer:
 
     def probe(self) -> None:
         """Measure the teacher gap: what the hint is worth before anything is learnt."""
+        if not self.config.probe_tasks:
+            return
         with self.learner.clock("probe"):
             measure_gap(self.learner, self.reprompter, self.config)
 
