@@ -26,7 +26,27 @@ _COLUMNS = (
 )
 
 
-class TrainProgress:
+class Display:
+    """Something drawn live on a terminal while it is entered; elsewhere it has nothing to draw."""
+
+    _live: Live | Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+
+class TrainProgress(Display):
     """Shows a training run; call it with each step's metrics.
 
     Args:
@@ -72,22 +92,8 @@ class TrainProgress:
             table.add_row(*row)
         return Group(table, self._bar)
 
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-
-class RolloutProgress:
+class RolloutProgress(Display):
     """Counts rollouts of an evaluation, with the share solved so far.
 
     Args:
@@ -123,20 +129,6 @@ class RolloutProgress:
                 highlight=False,
                 soft_wrap=True,
             )
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
 
 def _bar(console: Console) -> Progress:

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
-from typing import Annotated, Any, Self, cast
+from types import SimpleNamespace
+from typing import Annotated, Any, cast
 
 import numpy as np
 import typer
@@ -36,6 +36,7 @@ from rich.table import Table
 import rlrf
 from rlrf import Env, Feedback, Messages, Policy, Rollout, SamplingParams, Task, user
 from rlrf.config import build_config, load_train_config, parse_assignment
+from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
 from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
@@ -848,7 +849,7 @@ class _RunsFile(ResultsFile):
         super().finish(as_evaluation, about)
 
 
-class _RunProgress:
+class _RunProgress(Display):
     """Counts runs, live on a terminal; elsewhere a line per run and per tenth of its budget."""
 
     def __init__(self, total: int, done: int) -> None:
@@ -897,20 +898,6 @@ class _RunProgress:
 
     def _line(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
 
 
 def _print_report(console: Console, report: DiscoveryReport) -> None:
