@@ -435,7 +435,7 @@ def test_without_feedback_sdpo_warns_once_and_learns_nothing():
 def test_what_the_trainer_warns_of_is_said_once_not_once_per_run(monkeypatch):
     class Worried(SDPOTrainer):
         def learn(self, rollouts):
-            self.learner.warn("worry", "I worry")
+            self.learner.record.warn("worry", "I worry")
             super().learn(rollouts)
 
     monkeypatch.setattr(module, "SDPOTrainer", Worried)

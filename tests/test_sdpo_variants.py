@@ -381,7 +381,7 @@ def test_the_teacher_gap_compares_with_siblings_not_with_the_failure(monkeypatch
     monkeypatch.setattr(policy, "generate", scripted)
     order = list(trainer.learner.rng.getstate())
     trainer.probe()
-    found = trainer.learner.metrics
+    found = trainer.learner.record.metrics
     gap = [value for value, _ in found["self_distillation/teacher_gap"]]
     assert len(gap) == 6  # of two tasks three attempts each failed
     assert math.isclose(sum(gap) / 6, 1 - 1 / 3)

@@ -11,11 +11,11 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
-from rlrf import Feedback, InfraError, Outcome, RlrfError, Task  # noqa: E402
+from rlrf import Feedback, InfraError, Outcome, RlrfError, Task, UsageError  # noqa: E402
 from rlrf_trainers.batch import Batch, Sample  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.optimizer import MasterAdamW  # noqa: E402
+from rlrf_trainers.optimizer import MasterAdamW, trainable  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.teacher import Teacher  # noqa: E402
@@ -584,3 +584,11 @@ def test_multi_turn_rollouts_train_on_sampled_tokens_only(tmp_path):
     assert [v is not None for v in kl] == [bool(m) for m in record["completion_mask"]]
     assert "turn 1" in record["teacher_prompt"]
     assert "turn 2" in record["teacher_prompt"]
+
+
+@pytest.mark.parametrize("modules", [["nope"], ["q_proj", "nope"], []])
+def test_modules_for_lora_that_the_model_does_not_have_are_named(modules):
+    # peft itself passes over the wrong name in the second list.
+    config = SDPOConfig(lora_r=2, lora_target_modules=modules)
+    with pytest.raises(UsageError, match=r"linear layers are .*q_proj"):
+        trainable(tiny_model(), config)

@@ -456,7 +456,7 @@ class _Searcher:
                     "hold; give a model's folder or name, or leave 'sdpo' out"
                 )
             self.trainer = SDPOTrainer(self.policy, env, config)
-            self.trainer.learner._warned.add("empty_target_batch")  # we say it, with the task
+            self.trainer.learner.record.warned.add("empty_target_batch")  # we say it, with the task
             self.restart = _restart(self.trainer)
         if "multi_turn" in methods and not hasattr(self.policy, "encode"):
             raise UsageError(
@@ -488,9 +488,9 @@ class _Searcher:
             if search.solved or not search.left:
                 return
             trainer.learner.step = step
-            trainer.learner.metrics.clear()
+            trainer.learner.record.metrics.clear()
             trainer.learn(rollouts)
-            if "loss" in trainer.learner.metrics:
+            if "loss" in trainer.learner.record.metrics:
                 search.update(updates=search.run.updates + 1)
             else:
                 self._warn_once(search.task)
@@ -606,9 +606,9 @@ def _restart(trainer: SDPOTrainer) -> Callable[[], None]:
     learner, start = trainer.learner, trainer.state_dict()
 
     def restart() -> None:
-        warned = learner._warned
+        warned = learner.record.warned
         trainer.load_state_dict(start)
-        learner._warned = warned  # once is once, whatever the run
+        learner.record.warned = warned  # once is once, whatever the run
         learner.optimizer.zero_grad()
 
     return restart

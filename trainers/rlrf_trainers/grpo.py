@@ -105,7 +105,7 @@ class GRPOTrainer:
             learner.optimizer_step()
         if learner.step % config.ref_model_sync_steps == 0:
             self.reference.update(learner.optimizer.masters)
-        learner.log_rollouts(rollouts)
+        learner.record.rollouts(rollouts, learner.step)
 
     def advantages(self, rollouts: Sequence[Rollout]) -> list[Attempt]:
         """Group-relative advantages; unscored rollouts are in no baseline and in no loss."""
@@ -119,7 +119,7 @@ class GRPOTrainer:
             scale_rewards=config.scale_rewards,
             batch_std=learner.standard_deviation(rewards),
         )
-        learner.record_rewards(scored)
+        learner.record.rewards(scored)
         masks_cut = config.mask_truncated_completions
         samples = [
             Attempt(
@@ -155,7 +155,7 @@ class GRPOTrainer:
                     hidden = learner.hidden(batch.prompts, batch.layout)  # [N, H]
                     objective = self.objective(batch, hidden, counts, reference)
                     metrics = learner.loss(batch, objective, hidden=hidden)
-                learner.record_sampling(batch, metrics["logps"])
+                learner.record.sampling(batch, metrics["logps"])
 
     def objective(
         self, batch: Batch[Attempt], hidden: Tensor, counts: BatchCounts, reference: Tensor | None

@@ -12,9 +12,6 @@ import contextlib
 import math
 import random
 import shutil
-import time
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,18 +31,17 @@ from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.distributed import World
 from rlrf_trainers.forward import Layout, can_share, completion_hidden, micro_batches
-from rlrf_trainers.health import Monitor
 from rlrf_trainers.losses import (
     BatchCounts,
     Divergence,
-    reward_statistics,
     rollout_importance_weights,
 )
 from rlrf_trainers.models import IN_MEMORY
 from rlrf_trainers.optimizer import MasterAdamW, trainable
 from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
 from rlrf_trainers.policies.sampler import base_model
-from rlrf_trainers.trackers import Trackers, check_trackers, open_trackers
+from rlrf_trainers.record import Clock, Record
+from rlrf_trainers.trackers import check_trackers
 from rlrf_trainers.vocabulary import (
     Head,
     Logits,
@@ -97,7 +93,7 @@ class Learner:
     ) -> None:
         self.world = World.start()
         torch.manual_seed(config.seed)
-        self.config, self.env, self.on_step = config, env, on_step
+        self.config, self.env = config, env
         self.tasks = env.tasks()
         len(self.tasks)  # an empty task set is an error before the model is loaded
         if config.prompts_per_step < self.world.size:
@@ -131,31 +127,29 @@ class Learner:
         self.head = Head.of(self.model, config.temperature)
         self.optimizer = MasterAdamW(self.model, config)
         self.rng = random.Random(config.seed)
-        self.metrics: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        self.history: list[dict[str, float]] = []
         self.step = 0
         self.best: dict[str, float] | None = None
         self.evaluations_since_best = 0
         self.clock = Clock()
         self._order: list[int] = []
-        self._warned: set[str] = set()
         self._loss = 0.0
-        self._how: dict[str, Callable[[Sequence[float]], float]] = {}
-        self._unsaid: list[tuple[str, str]] = []
-        self._noted: dict[str, int] = {}
         self._first_step = 0
-        self.run: Run | None = None
+        run: Run | None = None
         if run_dir is not None and self.world.is_main:
-            self.run = self._open_run(run_dir, resume)
-        self.monitor = Monitor(config)
-        self.trackers: Trackers | None = None
+            run = self._open_run(run_dir, resume)
+        self.record = Record(self.world, config, run, self.tokenizer.decode, on_step)
         self.resume_from: Path | None = Path(run_dir) if run_dir is not None and resume else None
         if self.head.module is None:
-            self.warn(
+            self.record.warn(
                 "head",
                 f"{type(base_model(self.model)).__name__} makes its logits in a way "
                 "that rlrf does not know, so the loss holds them all: loss_chunk_mb has no effect",
             )
+
+    @property
+    def run(self) -> Run | None:
+        """The run directory, on the main process."""
+        return self.record.run
 
     @property
     def description(self) -> dict[str, Any]:
@@ -197,7 +191,7 @@ class Learner:
         """
         tasks = self.next_tasks(self.config.prompts_per_step)
         rollouts = self.sample(tasks[self.world.rank :: self.world.size])
-        self._record_rollouts(rollouts)
+        self.record.collected(rollouts, self.step)
         return rollouts
 
     def sample(self, tasks: Sequence[Task], group_size: int | None = None) -> list[Rollout]:
@@ -225,51 +219,6 @@ class Learner:
             top_k=c.top_k,
             max_tokens=c.max_completion_length,
         )
-
-    def _record_rollouts(self, rollouts: Sequence[Rollout]) -> None:
-        scored = [r for r in rollouts if r.scored]
-        self.record("unscored_fraction", 1 - len(scored) / len(rollouts), len(rollouts))
-        if not scored:
-            failures = sorted({r.failure or "" for r in rollouts})
-            whose = f" of process {self.world.rank}" if self.world.size > 1 else ""
-            self.warn(
-                "unscored",
-                f"no rollout{whose} of step {self.step} could be scored; nothing is learnt from "
-                f"them. First failure: {failures[0]}",
-            )
-            return
-        if len(scored) < len(rollouts):
-            self.warn(
-                "unscored",
-                f"{len(rollouts) - len(scored)} of {len(rollouts)} rollouts of step {self.step} "
-                f"are unscored and left out: {next(r.failure for r in rollouts if not r.scored)}",
-            )
-        lengths = [float(sum(r.completion_mask)) for r in scored]
-        self.record("completions/mean_length", sum(lengths) / len(lengths), len(lengths))
-        logprobs = [
-            logp
-            for r in scored
-            for logp, sampled in zip(r.logprobs, r.completion_mask, strict=False)
-            if sampled
-        ]
-        if logprobs:  # -log pi of a sample from pi estimates the entropy without bias
-            self.record("entropy", -sum(logprobs) / len(logprobs), len(logprobs))
-        self.record("completions/min_length", min(lengths), how=min)
-        self.record("completions/max_length", max(lengths), how=max)
-        cut = sum(r.finish_reason == "length" for r in scored)
-        self.record("completions/clipped_ratio", cut / len(scored), len(scored))
-        for name in sorted({name for r in scored for name in r.metrics}):
-            values = [r.metrics[name] for r in scored if name in r.metrics]
-            self.record(f"env/{name}", sum(values) / len(values), len(values))
-
-    def record_rewards(self, scored: Sequence[Rollout]) -> None:
-        """TRL's statistics of the rewards of scored rollouts."""
-        if not scored:
-            return
-        groups = [r.group_id for r in scored]
-        rewards = torch.tensor([float(r.reward or 0.0) for r in scored])
-        for name, value in reward_statistics(rewards, groups).items():
-            self.record(name, value, len(scored) if name == "reward" else len(set(groups)))
 
     def standard_deviation(self, rewards: Tensor) -> float:
         """The unbiased deviation of all processes' rewards; 0 for fewer than two."""
@@ -435,7 +384,7 @@ class Learner:
         if c.rollout_is == "none" or sampled is None:
             return lambda old, _: torch.ones_like(old)
         if c.top_p < 1 or c.top_k > 0:
-            self.warn(
+            self.record.warn(
                 "rollout_is",
                 "rollout_is is off: under top_p < 1 or top_k > 0 the sampled distribution is "
                 "not the policy's, and the ratio would be biased by the mass that was cut",
@@ -463,19 +412,6 @@ class Learner:
         if by_row:
             weights = batch.row_means(weights)
         return lambda _, rows: weights[rows]
-
-    def record_sampling(self, batch: Batch[Any], logps: Tensor) -> None:
-        """How far the sampler's log-probabilities are from ours, ``[N]`` before the update."""
-        sampled, old = batch.sampler_logps, batch.old_logps
-        if sampled is None:
-            return
-        gap = (logps if old is None else old) - sampled.to(logps)
-        n, ratio = len(gap), gap.clamp(-20, 20).exp()
-        self.record("sampling/sampling_logp_difference/mean", gap.abs().mean().item(), n)
-        self.record("sampling/sampling_logp_difference/max", gap.abs().max().item(), how=max)
-        self.record("sampling/importance_sampling_ratio/min", ratio.min().item(), how=min)
-        self.record("sampling/importance_sampling_ratio/mean", ratio.mean().item(), n)
-        self.record("sampling/importance_sampling_ratio/max", ratio.max().item(), how=max)
 
     # --- optimizer ------------------------------------------------------------------------
 
@@ -507,7 +443,7 @@ class Learner:
         if math.isfinite(norm):
             self.optimizer.step(rate)
         else:
-            self.warn("grad_norm", f"step {self.step}: grad_norm is {norm}; step skipped")
+            self.record.warn("grad_norm", f"step {self.step}: grad_norm is {norm}; step skipped")
         self.optimizer.zero_grad()
 
     def learning_rate(self) -> float:
@@ -561,7 +497,7 @@ class Learner:
                 self.record("eval/pass_rate", rollout.solved)
                 self.record("eval/reward", rollout.reward)
                 self.record("eval/mean_length", sum(rollout.completion_mask))
-        self.log_rollouts(rollouts, split="eval")
+        self.record.rollouts(rollouts, self.step, split="eval")
 
     def _note_evaluation(self, line: Mapping[str, float]) -> None:
         """Keep the weights of the best evaluation, and count how long ago it was."""
@@ -572,7 +508,7 @@ class Learner:
         if value is None:
             known = sorted(n for n in line if n.startswith("eval/"))
             if c.eval_steps and not self.step:
-                self.warn(
+                self.record.warn(
                     "best",
                     f"metric_for_best_model={c.metric_for_best_model!r} is no metric of an "
                     f"evaluation, so no best weights are kept; there are {', '.join(known)}",
@@ -621,7 +557,7 @@ class Learner:
                 f"without more {self.config.metric_for_best_model} than at step "
                 f"{self.best['step']:.0f}"
             )
-            self.note(message)
+            self.record.note(message)
 
     def resumed(self, trainer: Stateful) -> bool:
         """Put the run back to its last checkpoint, where it was asked for; whether there is one."""
@@ -629,19 +565,9 @@ class Learner:
         try:
             found = folder is not None and self._restore(folder, trainer)
         except BaseException:
-            self.run = None  # it is not ours: neither its status nor anything in it changes
+            self.record.run = None  # it is not ours: neither its status nor anything in it changes
             raise
-        if self.world.is_main:
-            name = self.run.path.name if self.run is not None else type(self.env).__name__
-            self.trackers = open_trackers(
-                self.config.report_to,
-                project=self.config.project,
-                name=name,
-                config=self.config.model_dump(),
-                warn=self.warn,
-                folder=None if self.run is None else self.run.path,
-                resume_step=self.step + 1 if found else None,
-            )
+        self.record.start_trackers(type(self.env).__name__, self.step + 1 if found else None)
         return found
 
     def _restore(self, folder: Path, trainer: Stateful) -> bool:
@@ -669,17 +595,12 @@ class Learner:
                 "was 0); train anew, in another run directory or with --overwrite"
             )
         self._first_step = self.step
-        if self.run is not None:
-            self.run.rewind(state.data["position"] if state else {})
-            self.run.describe(self.description, self.env)
-            self.history = [
-                {k: math.nan if v is None else v for k, v in line.items()}
-                for line in self.run.metrics
-            ]
+        position = state.data["position"] if state else {}
+        self.record.rewind(position, self.description, self.env)
         if state is None:
-            self.note("resumed from the beginning: no checkpoint had been written")
+            self.record.note("resumed from the beginning: no checkpoint had been written")
         else:
-            self.note(f"resumed from the checkpoint of step {self.step}")
+            self.record.note(f"resumed from the checkpoint of step {self.step}")
         return state is not None
 
     def _check_same(self, state: State, trainer: Stateful) -> None:
@@ -739,11 +660,10 @@ class Learner:
             "step": self.step,
             "rng": self.rng.getstate(),
             "order": list(self._order),
-            "warned": sorted(self._warned),
             "trained_s": self.clock.trained,
             "best": dict(self.best) if self.best else None,
             "evaluations_since_best": self.evaluations_since_best,
-            "monitor": self.monitor.state_dict(),
+            "record": self.record.state_dict(),
             "config": self.config.model_dump(),
             "model": self.description["model"],
             "tasks": len(self.tasks),
@@ -764,112 +684,16 @@ class Learner:
         self.step = data["step"]
         self.rng.setstate(as_rng_state(data["rng"]))
         self._order = list(data["order"])
-        self._warned = set(data["warned"])
         self.clock.trained = data["trained_s"]
         self.best = data["best"]
         self.evaluations_since_best = data["evaluations_since_best"]
-        self.monitor.load_state_dict(data["monitor"])
+        self.record.load_state_dict(data["record"])
 
     # --- the record -----------------------------------------------------------------------
 
-    def record(
-        self,
-        name: str,
-        value: float,
-        weight: float = 1.0,
-        *,
-        how: Callable[[Sequence[float]], float] | None = None,
-    ) -> None:
-        """Add a value to this step's metric.
-
-        Several, of micro-batches or processes, become their weighted mean, or what ``how`` makes
-        of them.
-        """
-        self.metrics[name].append((float(value), float(weight)))
-        if how is not None:
-            self._how[name] = how
-
-    def _reduced(self, name: str, found: Sequence[tuple[float, float]]) -> float:
-        values, weights = zip(*found, strict=True)
-        if name in self._how:
-            return self._how[name](values)
-        total = sum(weights)
-        return sum(v * w for v, w in found) / total if total else math.nan
-
     def log_step(self) -> dict[str, float]:
-        """Close the step: reduce its metrics over all processes, write the line, tell of it."""
-        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        parts = self.world.gather((dict(self.metrics), self._unsaid))
-        for metrics, _ in parts:
-            for name, pairs in metrics.items():
-                found[name] += pairs
-        for rank, (_, warned) in enumerate(parts):
-            for topic, message in warned if self.world.is_main else ():
-                self.warn(topic, f"process {rank}: {message}")
-        self._unsaid = []
-        line: dict[str, float] = {"step": self.step}
-        line |= {name: self._reduced(name, pairs) for name, pairs in found.items()}
-        line |= {f"time/{k}": v for k, v in self.clock.take().items()}
-        line["time/train_total"] = self.clock.trained
-        self.metrics.clear()
-        line = self.world.broadcast(line)
-        self.history.append(line)
-        if self.run is not None:
-            self.run.log(self.step, {k: v for k, v in line.items() if k != "step"})
-        if self.trackers is not None:
-            self.trackers.log(self.step, line)
-        if self.on_step is not None and self.world.is_main:
-            self.on_step(line)
-        for topic, message in self.monitor.observe(line) if self.world.is_main else ():
-            self._warned.discard(topic)  # the monitor knows when to say a thing again
-            self.warn(topic, message)
-        return line
-
-    def log_rollouts(
-        self,
-        rollouts: Sequence[Rollout],
-        *,
-        split: str = "train",
-        extra: Sequence[Mapping[str, Any]] | None = None,
-    ) -> None:
-        """Write rollouts, with what the teacher saw and thought where ``extra`` says it."""
-        if not self.config.log_rollouts:
-            return
-        empty: dict[str, Any] = {"teacher_prompt": None, "token_kl": None}
-        records = (
-            [
-                {
-                    **r.to_dict(),
-                    "step": self.step,
-                    "split": split,
-                    "tokens": [self.tokenizer.decode([t]) for t in r.completion_ids],
-                    **empty,
-                    **(extra[i] if extra else {}),
-                }
-                for i, r in enumerate(rollouts)
-            ]
-            if self.run is not None or self.world.size > 1
-            else []
-        )
-        everywhere = self.world.gather(records)
-        if self.run is not None:
-            self.run.log_rollouts(self.step, (r for part in everywhere for r in part))
-
-    def warn(self, topic: str, message: str) -> None:
-        """Warn once per topic on the console, and once per topic and step in the run's record."""
-        if self.run is not None and self._noted.get(topic) != self.step:
-            self._noted[topic] = self.step
-            self.run.event("warning", message)
-        if not self.world.is_main:
-            self._unsaid.append((topic, message))  # the main process says it
-        elif topic not in self._warned:
-            self._warned.add(topic)
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-
-    def note(self, message: str) -> None:
-        """Keep a note in the run's record."""
-        if self.run is not None:
-            self.run.event("info", message)
+        """Close the step: its line of metrics."""
+        return self.record.close_step(self.step, self.clock.take())
 
     def finish(self) -> rlrf.TrainResult:
         """Save the model and close the record."""
@@ -879,12 +703,11 @@ class Learner:
             if step != self.step:
                 self._load_best()
         model_dir = self._save_model()
-        if self.trackers is not None:
-            self.trackers.close()
+        self.record.stop_trackers()
         if self.run is None:
-            return rlrf.TrainResult(self.history)
+            return rlrf.TrainResult(self.record.history)
         self.run.finish("done")
-        return rlrf.TrainResult(self.history, self.run.path, model_dir, step)
+        return rlrf.TrainResult(self.record.history, self.run.path, model_dir, step)
 
     def _load_best(self) -> None:
         state = State()
@@ -893,7 +716,7 @@ class Learner:
             self.best = state.data  # after a kill it may be newer than the checkpoint's word
         distributed.load_full(self.optimizer.masters.items(), state.tensors)
         self.optimizer.publish()
-        self.note(f"model/ holds the weights of step {(self.best or {}).get('step', 0):.0f}")
+        self.record.note(f"model/ holds the weights of step {(self.best or {}).get('step', 0):.0f}")
 
     def _save_model(self) -> Path | None:
         if not self.config.save_model or (self.run is None and self.world.size == 1):
@@ -919,8 +742,7 @@ class Learner:
         try:
             yield
         except BaseException as error:
-            if self.trackers is not None:
-                self.trackers.close(failed=True)
+            self.record.stop_trackers(failed=True)
             if self.run is not None:
                 self._close(self.run, error)
             raise
@@ -949,30 +771,3 @@ def as_rng_state(data: Any) -> Any:
     """A state of :class:`random.Random` that has been JSON."""
     version, internal, gauss = data
     return version, tuple(internal), gauss
-
-
-class Clock:
-    """Seconds spent per phase of a step, and on training in all (evaluation apart)."""
-
-    def __init__(self) -> None:
-        self._spent: dict[str, float] = defaultdict(float)
-        self._step_start = time.perf_counter()
-        self.trained = 0.0
-
-    @contextlib.contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Time what happens inside as ``phase``."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._spent[phase] += time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        """The phases of the step that ends now, with its total."""
-        now = time.perf_counter()
-        spent = {**self._spent, "step": now - self._step_start}
-        self.trained += spent["step"] - spent.get("eval", 0.0)
-        self._spent.clear()
-        self._step_start = now
-        return spent

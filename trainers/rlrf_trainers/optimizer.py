@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
             from peft import LoraConfig, get_peft_model
         except ModuleNotFoundError as error:
             raise MissingDependencyError("lora_r > 0", "peft", "train") from error
+        _check_targets(model, config.lora_target_modules)
         adapter = LoraConfig(
             r=config.lora_r,
             lora_alpha=config.lora_alpha or 2 * config.lora_r,
@@ -56,6 +57,26 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
                 if "drop" in name and isinstance(value, float):  # some layers drop by themselves
                     setattr(module, name, 0.0)
     return model
+
+
+def _check_targets(model: Any, wanted: Sequence[str] | str) -> None:
+    # peft leaves out names that match nothing, silently, as long as one matches.
+    if isinstance(wanted, str):
+        return
+    names = [name for name, _ in model.named_modules()]
+    unknown = [w for w in wanted if not any(f".{name}".endswith(f".{w}") for name in names)]
+    if unknown or not wanted:
+        linear = {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear)
+        }
+        missing = f"{', '.join(unknown)} of " if unknown else ""
+        raise UsageError(
+            f"{missing}lora_target_modules={list(wanted)!r} names no module of the model; its "
+            f"linear layers are {', '.join(sorted(linear))}, and 'all-linear' takes all of them "
+            "but the output's"
+        )
 
 
 class MasterAdamW:

@@ -173,7 +173,7 @@ class SDPOTrainer:
             target.reinforce = 1.0 - weight
             targets.append(target)
         if unshown:
-            self.learner.warn(
+            self.learner.record.warn(
                 "reprompt_room",
                 f"step {self.learner.step}: {unshown} rollouts are not distilled, because question "
                 "and template leave no room for a hint "
@@ -249,7 +249,7 @@ class SDPOTrainer:
         metrics = learner.loss(
             batch, objective, hidden=hidden, divergence=self.divergence, teacher=teacher
         )
-        learner.record_sampling(batch, metrics["logps"])
+        learner.record.sampling(batch, metrics["logps"])
         if advantages is not None:
             metrics["teacher_student_kl"] = -advantages
         if distils:
@@ -379,7 +379,7 @@ class SDPOTrainer:
     def log(self, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> None:
         """Rewards, and every rollout with what its teacher saw and thought."""
         learner = self.learner
-        learner.record_rewards([t.rollout for t in targets])
+        learner.record.rewards([t.rollout for t in targets])
         extra: dict[int, dict[str, Any]] = {
             id(t.rollout): {
                 "teacher_prompt": learner.tokenizer.decode(list(t.reprompt.prompt_ids)),
@@ -388,7 +388,8 @@ class SDPOTrainer:
             for t in targets
             if t.reprompt
         }
-        learner.log_rollouts(rollouts, extra=[extra.get(id(r), {}) for r in rollouts])
+        shown = [extra.get(id(r), {}) for r in rollouts]
+        learner.record.rollouts(rollouts, learner.step, extra=shown)
 
     # --- state ------------------------------------------------------------------------------
 
