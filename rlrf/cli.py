@@ -17,6 +17,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -182,8 +183,7 @@ def _describe(target: Any) -> tuple[str, str]:
     for it.
     """
     if not isinstance(target, str):
-        doc = inspect.getdoc(target) or ""
-        return doc.partition("\n")[0], ""
+        return _plain(inspect.getdoc(target) or "").partition("\n")[0], ""
     module, _, attr = target.partition(":")
     source = _module_source(module)
     if source is None:
@@ -198,7 +198,12 @@ def _describe(target: Any) -> tuple[str, str]:
             package = name.partition(".")[0]
             if package in EXTRAS and importlib.util.find_spec(package) is None:
                 missing = EXTRAS[package]
-    return doc.partition("\n")[0], missing
+    return _plain(doc).partition("\n")[0], missing
+
+
+def _plain(doc: str) -> str:
+    """A docstring without its markup: ``code`` and :role:`references` as bare words."""
+    return re.sub(r"(?::[\w:]+:)?(`{1,2})~?([^`]+)\1", r"\2", doc)
 
 
 def _imported(node: ast.stmt) -> list[str]:
@@ -240,7 +245,7 @@ def info(
     console = _console()
     found = _make_env(env, option, {"split": split, "feedback": "reference"})
     try:
-        doc = inspect.getdoc(type(found)) or ""
+        doc = _plain(inspect.getdoc(type(found)) or "")
         console.print(f"[bold cyan]{escape(env)}[/]  {type(found).__qualname__}")
         console.print(doc, markup=False, highlight=False)
         console.print()

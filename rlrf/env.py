@@ -24,7 +24,7 @@ import gymnasium
 import numpy as np
 
 from rlrf._async import call_hook, run_sync
-from rlrf.errors import UnknownIdError, UsageError
+from rlrf.errors import OutcomeError, UnknownIdError, UsageError
 from rlrf.feedback import Feedback, Level
 from rlrf.messages import Action, Message, Messages, action_message, action_text, as_messages
 from rlrf.spaces import Chat
@@ -114,12 +114,12 @@ class Turn:
 
 def _check_answer(reward: Any, feedback: Any) -> None:
     if not isinstance(reward, (int, float, np.number)) or not math.isfinite(reward):
-        raise UsageError(
+        raise OutcomeError(
             f"reward is {reward!r}; it must be a finite number. If the grader could not decide, "
             "raise rlrf.InfraError: the rollout is then retried or left unscored"
         )
     if not isinstance(feedback, Feedback):
-        raise UsageError(
+        raise OutcomeError(
             f"feedback is {feedback!r}; it must be a Feedback, e.g. "
             "Feedback.of('wrong_answer', 'text')"
         )

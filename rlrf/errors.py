@@ -26,6 +26,14 @@ class UsageError(RlrfError, ValueError):
     """The caller gave a wrong id, value or combination; the message says what to do instead."""
 
 
+class OutcomeError(UsageError):
+    """What an environment answered is malformed: a reward that is not finite, an unknown kind.
+
+    A mistake in the environment, which may show on few attempts only: :func:`rlrf.rollout` leaves
+    these unscored and goes on.
+    """
+
+
 _LISTED = 30  # names in a message; a data set has thousands
 
 

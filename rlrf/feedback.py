@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args, overload
 
-from rlrf.errors import UsageError
+from rlrf.errors import OutcomeError, UsageError
 
 Kind = Literal[
     "compile_error",
@@ -235,15 +235,15 @@ class Segment:
             ("reveals", self.reveals, REVEALS),
         ):
             if value not in known:
-                raise UsageError(
+                raise OutcomeError(
                     f"Segment.{name} is {value!r}; it must be one of {', '.join(known)}"
                 )
         if not isinstance(self.text, str):
-            raise UsageError(f"Segment.text is {self.text!r}; it must be a string")
+            raise OutcomeError(f"Segment.text is {self.text!r}; it must be a string")
         if self.span is not None:
             start, end = self.span
             if not 0 <= start <= end:
-                raise UsageError(
+                raise OutcomeError(
                     f"Segment.span is {self.span!r}; it must be (start, end) with 0 <= start <= end"
                 )
             object.__setattr__(self, "span", (int(start), int(end)))

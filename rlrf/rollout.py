@@ -20,7 +20,7 @@ from typing import Any
 
 from rlrf._async import call_hook, run_sync
 from rlrf.env import Env, Episode, StepResult, Task
-from rlrf.errors import InfraError, PromptTooLongError, RlrfError, UsageError
+from rlrf.errors import InfraError, OutcomeError, PromptTooLongError, RlrfError, UsageError
 from rlrf.feedback import Feedback, span_to_tokens
 from rlrf.messages import Message, Messages
 from rlrf.policy import Completion, Policy, Prompt, SamplingParams
@@ -269,9 +269,10 @@ class _Collector:
                 warnings.warn(f"task {task.id!r} is left unscored: {error}", stacklevel=2)
                 failure = f"prompt_too_long: {error}"
                 break
-            except RlrfError:
-                raise  # the caller's mistake, and the same for every rollout: say so at once
-            except Exception as error:  # a bug in the environment: this rollout's, not the batch's
+            except Exception as error:
+                if isinstance(error, RlrfError) and not isinstance(error, OutcomeError):
+                    raise  # the caller's mistake, and the same for every rollout: say so at once
+                # A bug in the environment: this rollout's, not the batch's.
                 failure = f"env_error: {type(error).__name__}: {error}"
                 log.warning("task %s: the environment raised", task.id, exc_info=True)
                 break

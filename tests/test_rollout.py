@@ -419,6 +419,21 @@ def others_are_fine(found):
     return [r.reward for r in found if r.task_id != "train-no"] == [1.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [lambda: Outcome(float("nan")), lambda: Feedback.of("no_such_kind", "text")],
+    ids=["reward", "kind"],
+)
+def test_a_malformed_answer_costs_its_own_rollout(answer):
+    async def before(task):
+        if task.id == "two":
+            answer()
+
+    found = rlrf.rollout(Words(before), Recorder(word_of))
+    assert found[1].failure.startswith("env_error: OutcomeError: ")
+    assert [r.scored for r in found] == [True, False, True, True]
+
+
 @pytest.mark.parametrize("env", [Flaky, AsyncFlaky])
 @pytest.mark.parametrize(
     "error",
