@@ -144,6 +144,8 @@ async def arollout(
             f"group_size={group_size}, max_concurrency={max_concurrency}, retries={retries}: "
             "the first two must be >= 1, retries >= 0"
         )
+    if seed < 0:
+        raise UsageError(f"seed is {seed}; it must be >= 0")
     chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
     if not len(chosen):
         raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
@@ -221,7 +223,7 @@ def rollout(
         together. None is ever missing: what failed is there, unscored.
 
     Raises:
-        UsageError: no tasks, or the policy or environment was used wrongly.
+        UsageError: no tasks, a seed below 0, or the policy or environment was used wrongly.
         UnknownIdError: no task has a given id.
     """
     return run_sync(

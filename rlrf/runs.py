@@ -187,13 +187,14 @@ class Run:
         Raises:
             UsageError: a file has become shorter than it was.
         """
-        for name in _GROWING:
-            path, size = self.path / name, position.get(name, 0)
+        sizes = {self.path / name: position.get(name, 0) for name in _GROWING}
+        for path, size in sizes.items():  # all of them, before any is touched
             if (path.stat().st_size if path.exists() else 0) < size:
                 raise UsageError(
                     f"{str(path)!r} is shorter than it was when the checkpoint was written; "
                     "it was changed, and the run cannot be resumed"
                 )
+        for path, size in sizes.items():
             path.touch()
             os.truncate(path, size)
         record = {k: v for k, v in self._read("status.json").items() if k != "finished"}

@@ -87,3 +87,51 @@ def test_a_model_from_memory_cannot_be_loaded_again(tmp_path):
     trained(tmp_path, model=HFPolicy(tiny_model(), tiny_tokenizer()), lora_r=2)
     with pytest.raises(UsageError, match="in memory"):
         export_model(tmp_path / "run", tmp_path / "out")
+
+
+def test_a_lora_run_can_be_trained_on(tmp_path):
+    trained(tmp_path, lora_r=2)
+    after = {}
+    for name, config in {"more": {}, "same_rank": {"lora_r": 2}}.items():
+        trainer = make_trainer(
+            "sdpo",
+            model=str(tmp_path / "run" / "model"),
+            env=CountA(),
+            config={**CONFIG, **config},
+            run_dir=tmp_path / name,
+        )
+        start = {n: p.clone() for n, p in trainer.learner.optimizer.masters.items()}
+        assert start
+        assert all("lora" in n for n in start)  # the adapter, and nothing else
+        trainer.train()
+        model = trainer.learner.model
+        with torch.no_grad():
+            after[name] = model(IDS).logits
+        whole = logits(export_model(tmp_path / name, tmp_path / f"{name}-out"))
+        torch.testing.assert_close(whole, after[name], atol=1e-4, rtol=1e-4)
+        step = logits(export_model(tmp_path / name, tmp_path / f"{name}-2", checkpoint="2"))
+        torch.testing.assert_close(step, after[name], atol=1e-4, rtol=1e-4)
+        # What it began with is the trained adapter, not a new one.
+        assert any(bool(p.abs().sum()) for n, p in start.items() if "lora_B" in n)
+    torch.testing.assert_close(after["more"], after["same_rank"])
+    with pytest.raises(UsageError, match="rank 2 already"):
+        make_trainer(
+            "sdpo",
+            model=str(tmp_path / "run" / "model"),
+            env=CountA(),
+            config={**CONFIG, "lora_r": 3},
+        )
+
+
+def test_an_adapter_whose_model_is_gone_says_so(tmp_path):
+    trained(tmp_path, lora_r=2)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"holds an adapter of the model .*base"):
+        HFPolicy(tmp_path / "run" / "model")
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path):
+    trained(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        export_model(tmp_path / "run", tmp_path / "file" / "out")

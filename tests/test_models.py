@@ -189,6 +189,7 @@ def test_an_unreachable_hub_is_asked_once(monkeypatch):
         ("qwen2.5-coder-0.5b", UnknownIdError, "qwen2.5-coder-0.5b-instruct"),
         ("./nowhere", UsageError, "no model folder"),
         ("someone/some-model", RlrfError, "cannot be reached"),
+        ("no/such/folder", UsageError, "owner/name"),
     ],
 )
 def test_what_cannot_be_found(name, error, words):
@@ -225,3 +226,13 @@ def test_the_catalogue_is_sound():
         assert len(entry.sha256) == 64
         assert all("==" in wheel for wheel in entry.wheels)
     assert models.DEFAULT_MODEL in models.CATALOGUE
+
+
+def test_a_run_is_no_model(tmp_path):
+    (tmp_path / "status.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="it left no model"):
+        models.resolve_model(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UsageError, match=r"its model is .*model'"):
+        models.resolve_model(str(tmp_path))

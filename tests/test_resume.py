@@ -152,6 +152,27 @@ def test_a_resume_that_is_refused_touches_nothing(then, now, message, tmp_path):
     assert everything() == before
 
 
+@pytest.mark.parametrize("harm", ["state", "rollouts"])
+def test_what_was_damaged_is_named_and_nothing_else_is_touched(harm, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(run_dir, max_steps=2).train()
+    if harm == "state":
+        path = Checkpoints(run_dir).path(2) / "state.json"
+        data = json.loads(path.read_text())
+        del data["rng"]
+        path.write_text(json.dumps(data))
+        message = "damaged, or of another version"
+    else:
+        (run_dir / "rollouts.jsonl").write_text("")
+        message = r"rollouts\.jsonl' is shorter"
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3}\n')
+    before = (run_dir / "metrics.jsonl").read_text()
+    with pytest.raises(UsageError, match=message):
+        trainer(run_dir, max_steps=4, resume=True).train()
+    assert (run_dir / "metrics.jsonl").read_text() == before
+
+
 def test_another_trainer_or_task_set_is_refused(tmp_path):
     trainer(tmp_path / "run", max_steps=2).train()
     with pytest.raises(UsageError, match="trainer='SDPOTrainer'"):

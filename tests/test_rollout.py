@@ -255,6 +255,8 @@ def test_mistakes_of_the_caller_are_raised_at_once():
         rlrf.rollout(Words(), parrot(), [])
     with pytest.raises(UsageError, match="group_size"):
         rlrf.rollout(Words(), parrot(), group_size=0)
+    with pytest.raises(UsageError, match="seed is -1"):
+        rlrf.rollout(Words(), parrot(), seed=-1)
 
     class Short(ScriptedPolicy):
         def generate(self, prompts, params):

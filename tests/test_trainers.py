@@ -398,19 +398,37 @@ def test_unscored_rollouts_never_count_as_zero(tmp_path):
     assert history[1]["reward"] == 1.0
     assert history[1]["unscored_fraction"] == pytest.approx(0.5)
     assert history[0]["eval/reward"] == 1.0
+    assert 0 < history[0]["eval/unscored_fraction"] < 1
 
 
-def test_when_nothing_can_be_scored_the_run_says_so_and_goes_on():
+def test_a_held_out_rollout_that_is_unscored_is_told_of():
+    class NoEval(CountA):
+        def grade(self, task, completion):
+            if task.id.startswith("eval"):
+                raise InfraError("the judge is down", kind="judge_unavailable", retryable=False)
+            return super().grade(task, completion)
+
+    with pytest.warns(RuntimeWarning, match=r"4 of 4 held-out .* step 0 .*the judge is down"):
+        history = sdpo(NoEval(), max_steps=1).train().history
+    assert history[0]["eval/unscored_fraction"] == 1.0
+    assert "eval/pass_rate" not in history[0]
+
+
+def test_a_run_in_which_nothing_could_be_scored_goes_to_its_end_and_fails(tmp_path):
     class Dead(CountA):
         def grade(self, task, completion):
             raise InfraError("no sandbox", kind="sandbox_died", retryable=False)
 
     for make in (sdpo, grpo):
-        trainer = make(Dead())
+        trainer = make(Dead(), tmp_path / make.__name__)
         before = weights(trainer)
-        with pytest.warns(RuntimeWarning, match="no sandbox"):
+        with (
+            pytest.warns(RuntimeWarning, match="no sandbox"),
+            pytest.raises(RlrfError, match="no rollout of all 2 steps"),
+        ):
             trainer.train()
         assert not moved(before, trainer)
+        assert trainer.learner.run.status == "failed"
 
 
 def test_a_nan_loss_stops_before_it_reaches_a_weight(tmp_path, monkeypatch):

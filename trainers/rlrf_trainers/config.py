@@ -130,7 +130,7 @@ class TrainerConfig(BaseModel):
         description="with several processes: shard weights, gradients and optimizer (FSDP2) "
         "instead of keeping a copy in each",
     )
-    seed: int = Field(0, description="of sampling, task order and adapter weights")
+    seed: int = Field(0, ge=0, description="of sampling, task order and adapter weights")
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:

@@ -117,6 +117,9 @@ class Learner:
             self.eval_env.split if eval_env is not None or "eval" not in env.splits else "eval"
         )
         self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
+        # What could be loaded again: not a model with an adapter whose folder we do not know.
+        known = "" if hasattr(self.policy.model, "peft_config") else self.policy.model.name_or_path
+        self._model_name = str(self.policy.source or known or IN_MEMORY)
         self.model: Any = trainable(self.policy.model, config)
         self.policy.model = self.model
         distributed.sync_weights(self.model)
@@ -156,7 +159,7 @@ class Learner:
         """What the run is configured with."""
         return {
             "trainer": self.config.model_dump(),
-            "model": str(getattr(self.model.config, "_name_or_path", "") or IN_MEMORY),
+            "model": self._model_name,
         }
 
     def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
@@ -492,7 +495,15 @@ class Learner:
                     seed=self.step + 7_919 * self.world.rank,
                 )
             )
+        unscored = [r for r in rollouts if not r.scored]
+        if unscored:
+            self.record.warn(
+                "eval_unscored",
+                f"{len(unscored)} of {len(rollouts)} held-out rollouts of step {self.step} are "
+                f"unscored and left out of eval/pass_rate: {unscored[0].failure}",
+            )
         for rollout in rollouts:
+            self.record("eval/unscored_fraction", not rollout.scored)
             if rollout.reward is not None:
                 self.record("eval/pass_rate", rollout.solved)
                 self.record("eval/reward", rollout.reward)
@@ -583,8 +594,16 @@ class Learner:
             state = self.world.broadcast(state)
         # Nothing of the run is touched before all that may fail has not.
         if state is not None:
-            self._check_same(state, trainer)
-            trainer.load_state_dict(state)
+            try:
+                self._check_same(state, trainer)
+                trainer.load_state_dict(state)
+            except (LookupError, TypeError, ValueError) as error:
+                if isinstance(error, RlrfError):
+                    raise
+                raise UsageError(
+                    f"the last checkpoint in {str(folder)!r} is damaged, or of another version of "
+                    f"rlrf ({error!r}); delete it to go on from an older one"
+                ) from error
         elif self.run is not None and (
             # One that was killed before its first checkpoint begins again; else nothing is lost.
             any(m["step"] for m in self.run.metrics)
@@ -696,8 +715,18 @@ class Learner:
         return self.record.close_step(self.step, self.clock.take())
 
     def finish(self) -> rlrf.TrainResult:
-        """Save the model and close the record."""
+        """Save the model and close the record.
+
+        Raises:
+            RlrfError: no rollout of any step could be scored, so nothing was trained.
+        """
         step = self.step
+        taken = [line for line in self.record.history if line["step"]]
+        if taken and all(line.get("unscored_fraction") == 1 for line in taken):
+            raise RlrfError(
+                f"no rollout of all {len(taken)} steps could be scored, so nothing was learnt; the "
+                "warnings say why"
+            )
         if self.config.load_best_model_at_end and self.best is not None:
             step = int(self.best["step"])
             if step != self.step:

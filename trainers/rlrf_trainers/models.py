@@ -33,8 +33,10 @@ from rich.table import Table
 
 from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, UsageError
 from rlrf.fetch import cache_dir, hub_answers
+from rlrf.runs import is_run
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 IN_MEMORY = "in memory"
 """What a run's configuration has for the model if it came from no folder."""
 
@@ -156,6 +158,10 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
     say = say or _print_to_stderr
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if is_run(folder):
+            model = folder / "model"
+            it = f"its model is {str(model)!r}" if model.is_dir() else "it left no model"
+            raise UsageError(f"{name!r} is a run directory; {it}")
         if not any((folder / n).exists() for n in ("config.json", "adapter_config.json")):
             raise UsageError(
                 f"the folder {name!r} holds no model: there is neither a config.json nor an "
@@ -168,6 +174,8 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
     if entry is not None and (fetched := models_dir() / entry.name).is_dir():
         return fetched
     hub_id = entry.hub_id if entry is not None else name
+    if "/" in hub_id and not _HUB_ID.fullmatch(hub_id):
+        raise UsageError(f"there is no model folder {name!r}, and an id on the hub is owner/name")
     if "/" not in hub_id:
         raise UnknownIdError(
             "model",
@@ -515,7 +523,7 @@ def export_model(
     from rlrf_trainers.checkpoints import Checkpoints
     from rlrf_trainers.config import GRPOConfig, SDPOConfig
     from rlrf_trainers.optimizer import trainable
-    from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
+    from rlrf_trainers.policies.hf import HFPolicy
 
     run, out = Run.open(run_dir), Path(out)
     if out.exists():
@@ -524,39 +532,62 @@ def export_model(
     base = str(run.config.get("model", ""))
     if not isinstance(written, dict) or "lora_r" not in written or not base:
         raise UsageError(f"{str(run.path)!r} is no run of the trainers sdpo or grpo")
-    cls = SDPOConfig if "distillation_alpha" in written else GRPOConfig
-    config = build_config(cls, written)
-    tensors = None
+    final, tensors = run.path / "model", {}
     if checkpoint == "final":
-        if not (run.path / "model").is_dir():
+        if not final.is_dir():
             raise UsageError(
                 f"the run {str(run.path)!r} left no model/; export a checkpoint instead "
                 "(--checkpoint best, or a step)"
             )
+        if not (merge and (final / "adapter_config.json").exists()):
+            return _written(out, lambda folder: shutil.copytree(final, folder, dirs_exist_ok=True))
     else:
         state = Checkpoints(run.path).load(int(checkpoint) if checkpoint.isdigit() else checkpoint)
         tensors = state.part("master") or state.tensors
-    if tensors is None and not config.lora_r:
-        shutil.copytree(run.path / "model", out)
-        return out
     if base == IN_MEMORY:
         raise UsageError(
             f"the run {str(run.path)!r} began with a model that was loaded in memory, which cannot "
-            "be loaded again; only the final model of a run without LoRA can be exported"
+            "be loaded again; only its final model can be exported, an adapter with --adapter"
         )
-    policy = HFPolicy(base, device="cpu")
-    if tensors is None:
-        from peft import PeftModel
-
-        model: Any = PeftModel.from_pretrained(policy.model, str(run.path / "model"))
+    if tensors:
+        cls = SDPOConfig if "distillation_alpha" in written else GRPOConfig
+        policy = HFPolicy(base, device="cpu")
+        model = trainable(policy.model, build_config(cls, written))
+        parameters = dict(model.named_parameters())
+        if unknown := sorted(tensors.keys() - parameters.keys()):
+            raise UsageError(
+                f"the model {base!r} is not the one the run began with: it has no {unknown[0]!r}, "
+                "which the checkpoint holds"
+            )
+        for name, tensor in tensors.items():
+            parameters[name].data.copy_(tensor)
     else:
-        model = trainable(policy.model, config)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name in tensors:
-                parameter.data.copy_(tensors[parameter_name])
-    if config.lora_r and merge:
+        policy = HFPolicy(final, device="cpu")
+        model = policy.model
+    if merge and hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload()
-    with quiet_transformers():
-        model.save_pretrained(out)
-        policy.tokenizer.save_pretrained(out)
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        policy.tokenizer.save_pretrained(folder)
+
+    return _written(out, write)
+
+
+def _written(out: Path, write: Callable[[Path], Any]) -> Path:
+    """A folder that is written beside, and is there whole or not at all."""
+    from rlrf_trainers.policies.hf import quiet_transformers
+
+    fresh = out.with_name(f".{out.name}.new")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        with quiet_transformers():
+            write(fresh)
+        fresh.rename(out)
+    except OSError as error:
+        raise UsageError(f"{str(out)!r} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     return out

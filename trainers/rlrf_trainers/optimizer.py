@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rlrf.errors import MissingDependencyError, UsageError
 from rlrf_trainers import distributed
 from rlrf_trainers.config import TrainerConfig
+from rlrf_trainers.policies.hf import quiet_transformers
 
 
 def trainable(model: Any, config: TrainerConfig) -> Any:
@@ -31,9 +31,7 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
             target_modules=config.lora_target_modules,
             task_type="CAUSAL_LM",
         )
-        with warnings.catch_warnings():
-            # peft asks transformers >= 5.23 by a name that is deprecated there.
-            warnings.simplefilter("ignore", FutureWarning)
+        with quiet_transformers():
             model = get_peft_model(model, adapter)
     elif not hasattr(model, "peft_config"):
         model.requires_grad_(True)

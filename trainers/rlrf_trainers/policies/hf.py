@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import difflib
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rlrf.errors import PromptTooLongError, UsageError
+from rlrf.errors import MissingDependencyError, PromptTooLongError, RlrfError, UsageError
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
 from rlrf_trainers.policies import sampler
@@ -66,11 +68,20 @@ class HFPolicy:
         if max_batch_size < 1:
             raise UsageError(f"max_batch_size is {max_batch_size}; it must be at least 1")
         dtype = _dtype(dtype)
+        self.source: Path | None = None  # the folder the model was read from
         if isinstance(model, (str, Path)):
-            folder = _folder(model)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(folder)
-            with quiet_transformers():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+            self.source = _folder(model)
+            try:
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.source)
+                with quiet_transformers():
+                    model = _load(self.source, dtype)
+            except (OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
+                if isinstance(error, RlrfError):
+                    raise
+                raise UsageError(
+                    f"the folder {str(self.source)!r} cannot be loaded as a causal language model "
+                    f"with its tokenizer: {error}"
+                ) from error
             device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if tokenizer is None:
             raise UsageError(
@@ -244,13 +255,16 @@ class HFPolicy:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own in the middle of ours."""
+    """No progress bars of transformers' own in ours, nor warnings for its developers."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     try:
-        yield
+        with warnings.catch_warnings():
+            # peft asks transformers >= 5.23 by a name that is deprecated there.
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
@@ -273,6 +287,27 @@ def _folder(model: str | Path) -> Path:
     from rlrf_trainers.models import resolve_model
 
     return resolve_model(str(model))
+
+
+def _load(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model in a folder; an adapter is put on the model it was trained on, to be trained on."""
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    try:
+        from peft import PeftConfig, PeftModel
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"the adapter {str(folder)!r}", "peft", "train") from error
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        base_folder = _folder(str(base))
+    except RlrfError as error:
+        raise UsageError(
+            f"{str(folder)!r} holds an adapter of the model {base!r}, which cannot be had: "
+            f"{error}. Mend base_model_name_or_path in its adapter_config.json, or merge the "
+            "adapter with `rlrf model export`"
+        ) from None
+    whole = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype or "auto")
+    return PeftModel.from_pretrained(whole, str(folder), is_trainable=True)
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
