@@ -131,6 +131,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     ("then", "now", "message"),
     [
         ({"save_steps": 0}, {"max_steps": 9}, "no checkpoint"),
+        ({}, {"max_steps": 1}, "last checkpoint is of step 2"),
         ({}, {"lora_r": 2}, "lora_r=0"),
         ({}, {"teacher_regularization": "live"}, "teacher_regularization='ema'"),
     ],

@@ -610,3 +610,13 @@ def test_modules_for_lora_that_the_model_does_not_have_are_named(modules):
     config = SDPOConfig(lora_r=2, lora_target_modules=modules)
     with pytest.raises(UsageError, match=r"linear layers are .*q_proj"):
         trainable(tiny_model(), config)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_feedback_for_which_there_is_no_room_is_not_counted_as_used():
+    # The shortest budget that the configuration takes is less than question and template need.
+    trainer = sdpo(max_reprompt_len=1, max_steps=1)
+    line = trainer.train().history[1]
+    assert line["self_distillation/feedback_available_fraction"] > 0
+    assert line["self_distillation/feedback_used_fraction"] == 0
+    assert line["self_distillation/reprompt_sample_fraction"] == 0

@@ -614,12 +614,15 @@ class Learner:
                 "was 0); train anew, in another run directory or with --overwrite"
             )
         self._first_step = self.step
+        written = self.run.metrics if self.run is not None else []
+        last = int(written[-1]["step"]) if written else 0
         position = state.data["position"] if state else {}
         self.record.rewind(position, self.description, self.env)
         if state is None:
             self.record.note("resumed from the beginning: no checkpoint had been written")
         else:
-            self.record.note(f"resumed from the checkpoint of step {self.step}")
+            again = f"; steps {self.step + 1} to {last} are taken anew" if last > self.step else ""
+            self.record.note(f"resumed from the checkpoint of step {self.step}{again}")
         return state is not None
 
     def _check_same(self, state: State, trainer: Stateful) -> None:
@@ -628,6 +631,11 @@ class Learner:
         Raises:
             UsageError: it is not.
         """
+        if self.config.max_steps < state.data["step"]:
+            raise UsageError(
+                f"max_steps={self.config.max_steps}, but the run's last checkpoint is of step "
+                f"{state.data['step']}; give at least that to resume it"
+            )
         now = self._fixed(trainer, self.config.model_dump())
         then = self._fixed(trainer, state.data["config"])
         for key in ("trainer", "model", "tasks"):

@@ -200,7 +200,11 @@ class SDPOTrainer:
             "success_group_fraction": len(solved) / len(groups),
             "success_sample_fraction": sum(succeeded(t.rollout, config) for t in targets) / n,
             "feedback_available_fraction": with_feedback / n,
-            "feedback_used_fraction": sum(bool(h.feedback) for h in hints) / n,
+            "feedback_used_fraction": sum(
+                bool(h.feedback) and t.reprompt is not None
+                for t, h in zip(targets, hints, strict=True)
+            )
+            / n,
             "reprompt_sample_fraction": active / n,
             "empty_target_batch": float(active == 0),
             "reprompt_truncated_fraction": truncated / n,
