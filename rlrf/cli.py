@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,6 +71,7 @@ def main() -> None:
     _add_plugin_commands()
     logging.getLogger("rlrf").setLevel(logging.INFO)
     logging.getLogger("rlrf").addHandler(_ToStderr())
+    warnings.showwarning = _show_warning
     try:
         app()
     except RlrfError as error:
@@ -86,6 +88,19 @@ class _ToStderr(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # Looked up each time: a progress display puts itself in the place of standard error.
         print(self.format(record), file=sys.stderr)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: Any = None,
+    line: str | None = None,
+) -> None:
+    # Where in the source it was raised is nothing to who reads a command's output.
+    told = f"{category.__name__}: {message}" if issubclass(category, FutureWarning) else message
+    print(f"warning: {told}", file=sys.stderr)
 
 
 def _console() -> Console:
@@ -541,6 +556,8 @@ def train(
     path = _run_dir(settings)
     if resume is None:
         runs.check_free(path, overwrite=overwrite)
+        if runs.is_run(path):
+            _check_ended(runs.Run.open(path))
     if (path / "config.toml").exists() and not runs.is_run(path):
         raise UsageError(
             f"{str(path)!r} is no run but holds a config.toml, which the run's would replace; "
@@ -582,10 +599,14 @@ def _to_resume(run: Path, config: Path | None, run_dir: str | None, overwrite: b
     found = runs.Run.open(run)
     if not (run / "config.toml").exists():
         raise UsageError(f"{str(run)!r} has no config.toml: it was not made by `rlrf train`")
-    alive = found.info.get("pid")
-    if found.status == "running" and isinstance(alive, int) and _runs(alive):
-        raise UsageError(f"the run {str(run)!r} is still going on, in process {alive}")
+    _check_ended(found)
     return run / "config.toml"
+
+
+def _check_ended(run: runs.Run) -> None:
+    pid = run.info.get("pid")
+    if run.status == "running" and isinstance(pid, int) and _runs(pid):
+        raise UsageError(f"the run {str(run.path)!r} is still going on, in process {pid}")
 
 
 def _runs(pid: int) -> bool:

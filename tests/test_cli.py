@@ -710,6 +710,18 @@ def test_resume_needs_a_run_that_stands_still_and_a_trainer_that_can(rlrf_cli: I
     assert code == 2
     assert "'cli-fake' cannot resume" in error
     assert Run.open("a").status == "done"
+    status = Path("a/status.json")
+    with subprocess.Popen(
+        [sys.executable, "-c", "input()", "rlrf"], stdin=subprocess.PIPE
+    ) as alive:  # it ends with its standard input
+        running = {"status": "running", "pid": alive.pid}
+        status.write_text(json.dumps(json.loads(status.read_text()) | running))
+        before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+        for args in (("train", "--resume", "a"), (*TRAIN, "--run-dir", "a", "--overwrite")):
+            code, _, error = rlrf_cli(*args)
+            assert code == 2
+            assert f"still going on, in process {alive.pid}" in error
+        assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
     Path("a/config.toml").unlink()
     code, _, error = rlrf_cli("train", "--resume", "a")
     assert code == 2

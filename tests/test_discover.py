@@ -520,7 +520,7 @@ def test_the_oldest_feedback_goes_first_and_the_question_never():
         assert dropped >= dropped_before
         dropped_before = dropped
         assert length <= limit
-    assert dropped == 8
+    assert dropped == 9
     assert text == question
     assert "Number 8" not in text  # even of the newest nothing was left
 
@@ -547,6 +547,15 @@ def test_the_context_leaves_room_for_the_reply():
     discover(Riddle(), policy, ["task-0"], methods="multi_turn", budget=12, config=config)
     lengths = [len(policy.encode(p)) for p in policy.prompts]
     assert 150 < max(lengths) <= 250
+
+
+def test_replies_as_long_as_the_context_leave_the_feedback_half_of_it():
+    replies = (f"reply {i}" for i in itertools.count())
+    policy = Script(lambda prompt: next(replies), max_context=400)
+    config = {"max_completion_length": 400}
+    discover(Riddle(), policy, ["task-0"], methods="multi_turn", budget=4, config=config)
+    assert "<reply 0> is wrong." in policy.prompts[1][0]["content"]
+    assert max(len(policy.encode(p)) for p in policy.prompts) <= 200
 
 
 def test_a_partly_right_reply_is_told_too():

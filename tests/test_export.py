@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -114,13 +116,27 @@ def test_a_lora_run_can_be_trained_on(tmp_path):
         # What it began with is the trained adapter, not a new one.
         assert any(bool(p.abs().sum()) for n, p in start.items() if "lora_B" in n)
     torch.testing.assert_close(after["more"], after["same_rank"])
-    with pytest.raises(UsageError, match="rank 2 already"):
-        make_trainer(
-            "sdpo",
-            model=str(tmp_path / "run" / "model"),
-            env=CountA(),
-            config={**CONFIG, "lora_r": 3},
-        )
+    for more in ({"lora_r": 3}, {"lora_alpha": 7}, {"lora_target_modules": ["q_proj"]}):
+        with pytest.raises(UsageError, match=f"{next(iter(more))} is .* has an adapter already"):
+            make_trainer(
+                "sdpo",
+                model=str(tmp_path / "run" / "model"),
+                env=CountA(),
+                config={**CONFIG, **more},
+            )
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize(
+    ("change", "name"), [({"num_hidden_layers": 3}, "layers.2"), ({"intermediate_size": 16}, "mlp")]
+)
+def test_a_checkpoint_does_not_go_onto_another_model(change, name, lora_r, tmp_path):
+    trained(tmp_path, lora_r=lora_r)
+    shutil.rmtree(tmp_path / "base")
+    save_tiny(tmp_path / "base", **change)
+    with pytest.raises(UsageError, match=f"not the one the run began with: .*{name}"):
+        export_model(tmp_path / "run", tmp_path / "out", checkpoint="2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_adapter_whose_model_is_gone_says_so(tmp_path):

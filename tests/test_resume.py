@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from safetensors.torch import load_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 
-from rlrf import RlrfError, UsageError  # noqa: E402
+from rlrf import RlrfError, Task, UsageError  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
@@ -153,7 +154,7 @@ def test_a_resume_that_is_refused_touches_nothing(then, now, message, tmp_path):
     assert everything() == before
 
 
-@pytest.mark.parametrize("harm", ["state", "rollouts"])
+@pytest.mark.parametrize("harm", ["state", "optimizer", "rollouts"])
 def test_what_was_damaged_is_named_and_nothing_else_is_touched(harm, tmp_path):
     run_dir = tmp_path / "run"
     trainer(run_dir, max_steps=2).train()
@@ -163,6 +164,11 @@ def test_what_was_damaged_is_named_and_nothing_else_is_touched(harm, tmp_path):
         del data["rng"]
         path.write_text(json.dumps(data))
         message = "damaged, or of another version"
+    elif harm == "optimizer":
+        path = Checkpoints(run_dir).path(2) / "state.safetensors"
+        tensors = load_file(path)
+        save_file({n: t for n, t in tensors.items() if not n.startswith("adamw.step")}, path)
+        message = "of the optimizer's .* tensors"
     else:
         (run_dir / "rollouts.jsonl").write_text("")
         message = r"rollouts\.jsonl' is shorter"
@@ -178,10 +184,34 @@ def test_another_trainer_or_task_set_is_refused(tmp_path):
     trainer(tmp_path / "run", max_steps=2).train()
     with pytest.raises(UsageError, match="trainer='SDPOTrainer'"):
         trainer(tmp_path / "run", GRPOTrainer, max_steps=3, resume=True).train()
+
+    class Other(CountA):
+        def load_tasks(self, split):  # as many, but others
+            return [Task(f"other-{i}", f"Say {i}.") for i in range(7)]
+
     resumed = trainer(tmp_path / "run", max_steps=3, resume=True)
-    resumed.learner.tasks = resumed.learner.tasks[:3]
-    with pytest.raises(UsageError, match="tasks=7"):
+    resumed.learner.tasks = Other().tasks()
+    with pytest.raises(UsageError, match=r"tasks='7 \(sha256"):
         resumed.train()
+
+
+def test_steps_without_a_checkpoint_are_taken_anew_and_that_is_said(tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(run_dir, max_steps=2).train()
+    trainer(run_dir, max_steps=3, save_steps=0, resume=True).train()
+    with pytest.warns(RuntimeWarning, match=r"had taken 3 steps, but .* of step 2"):
+        history = trainer(run_dir, max_steps=4, resume=True).train().history
+    assert [line["step"] for line in history] == [0, 1, 2, 3, 4]
+
+
+def test_a_disk_that_is_full_is_named_with_the_run(tmp_path, monkeypatch):
+    def full(self, step, metrics):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    made = trainer(tmp_path / "run", max_steps=2)
+    monkeypatch.setattr(Run, "log", full)
+    with pytest.raises(RlrfError, match=r"run' could not be written: .*No space left.*--resume"):
+        made.train()
 
 
 def test_the_last_step_is_always_kept(tmp_path):

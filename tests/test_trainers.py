@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 
 import pytest
 
@@ -299,7 +300,7 @@ def test_a_second_trainer_of_the_same_bf16_model_gets_its_gradients():
 def test_an_adapter_of_another_rank_is_refused():
     model = policy()
     sdpo(model=model, lora_r=2, max_steps=1)
-    with pytest.raises(rlrf.UsageError, match="rank 2 already"):
+    with pytest.raises(rlrf.UsageError, match=r"lora_r is 4, .* whose is 2"):
         sdpo(model=model, lora_r=4)
 
 
@@ -610,6 +611,50 @@ def test_modules_for_lora_that_the_model_does_not_have_are_named(modules):
     config = SDPOConfig(lora_r=2, lora_target_modules=modules)
     with pytest.raises(UsageError, match=r"linear layers are .*q_proj"):
         trainable(tiny_model(), config)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("lm_head", "one matrix"),
+        ("embed_tokens", "one matrix"),
+        ("input_layernorm", "cannot be adapted"),
+    ],
+)
+def test_modules_that_an_adapter_cannot_be_merged_into_are_refused(module, message):
+    config = SDPOConfig(lora_r=2, lora_target_modules=["q_proj", module])
+    with pytest.raises(UsageError, match=message):
+        trainable(tiny_model(), config)
+    if module == "lm_head":
+        trainable(tiny_model(tie_word_embeddings=False), config)
+
+
+def test_an_evaluation_on_what_is_trained_on_is_told_of():
+    class OneSplit(CountA):
+        splits = ("train",)
+
+    with pytest.warns(RuntimeWarning, match="12 of the 12 tasks of the evaluation are trained on"):
+        sdpo(OneSplit(), max_steps=1).train()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*tasks of the evaluation.*")
+        sdpo(max_steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("temperature", math.inf),
+        ("success_reward_threshold", math.nan),
+        ("weight_decay", math.inf),
+        ("feedback_kinds", []),
+        ("metric_for_best_model", "reward"),
+        ("seed", -1),
+    ],
+)
+def test_values_that_would_train_nonsense_are_refused(key, value):
+    with pytest.raises(ValueError, match=key):
+        SDPOConfig(**{key: value})
+    SDPOConfig(max_grad_norm=math.inf)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

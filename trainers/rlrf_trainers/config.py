@@ -29,7 +29,9 @@ class TrainerConfig(BaseModel):
             the CLI turn it into one line).
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+    model_config = ConfigDict(
+        extra="forbid", validate_default=True, frozen=True, allow_inf_nan=False
+    )
 
     # --- how long, how much
     max_steps: int = Field(100, ge=1, description="generation batches to train on")
@@ -65,7 +67,9 @@ class TrainerConfig(BaseModel):
     weight_decay: float = Field(0.01, ge=0, description="[P] 0.01")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="torch, [TRL] 0.9")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="torch, [TRL] 0.999")
-    max_grad_norm: float = Field(1.0, gt=0, description="[P] 1.0")
+    max_grad_norm: float = Field(
+        1.0, gt=0, allow_inf_nan=True, description="[P] 1.0; inf: no clipping"
+    )
 
     # --- what is trained
     lora_r: int = Field(0, ge=0, description="rank of a LoRA adapter; 0 trains all weights")
@@ -108,7 +112,7 @@ class TrainerConfig(BaseModel):
         0, ge=0, description="stop after so many evaluations without a new best; 0: never"
     )
     metric_for_best_model: str = Field(
-        "eval/reward", description="what the best checkpoint has most of"
+        "eval/reward", pattern="^eval/", description="what the best checkpoint has most of"
     )
     load_best_model_at_end: bool = Field(
         False,
@@ -241,7 +245,9 @@ class SDPOConfig(TrainerConfig):
     remove_thinking_from_demonstration: bool = Field(True, description="[C] True; [TRL] False")
     include_environment_feedback: bool = Field(True, description="[P] §4 True; [TRL] False")
     feedback_kinds: list[str] | None = Field(
-        None, description="show the teacher only these kinds of feedback; None: all, as in [P]"
+        None,
+        min_length=1,
+        description="show the teacher only these kinds of feedback; None: all, as in [P]",
     )
     environment_feedback_only_without_solution: bool = Field(
         True, description="feedback only where no demonstration is; [P] §4 True"

@@ -466,8 +466,10 @@ class _Searcher:
             )
         self.env, self.config, self.budget, self.on_batch = env, config, budget, on_batch
         context = getattr(self.policy, "context", None)
-        room = max_prompt_len if context is None else context - config.max_completion_length
-        self.max_prompt_len = max(1, min(max_prompt_len, room))
+        room = max_prompt_len
+        if context is not None:  # a reply may be as long as the context: half of it is the prompt's
+            room = max(context - config.max_completion_length, context // 2)
+        self.max_prompt_len = min(max_prompt_len, room)
         self._warned = False
 
     def run(self, task: Task, seed: int, method: str) -> DiscoveryRun:
@@ -656,7 +658,7 @@ def multi_turn_prompt(
         dropped += 1
     fitting = config.model_copy(update={"max_reprompt_len": max_prompt_len})
     newest = build_reprompt(messages, Hint(None, told[-1]), fitting, encode, tokenizer)
-    return (messages if newest is None else newest.messages), dropped
+    return (messages, dropped + 1) if newest is None else (newest.messages, dropped)
 
 
 # --- the command --------------------------------------------------------------------------

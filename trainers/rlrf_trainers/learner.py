@@ -9,6 +9,8 @@ and adds up what they find.
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import math
 import random
 import shutil
@@ -174,6 +176,29 @@ class Learner:
         run = Run.create(run_dir, config=self.description, env=self.env)
         Checkpoints(run_dir).clear()  # of the run that this one replaces
         return run
+
+    def _warn_of_overlap(self) -> None:
+        held_out = self.eval_env.tasks(self.eval_split)
+        both = [
+            task
+            for id in set(self.tasks.ids()).intersection(held_out.ids())
+            if (task := self.tasks.get(id)) and (other := held_out.get(id))
+            # Splits may count their tasks alike.
+            if task.messages == other.messages
+        ]
+        if both:
+            self.record.warn(
+                "overlap",
+                f"{len(both)} of the {len(held_out)} tasks of the evaluation are trained on, so "
+                "eval/* does not show what is learnt beyond them; give an eval_env, or an "
+                "environment with a split 'eval'",
+            )
+
+    @property
+    def _task_set(self) -> str:
+        """How many tasks, and which: another data set may have as many."""
+        ids = "\n".join(self.tasks.ids())
+        return f"{len(self.tasks)} (sha256 {hashlib.sha256(ids.encode()).hexdigest()[:12]})"
 
     # --- data -----------------------------------------------------------------------------
 
@@ -471,6 +496,8 @@ class Learner:
         due = self.step == 0 or last or (c.eval_steps and self.step % c.eval_steps == 0)
         if not due:
             return
+        if self.step == 0:
+            self._warn_of_overlap()
         with self.clock("eval"), distributed.whole(self.model):
             tasks = self.eval_env.tasks(self.eval_split)
             n = min(c.eval_tasks or len(tasks), len(tasks))
@@ -518,7 +545,8 @@ class Learner:
             return
         if value is None:
             known = sorted(n for n in line if n.startswith("eval/"))
-            if c.eval_steps and not self.step:
+            nothing = line["eval/unscored_fraction"] == 1  # which has been told
+            if c.eval_steps and not self.step and not nothing:
                 self.record.warn(
                     "best",
                     f"metric_for_best_model={c.metric_for_best_model!r} is no metric of an "
@@ -616,13 +644,19 @@ class Learner:
         self._first_step = self.step
         written = self.run.metrics if self.run is not None else []
         last = int(written[-1]["step"]) if written else 0
+        finished = self.run is not None and self.run.status == "done"
         position = state.data["position"] if state else {}
         self.record.rewind(position, self.description, self.env)
         if state is None:
             self.record.note("resumed from the beginning: no checkpoint had been written")
         else:
-            again = f"; steps {self.step + 1} to {last} are taken anew" if last > self.step else ""
-            self.record.note(f"resumed from the checkpoint of step {self.step}{again}")
+            self.record.note(f"resumed from the checkpoint of step {self.step}")
+        if finished and last > self.step:
+            self.record.warn(
+                "taken_anew",
+                f"the run had taken {last} steps, but its last checkpoint is of step {self.step}: "
+                "those after it are taken anew. With save_steps > 0 none would be",
+            )
         return state is not None
 
     def _check_same(self, state: State, trainer: Stateful) -> None:
@@ -640,7 +674,7 @@ class Learner:
         then = self._fixed(trainer, state.data["config"])
         for key in ("trainer", "model", "tasks"):
             then[key] = state.data[key]
-        now |= {"model": self.description["model"], "tasks": len(self.tasks)}
+        now |= {"model": self.description["model"], "tasks": self._task_set}
         for key, value in now.items():
             if then.get(key) != value:
                 raise UsageError(
@@ -693,7 +727,8 @@ class Learner:
             "record": self.record.state_dict(),
             "config": self.config.model_dump(),
             "model": self.description["model"],
-            "tasks": len(self.tasks),
+            "tasks": self._task_set,
+            "adamw": len(self.optimizer.state()),
         }
         return State(tensors, data)
 
@@ -703,7 +738,13 @@ class Learner:
         Raises:
             UsageError: it is of another model.
         """
-        self.optimizer.load(state.part("master"), state.part("adamw"))
+        optimizer = state.part("adamw")
+        if len(optimizer) != state.data["adamw"]:
+            raise UsageError(
+                f"the checkpoint of step {state.data['step']} has {len(optimizer)} of the "
+                f"optimizer's {state.data['adamw']} tensors; delete it to go on from an older one"
+            )
+        self.optimizer.load(state.part("master"), optimizer)
         torch.set_rng_state(state.tensors["rng.torch"])
         if torch.cuda.is_available() and "rng.cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["rng.cuda"])
@@ -780,8 +821,14 @@ class Learner:
             yield
         except BaseException as error:
             self.record.stop_trackers(failed=True)
-            if self.run is not None:
-                self._close(self.run, error)
+            if self.run is None:
+                raise
+            self._close(self.run, error)
+            if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+                raise RlrfError(
+                    f"the run {str(self.run.path)!r} could not be written: {error}. Mend that and "
+                    "go on with --resume"
+                ) from error
             raise
 
     def _close(self, run: Run, error: BaseException) -> None:
@@ -799,6 +846,7 @@ class Learner:
             run.finish(status, told)
 
 
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 _WINDOW = 8
 """Micro-batches whose teacher's hidden states are kept at once: to swap the teacher's weights in
 takes time, their hidden states take memory, a few kilobytes a token."""

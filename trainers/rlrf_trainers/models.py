@@ -554,13 +554,15 @@ def export_model(
         policy = HFPolicy(base, device="cpu")
         model = trainable(policy.model, build_config(cls, written))
         parameters = dict(model.named_parameters())
-        if unknown := sorted(tensors.keys() - parameters.keys()):
-            raise UsageError(
-                f"the model {base!r} is not the one the run began with: it has no {unknown[0]!r}, "
-                "which the checkpoint holds"
-            )
-        for name, tensor in tensors.items():
-            parameters[name].data.copy_(tensor)
+        trained = {n for n, p in parameters.items() if p.requires_grad}
+        for name in sorted(trained | tensors.keys()):
+            here, there = parameters.get(name), tensors.get(name)
+            if here is None or there is None or here.shape != there.shape:
+                raise UsageError(
+                    f"the model {base!r} is not the one the run began with: {name!r} is "
+                    f"{_shape(here)} there, and {_shape(there)} in the checkpoint"
+                )
+            here.data.copy_(there)
     else:
         policy = HFPolicy(final, device="cpu")
         model = policy.model
@@ -572,6 +574,10 @@ def export_model(
         policy.tokenizer.save_pretrained(folder)
 
     return _written(out, write)
+
+
+def _shape(tensor: Any) -> str:
+    return "missing" if tensor is None else f"of the shape {list(tensor.shape)}"
 
 
 def _written(out: Path, write: Callable[[Path], Any]) -> Path:

@@ -32,15 +32,16 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
             task_type="CAUSAL_LM",
         )
         with quiet_transformers():
-            model = get_peft_model(model, adapter)
+            try:
+                model = get_peft_model(model, adapter)
+            except ValueError as error:
+                raise UsageError(
+                    f"lora_target_modules={config.lora_target_modules!r} cannot be adapted: {error}"
+                ) from error
     elif not hasattr(model, "peft_config"):
         model.requires_grad_(True)
-    elif config.lora_r and config.lora_r != model.active_peft_config.r:
-        raise UsageError(
-            f"lora_r={config.lora_r}, but the model has an adapter of rank "
-            f"{model.active_peft_config.r} already; give lora_r=0 to train that one, or the model "
-            "without it"
-        )
+    else:
+        _check_adapter(model.active_peft_config, config)
     if config.gradient_checkpointing:
         # Renamed in transformers 5.23; the old name warns there.
         name = "activation_checkpointing_enable"
@@ -57,12 +58,40 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
     return model
 
 
+def _check_adapter(adapter: Any, config: TrainerConfig) -> None:
+    """What is asked of an adapter must be as the model's own is; defaults ask nothing."""
+    wanted = config.lora_target_modules
+    for name, value, own in (
+        ("lora_r", config.lora_r or adapter.r, adapter.r),
+        ("lora_alpha", config.lora_alpha or adapter.lora_alpha, adapter.lora_alpha),
+        (
+            "lora_target_modules",
+            adapter.target_modules if isinstance(wanted, str) else set(wanted),
+            adapter.target_modules,
+        ),
+    ):
+        if value != own:
+            raise UsageError(
+                f"{name} is {value!r}, but the model has an adapter already, whose is {own!r}; "
+                f"leave {name} out to train that one, or give the model without it"
+            )
+
+
 def _check_targets(model: Any, wanted: Sequence[str] | str) -> None:
-    # peft leaves out names that match nothing, silently, as long as one matches.
     if isinstance(wanted, str):
         return
-    names = [name for name, _ in model.named_modules()]
-    unknown = [w for w in wanted if not any(f".{name}".endswith(f".{w}") for name in names)]
+    # peft leaves out names that match nothing, silently, as long as one matches.
+    modules = {f".{name}": module for name, module in model.named_modules()}
+    found = {w: [m for name, m in modules.items() if name.endswith(f".{w}")] for w in wanted}
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    for name, own in found.items():
+        if head is embeddings and any(getattr(m, "weight", None) is head for m in own):
+            raise UsageError(
+                f"lora_target_modules has {name!r}, but the model's embeddings and its output "
+                "layer are one matrix: merging the adapter would change both. Leave it out"
+            )
+    unknown = [name for name, own in found.items() if not own]
     if unknown or not wanted:
         linear = {
             name.rsplit(".", 1)[-1]
