@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -20,7 +23,7 @@ from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
 from tests.test_distributed import ALONE, both  # noqa: E402
 from tests.test_sdpo_variants import Parity  # noqa: E402
-from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
+from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # peft on transformers 5.23
 
@@ -212,3 +215,39 @@ def test_a_whole_run_its_checkpoints_and_its_resumption(fsdp, tmp_path):
         torch.testing.assert_close(again.tensors[tensor_name], tensor, atol=1e-6, rtol=1e-5)
     history = train(ALONE, tmp_path / "run", {**config, "max_steps": 4}, True)
     assert history[-1]["step"] == 4
+
+
+@pytest.mark.slow
+def test_torchrun_trains_from_the_command_line(tmp_path):
+    model = save_tiny(tmp_path / "tiny")
+    settings = {
+        "max_steps": 2,
+        "prompts_per_step": 2,
+        "num_generations": 2,
+        "max_completion_length": 8,
+        "eval_tasks": 2,
+        "probe_tasks": 0,
+        "save_steps": 1,
+        "fsdp": "true",
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["-m", "rlrf", "train", "--env", "format-rules-v0", "--trainer", "sdpo"]
+    command += ["--model", str(model), "--run-dir", str(tmp_path / "run"), "--no-report"]
+    for key, value in settings.items():
+        command += ["--set", f"trainer.{key}={value}"]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("run directory:") == 1  # one process talks
+    run = Run.open(tmp_path / "run")
+    assert run.status == "done"
+    assert [line["step"] for line in run.metrics] == [0, 1, 2]
+    rollouts = [r for r in run.rollouts() if r["split"] == "train" and r["step"] == 2]
+    assert len({r["task_id"] for r in rollouts}) == 2  # a task each
+    assert Checkpoints(run.path).steps() == [1, 2]
