@@ -70,7 +70,8 @@ def real_setting(args: argparse.Namespace) -> tuple[Any, list[list[int]], list[i
 
 def with_sampler(model: Any, prompts: list[list[int]], ends: list[int], n: int, seed: int) -> int:
     params = SamplingParams(max_tokens=n)
-    out = sample(model, prompts, params, end_ids=ends, seed=seed, max_batch_size=len(prompts))
+    seeds = [(seed, i) for i in range(len(prompts))]
+    out = sample(model, prompts, params, end_ids=ends, seeds=seeds, max_batch_size=len(prompts))
     return sum(len(o.token_ids) for o in out)
 
 

@@ -33,7 +33,9 @@ class Registry:
         Raises:
             UsageError: another target already has that name.
         """
-        if name in self._added and self._added[name] != target:
+        point = self.entry_points().get(name)
+        taken = self._added.get(name, point.value if point else target)
+        if taken != target:
             raise UsageError(f"{self.what} {name!r} is already registered; choose another name")
         self._added[name] = target
 

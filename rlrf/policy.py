@@ -65,6 +65,8 @@ class Prompt:
         new_messages: with ``prefix_ids``, the messages the environment added since.
         tools: tool schemas for the chat template (OpenAI wire), if the environment has tools.
         group: prompts of equal ``group`` are samples of one task (the policy may share work).
+        seed: of this completion, so that it does not depend on what is sampled beside it; a policy
+            that can only seed a whole call goes by :attr:`SamplingParams.seed`.
     """
 
     messages: Messages
@@ -72,6 +74,7 @@ class Prompt:
     new_messages: Messages = ()
     tools: tuple[dict[str, Any], ...] = ()
     group: str | None = None
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,19 +135,8 @@ def make(id: str | EnvSpec, **kwargs: Any) -> Env:
         MissingDependencyError: it needs an extra that is not installed.
     """
     env_spec = id if isinstance(id, EnvSpec) else spec(id)
-    entry_point = env_spec.entry_point
-    if isinstance(entry_point, str):
-        entry_point = load_object(entry_point, f"environment {env_spec.id!r}")
     name = env_spec.id.removeprefix(NAMESPACE + "/")
-    accepted = accepted_options(entry_point)
-    for key in kwargs:
-        if accepted is not None and key not in accepted:
-            near = difflib.get_close_matches(key, sorted(accepted), n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"environment {name!r} has no option {key!r}; {hint}options are "
-                + ", ".join(sorted(accepted))
-            )
+    _check_options(env_spec, kwargs)
     env = gymnasium.make(env_spec, **kwargs).unwrapped
     if not isinstance(env, Env):
         raise UsageError(
@@ -155,6 +144,22 @@ def make(id: str | EnvSpec, **kwargs: Any) -> Env:
             "rlrf.SingleTurnEnv or rlrf.MultiTurnEnv"
         )
     return env
+
+
+def _check_options(env_spec: EnvSpec, options: Mapping[str, Any]) -> None:
+    entry_point = env_spec.entry_point
+    if isinstance(entry_point, str):
+        entry_point = load_object(entry_point, f"environment {env_spec.id!r}")
+    accepted = accepted_options(entry_point)
+    for key in options:
+        if accepted is not None and key not in accepted:
+            near = difflib.get_close_matches(key, sorted(accepted), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            name = env_spec.id.removeprefix(NAMESPACE + "/")
+            raise ConfigError(
+                f"environment {name!r} has no option {key!r}; {hint}options are "
+                + ", ".join(sorted(accepted))
+            )
 
 
 def accepted_options(factory: Any) -> set[str] | None:
@@ -192,13 +197,16 @@ def make_vec(
 
     Raises:
         UnknownIdError: no such environment.
+        ConfigError: an option it does not have.
     """
+    env_spec = spec(id)
     vector_kwargs = dict(kwargs.pop("vector_kwargs", {}))
     if vectorization_mode == "async":
         # Gymnasium's shared memory holds fixed-size arrays; text in it is stale or refused.
         vector_kwargs.setdefault("shared_memory", False)
+    _check_options(env_spec, kwargs)
     return gymnasium.make_vec(
-        spec(id),
+        env_spec,
         num_envs=num_envs,
         vectorization_mode=vectorization_mode,
         vector_kwargs=vector_kwargs,

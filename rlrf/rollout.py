@@ -134,7 +134,7 @@ async def arollout(
     params: SamplingParams | None = None,
     deadline_s: float | None = 120.0,
     retries: int = 2,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     on_rollout: Callable[[Rollout], None] | None = None,
     done: Iterable[Rollout] = (),
 ) -> list[Rollout]:
@@ -144,28 +144,37 @@ async def arollout(
             f"group_size={group_size}, max_concurrency={max_concurrency}, retries={retries}: "
             "the first two must be >= 1, retries >= 0"
         )
-    if seed < 0:
+    if min([seed] if isinstance(seed, int) else seed, default=0) < 0:
         raise UsageError(f"seed is {seed}; it must be >= 0")
     chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
     if not len(chosen):
         raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
     found = [env._find_task(task) for task in chosen]
+    if not isinstance(seed, int) and len(seed) != len(found):
+        raise UsageError(f"there are {len(seed)} seeds for {len(found)} tasks; give one for each")
     groups = [f"{i}:{task.id}" for i, task in enumerate(found)]
     wanted = {(group, k) for group in groups for k in range(group_size)}
     kept = {(r.group_id, r.sample): r for r in done if r.scored}
     kept = {key: r for key, r in kept.items() if key in wanted}
     unfinished = len(wanted) - len(kept)
-    batcher = _Batcher(policy, params or SamplingParams(), seed, max_concurrency, unfinished)
+    params = params or SamplingParams()
+    batcher = _Batcher(policy, params, seed, max_concurrency, unfinished)
     slots = asyncio.Semaphore(max_concurrency)
     collector = _Collector(env, batcher, deadline_s, retries)
 
     async def one(position: int, task: Task, sample: int) -> Rollout:
         number, group = position * group_size + sample, groups[position]
+        if isinstance(seed, int):
+            of_episode, of_samples = seed + number, _mix(seed, number)
+        else:
+            of_episode, of_samples = seed[position] + sample, _mix(seed[position], sample)
+        if params.seed is not None:
+            of_samples = _mix(params.seed, number)
         known = kept.get((group, sample))
         if known is not None:
             return known
         async with slots:
-            rollout = await collector.collect(task, group, number, seed + number)
+            rollout = await collector.collect(task, group, number, of_episode, of_samples)
         rollout = replace(rollout, sample=sample)
         batcher.one_less()
         if on_rollout is not None:
@@ -197,7 +206,7 @@ def rollout(
     params: SamplingParams | None = None,
     deadline_s: float | None = 120.0,
     retries: int = 2,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     on_rollout: Callable[[Rollout], None] | None = None,
     done: Iterable[Rollout] = (),
 ) -> list[Rollout]:
@@ -213,7 +222,8 @@ def rollout(
         deadline_s: seconds of *environment* time an episode may use (time spent waiting for the
             policy does not count); None for no limit. A rollout that runs into it is unscored.
         retries: fresh attempts after an infrastructure failure, before a rollout is unscored.
-        seed: seeds sampling and episodes.
+        seed: seeds sampling and episodes; one for all, or one per task, whose rollouts then do not
+            depend on which others there are.
         on_rollout: called with each rollout as it finishes, e.g. for progress.
         done: rollouts of an earlier call with the same tasks, ``group_size`` and ``seed``, which
             was cut off: those that are scored are returned as they are and not run again.
@@ -257,11 +267,13 @@ class _Collector:
             else asyncio.Semaphore(env.concurrency)
         )
 
-    async def collect(self, task: Task, group_id: str, number: int, seed: int) -> Rollout:
+    async def collect(
+        self, task: Task, group_id: str, number: int, seed: int, sample_seed: int
+    ) -> Rollout:
         for attempt in range(self.retries + 1):
             draft = _Draft(task.id, group_id)
             try:
-                return await self._run(task, number, seed, draft)
+                return await self._run(task, number, seed, sample_seed, draft)
             except InfraError as error:
                 failure = f"{error.kind}: {error}"
                 if not error.retryable or attempt == self.retries:
@@ -280,14 +292,21 @@ class _Collector:
                 break
         return draft.failed(failure)
 
-    async def _run(self, task: Task, number: int, seed: int, draft: _Draft) -> Rollout:
+    async def _run(
+        self, task: Task, number: int, seed: int, sample_seed: int, draft: _Draft
+    ) -> Rollout:
         clock = _Clock(self.deadline_s, task.id)
         episode: Episode = await clock.run(self.env.aepisode(task, seed=seed))
         draft.messages = list(episode.messages)
         new: Messages = ()
         while not episode.done:
             prompt = Prompt(
-                tuple(draft.messages), draft.prefix_ids(), new, _tools(self.env), draft.group_id
+                tuple(draft.messages),
+                draft.prefix_ids(),
+                new,
+                _tools(self.env),
+                draft.group_id,
+                seed=_mix(sample_seed, len(draft.steps)),
             )
             try:
                 completion = await self.batcher.generate(prompt, number)
@@ -451,12 +470,13 @@ class _Batcher:
     call starts when every episode that may be under way waits for a reply, or a batch is full.
     Only when an environment keeps the others waiting longer than ``linger_s`` does a call start
     without it. Prompts are taken in the order of their rollouts, not of their arrival. So for
-    environments that answer fast the batches, and with them the samples, depend on the seed alone.
+    environments that answer fast the batches depend on the seed alone; the samples do so always
+    where the policy heeds :attr:`Prompt.seed`, but for the rounding of other batches.
 
     Args:
         policy: what replies.
         params: how to sample; each call gets a seed of its own.
-        seed: of the calls, where ``params`` has none.
+        seed: of the calls, where ``params`` has none; prompts have their own.
         concurrency: episodes under way at once.
         unfinished: episodes still to be finished, begun or not; :meth:`one_less` counts down.
     """
@@ -464,10 +484,16 @@ class _Batcher:
     linger_s = 0.2
 
     def __init__(
-        self, policy: Policy, params: SamplingParams, seed: int, concurrency: int, unfinished: int
+        self,
+        policy: Policy,
+        params: SamplingParams,
+        seed: int | Sequence[int],
+        concurrency: int,
+        unfinished: int,
     ) -> None:
         self.policy, self.params = policy, params
-        self.seed = params.seed if params.seed is not None else seed
+        of_all = seed if isinstance(seed, int) else seed[0]
+        self.seed = params.seed if params.seed is not None else of_all
         self.limit: int | None = getattr(policy, "max_batch_size", None)
         self.concurrency, self.unfinished = concurrency, unfinished
         self.waiting: list[tuple[int, Prompt, asyncio.Future[Completion]]] = []

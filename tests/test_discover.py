@@ -558,6 +558,34 @@ def test_replies_as_long_as_the_context_leave_the_feedback_half_of_it():
     assert max(len(policy.encode(p)) for p in policy.prompts) <= 200
 
 
+def test_multi_turn_runs_go_side_by_side_as_if_alone():
+    sizes = []
+
+    class Counting(HFPolicy):
+        def generate(self, prompts, params):
+            sizes.append(len(prompts))
+            return super().generate(prompts, params)
+
+    policy = Counting(tiny_model(), tiny_tokenizer())
+    config = {"max_completion_length": 8}
+
+    def rewards(tasks, seeds):
+        report = discover(
+            Letters(), policy, tasks, methods="multi_turn", budget=4, seeds=seeds, config=config
+        )
+        return {run.key: (run.rewards, run.time) for run in report.runs}
+
+    both = rewards(["task-0", "task-1"], [0, 1])
+    assert max(sizes) == 4
+    assert len(sizes) <= 4
+    alone = {}
+    for task in ("task-0", "task-1"):
+        for seed in (0, 1):
+            alone |= rewards([task], [seed])
+    assert both == alone
+    assert len({r for r, _ in both.values()}) > 1
+
+
 def test_a_partly_right_reply_is_told_too():
     replies = iter(["half", "right"])
     policy = Script(lambda prompt: next(replies))

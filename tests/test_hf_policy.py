@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,8 @@ def policy(**kwargs) -> HFPolicy:
 
 def run(prompts, params=None, *, model=MODEL, end_ids=(END, IM_END), seed=0, **kwargs):
     params = params or SamplingParams(max_tokens=12)
-    return sample(model, prompts, params, end_ids=end_ids, seed=seed, **kwargs)
+    seeds = [(seed, i) for i in range(len(prompts))]
+    return sample(model, prompts, params, end_ids=end_ids, seeds=seeds, **kwargs)
 
 
 @torch.no_grad()
@@ -711,3 +713,18 @@ def test_a_real_model():
         assert scored.logprobs == pytest.approx(completion.logprobs, abs=1e-3)
         spelled = "".join(completion.text[a:b] for a, b in completion.offsets)
         assert spelled == completion.text
+
+
+def test_a_prompt_with_a_seed_is_sampled_alike_whatever_is_beside_it():
+    p = policy()
+    a, b = (Prompt((user(t),), seed=s) for t, s in (("a", 1), ("b", 2)))
+    params = SamplingParams(max_tokens=12, seed=0)
+    ids = {q.seed: p.generate([q], params)[0].token_ids for q in (a, b)}
+    beside = p.generate([Prompt((user("c"),)), b, a], params)
+    assert [c.token_ids for c in beside[1:]] == [ids[2], ids[1]]
+    again = p.generate([replace(a, seed=3)], params)[0]
+    assert again.token_ids != ids[1]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    p.generate([a], SamplingParams(max_tokens=2))  # nothing is drawn where all have seeds
+    assert torch.equal(torch.get_rng_state(), before)

@@ -20,6 +20,7 @@ from rlrf import ConfigError, Feedback, MissingDependencyError, UnknownIdError, 
 from rlrf.plugins import Registry, load_object
 from rlrf.registry import accepted_options
 from rlrf.spaces import Chat
+from rlrf.trainer import trainers
 from tests.environments_for_tests import INSTALLED, Echo, Guess
 
 NAMES = sorted({*INSTALLED, "test-echo-v0", "test-guess-v0"})
@@ -196,8 +197,9 @@ def test_duplicates(registered):
 
 
 def test_unknown_options_name_the_near_one(registered):
-    with pytest.raises(ConfigError, match="did you mean 'shout'"):
-        rlrf.make("test-echo-v0", shuot=True)
+    for make in (rlrf.make, rlrf.make_vec):
+        with pytest.raises(ConfigError, match="did you mean 'shout'"):
+            make("test-echo-v0", shuot=True)
     with pytest.raises(ConfigError, match="options are feedback, max_feedback_tokens, max_turns"):
         rlrf.make("test-guess-v0", zzz=1)
 
@@ -284,6 +286,12 @@ def test_a_plugin_registry():
     assert (registry.load("echo"), registry.load("lazy")) == (Echo, Guess)
     with pytest.raises(UnknownIdError, match="Did you mean 'lazy'"):
         registry.load("lasy")
+
+
+def test_an_installed_name_is_taken():
+    with pytest.raises(UsageError, match="trainer 'sdpo' is already registered"):
+        trainers.register("sdpo", Echo)
+    assert trainers.target("sdpo") != Echo
 
 
 def test_a_missing_extra_is_named(monkeypatch):

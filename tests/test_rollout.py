@@ -688,3 +688,35 @@ def test_every_rollout_survives_json(reply, turns, fails):
     assert Rollout.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     assert found.last_feedback == (found.feedback[-1] if found.feedback else Feedback())
     assert found.text == ("" if fails else reply)
+
+
+# --- seeds ----------------------------------------------------------------------------------
+
+
+def seeds_of(*args, env=None, **kwargs):
+    """Each rollout's sampling seeds, turn by turn, in the order of the rollouts."""
+    policy = Recorder(lambda m: "x")
+    rlrf.rollout(env or Words(), policy, *args, **kwargs)
+    found = {}
+    for prompt in policy.prompts:
+        found.setdefault(prompt.group, []).append(prompt.seed)
+    return found
+
+
+def test_every_reply_has_a_seed_of_its_own():
+    found = seeds_of(group_size=3, seed=5, env=Count())
+    assert len(found["0:count"]) == 9
+    assert len(set(found["0:count"])) == 9
+    assert seeds_of(group_size=3, seed=5, env=Count()) == found
+    assert not set(seeds_of(group_size=3, seed=6, env=Count())["0:count"]) & set(found["0:count"])
+
+
+def test_seeds_do_not_depend_on_what_is_done_or_runs_beside():
+    every = rlrf.rollout(Words(), Recorder(lambda m: "x"), seed=5)
+    missing = seeds_of(seed=5, done=[every[0], every[2]])
+    assert missing == {g: s for g, s in seeds_of(seed=5).items() if g[0] in "13"}
+    one = seeds_of(["three"], group_size=2, seed=[7])
+    both = seeds_of(["one", "three"], group_size=2, seed=[3, 7])
+    assert both["1:three"] == one["0:three"] != both["0:one"]
+    with pytest.raises(UsageError, match="2 seeds for 1 tasks"):
+        rlrf.rollout(Words(), parrot(), ["one"], seed=[1, 2])

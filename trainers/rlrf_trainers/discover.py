@@ -18,7 +18,7 @@ import math
 import random
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -405,20 +405,22 @@ def discover(
     config = config.model_copy(update={"max_steps": steps})  # for the learning rate's schedule
     kept = {run.key: run for run in done if run.failure is None and run.budget == budget}
 
-    searcher = _Searcher(env, model, config, wanted, budget, max_prompt_len, on_batch)
-    runs = []
+    searcher = _Searcher(env, model, config, wanted, max_prompt_len, on_batch)
+    pairs = [(task, s) for s in chosen_seeds for task in {task.id: task for task in found}.values()]
     try:
-        for seed in chosen_seeds:
-            for task in {task.id: task for task in found}.values():
-                for method in wanted:
-                    run = kept.get((task.id, seed, method))
-                    if run is None:
-                        run = searcher.run(task, seed, method)
-                        if on_run is not None:
-                            on_run(run)
-                    runs.append(run)
+        for method in wanted:
+            searches = [
+                _Search(task, DiscoveryRun(task.id, s, method, budget))
+                for task, s in pairs
+                if (task.id, s, method) not in kept
+            ]
+            for run in searcher.run(method, searches):
+                kept[run.key] = run
+                if on_run is not None:
+                    on_run(run)
     finally:
         searcher.restart()
+    runs = [kept[task.id, s, method] for task, s in pairs for method in wanted]
     return DiscoveryReport.of(runs, budget)
 
 
@@ -441,7 +443,6 @@ class _Searcher:
         model: Any,
         config: SDPOConfig,
         methods: Sequence[str],
-        budget: int,
         max_prompt_len: int,
         on_batch: Callable[[DiscoveryRun], None] | None,
     ) -> None:
@@ -464,7 +465,7 @@ class _Searcher:
                 f"{type(self.policy).__name__} has no encode(messages); give a model's folder or "
                 "name, or leave 'multi_turn' out"
             )
-        self.env, self.config, self.budget, self.on_batch = env, config, budget, on_batch
+        self.env, self.config, self.on_batch = env, config, on_batch
         context = getattr(self.policy, "context", None)
         room = max_prompt_len
         if context is not None:  # a reply may be as long as the context: half of it is the prompt's
@@ -472,12 +473,18 @@ class _Searcher:
         self.max_prompt_len = min(max_prompt_len, room)
         self._warned = False
 
-    def run(self, task: Task, seed: int, method: str) -> DiscoveryRun:
-        """One run, from the initial weights."""
-        self.restart()
-        search = _Search(self, task, DiscoveryRun(task.id, seed, method, self.budget))
-        getattr(self, method)(search)
-        return search.run
+    def run(self, method: str, searches: Sequence[_Search]) -> Iterator[DiscoveryRun]:
+        """Runs of one method, each from the initial weights; they come as they end."""
+        if method == "multi_turn":  # one attempt at a time each: side by side, or it takes forever
+            size = self.config.max_concurrency
+            for start in range(0, len(searches), size):
+                self.restart()
+                yield from self.multi_turn(searches[start : start + size])
+            return
+        for search in searches:
+            self.restart()
+            getattr(self, method)(search)
+            yield search.run
 
     def sdpo(self, search: _Search) -> None:
         """Sample a batch, learn from it, until a rollout solves the task."""
@@ -486,7 +493,7 @@ class _Searcher:
         size, step = self.config.num_generations, 0
         while True:
             step += 1
-            rollouts = search.sample(min(size, search.left))
+            rollouts = self.sample([search], min(size, search.left))[0]
             if search.solved or not search.left:
                 return
             trainer.learner.step = step
@@ -502,29 +509,69 @@ class _Searcher:
         # Independent of each other, so as many at once as the policy takes.
         size = max(self.config.num_generations, getattr(self.policy, "max_batch_size", 0))
         while search.left:
-            search.sample(min(size, search.left))
+            self.sample([search], min(size, search.left))
 
-    def multi_turn(self, search: _Search) -> None:
+    def multi_turn(self, searches: Sequence[_Search]) -> Iterator[DiscoveryRun]:
         """One rollout at a time; its prompt is the question with the feedback on all before."""
-        tools = tuple(getattr(self.env, "tools", ()) or ())
-        encode = partial(self.policy.encode, tools=tools) if tools else self.policy.encode
-        told: list[Feedback] = []
         # Here no reply is a demonstration, whatever its reward: each gets its feedback.
         rules = self.config.model_copy(update={"success_reward_threshold": math.inf})
-        while search.left and not search.solved:
-            messages, dropped = multi_turn_prompt(
-                search.task.messages,
-                told,
-                rules,
-                encode,
-                self.policy.tokenizer,
-                self.max_prompt_len,
-            )
-            del told[:dropped]  # what is dropped stays so: the prompt only grows
-            search.update(dropped=search.run.dropped + dropped)
-            scored = [r for r in search.sample(1, messages) if r.scored]
-            hints = choose_hints(scored, rules, random.Random(0))
-            told += [hint.feedback for hint in hints if hint]
+        while searches:
+            posed = [self._question(search, rules) for search in searches]
+            for search, rollouts in zip(searches, self.sample(searches, 1, posed), strict=True):
+                scored = [r for r in rollouts if r.scored]
+                hints = choose_hints(scored, rules, random.Random(0))
+                search.told += [hint.feedback for hint in hints if hint]
+                if search.solved or not search.left:
+                    yield search.run
+            searches = [s for s in searches if s.left and not s.solved]
+
+    def _question(self, search: _Search, rules: SDPOConfig) -> Messages:
+        tools = tuple(getattr(self.env, "tools", ()) or ())
+        messages, dropped = multi_turn_prompt(
+            search.task.messages,
+            search.told,
+            rules,
+            partial(self.policy.encode, tools=tools) if tools else self.policy.encode,
+            self.policy.tokenizer,
+            self.max_prompt_len,
+        )
+        del search.told[:dropped]  # what is dropped stays so: the prompt only grows
+        search.update(dropped=search.run.dropped + dropped)
+        return messages
+
+    def sample(
+        self, searches: Sequence[_Search], n: int, posed: Sequence[Messages] | None = None
+    ) -> list[list[Rollout]]:
+        """``n`` rollouts for each search, posed by other messages if given; all are counted.
+
+        What is sampled for a search does not depend on those beside it.
+        """
+        config = self.config
+        tasks = [s.task for s in searches]
+        if posed is not None:
+            tasks = [replace(t, messages=m) for t, m in zip(tasks, posed, strict=True)]
+        rollouts = rlrf.rollout(
+            self.env,
+            self.policy,
+            tasks,
+            group_size=n,
+            max_concurrency=config.max_concurrency,
+            deadline_s=config.rollout_deadline_s,
+            params=SamplingParams(
+                temperature=config.temperature,
+                top_p=config.top_p,
+                top_k=config.top_k,
+                max_tokens=config.max_completion_length,
+            ),
+            seed=[s.next_seed() for s in searches],
+        )
+        groups = [rollouts[i * n : (i + 1) * n] for i in range(len(searches))]
+        for search, group in zip(searches, groups, strict=True):
+            for rollout in group:
+                search.count(rollout, patience=config.num_generations)
+            if self.on_batch is not None:
+                self.on_batch(search.run)
+        return groups
 
     def _warn_once(self, task: Task) -> None:
         if not self._warned:
@@ -541,8 +588,9 @@ class _Searcher:
 class _Search:
     """The attempts of a run under way."""
 
-    def __init__(self, searcher: _Searcher, task: Task, run: DiscoveryRun) -> None:
-        self.searcher, self.task, self.run = searcher, task, run
+    def __init__(self, task: Task, run: DiscoveryRun) -> None:
+        self.task, self.run = task, run
+        self.told: list[Feedback] = []  # what a multi-turn prompt shows, oldest first
         self._batches = self._failed_in_a_row = 0
 
     @property
@@ -559,39 +607,19 @@ class _Search:
         """Note changes of the run."""
         self.run = replace(self.run, **changes)
 
-    def sample(self, n: int, messages: Messages | None = None) -> list[Rollout]:
-        """``n`` rollouts of the task, posed by ``messages`` if given; all are counted."""
-        searcher, config = self.searcher, self.searcher.config
-        # Far apart between tasks and steps, and the same whatever else is run.
+    def next_seed(self) -> int:
+        """Of the next batch; far apart between tasks and batches."""
         seed = random.Random(f"{self.run.seed}/{self._batches}/{self.task.id}").getrandbits(31)
         self._batches += 1
-        rollouts = rlrf.rollout(
-            searcher.env,
-            searcher.policy,
-            [self.task if messages is None else replace(self.task, messages=messages)],
-            group_size=n,
-            max_concurrency=config.max_concurrency,
-            deadline_s=config.rollout_deadline_s,
-            params=SamplingParams(
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                max_tokens=config.max_completion_length,
-            ),
-            seed=seed,
-        )
-        for rollout in rollouts:
-            self._count(rollout)
-        if searcher.on_batch is not None:
-            searcher.on_batch(self.run)
-        return rollouts
+        return seed
 
-    def _count(self, rollout: Rollout) -> None:
+    def count(self, rollout: Rollout, patience: int) -> None:
+        """Take an attempt; after ``patience`` in a row that are none the run is given up."""
         run = self.run
         if rollout.reward is None:
             self._failed_in_a_row += 1
             # The collector has already tried each one again: more of the same will not help.
-            hopeless = self._failed_in_a_row >= self.searcher.config.num_generations
+            hopeless = self._failed_in_a_row >= patience
             self.update(
                 unscored=run.unscored + 1, failure=rollout.failure if hopeless else run.failure
             )
@@ -857,7 +885,7 @@ class _RunProgress(Display):
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done = total, done
         self.console = Console(stderr=True)
-        self._tenths = 0
+        self._tenths: dict[Any, int] = {}
         self._live: Progress | None = None
         if self.console.is_terminal:
             columns = (
@@ -878,15 +906,14 @@ class _RunProgress(Display):
             )
             return
         tenths = 10 * run.attempts // run.budget
-        if self._tenths < tenths < 10:
+        if self._tenths.get(run.key, 0) < tenths < 10:
             solved = len(run.successes)
             self._line(f"{name}: {run.attempts} of {run.budget} attempts, {solved} solve it")
-        self._tenths = tenths
+        self._tenths[run.key] = tenths
 
     def run(self, run: DiscoveryRun) -> None:
         """Count a run that has ended."""
         self.done += 1
-        self._tenths = 0
         if self._live is not None:
             self._live.update(self._runs, completed=self.done)
         if run.failure is not None:

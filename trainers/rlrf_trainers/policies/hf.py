@@ -126,8 +126,9 @@ class HFPolicy:
 
         A completion ends at any of :attr:`end_ids`, at a stop text (which, as on the OpenAI wire,
         is not part of ``text`` though its tokens are in ``token_ids``), after ``max_tokens`` or
-        at the end of the context. Without ``params.seed`` the seed is drawn from torch's global
-        generator, so :func:`torch.manual_seed` governs it.
+        at the end of the context. Prompts with a ``seed`` of their own are sampled from it; the
+        others from ``params.seed``, and without one from torch's global generator, so that
+        :func:`torch.manual_seed` governs them.
 
         Raises:
             PromptTooLongError: a prompt fills the context.
@@ -139,15 +140,19 @@ class HFPolicy:
             for ids in prompt_ids:
                 if self.context is not None and len(ids) >= self.context:
                     raise PromptTooLongError(len(ids), params.max_tokens, self.context)
-            seed = params.seed
-            if seed is None:
-                seed = int(torch.randint(2**62, ()))
+            of_all = params.seed
+            if of_all is None and any(p.seed is None for p in prompts):
+                of_all = int(torch.randint(2**62, ()))
+            seeds = [
+                ((of_all or 0) % 2**64, i) if p.seed is None else (p.seed,)
+                for i, p in enumerate(prompts)
+            ]
             sampled = sampler.sample(
                 self.model,
                 prompt_ids,
                 params,
                 end_ids=self.end_ids,
-                seed=seed,
+                seeds=seeds,
                 max_batch_size=self.max_batch_size,
                 context=self.context,
                 stop=self._stop_check(params.stop),

@@ -64,14 +64,14 @@ def sample(
     params: SamplingParams,
     *,
     end_ids: Collection[int],
-    seed: int,
+    seeds: Sequence[tuple[int, ...]],
     max_batch_size: int = 64,
     context: int | None = None,
     stop: Callable[[list[int]], bool] | None = None,
 ) -> list[Sampled]:
     """One sampled continuation of every prompt, in order.
 
-    Row ``i`` draws one uniform number per step from the stream ``(seed, i)`` and inverts the
+    Row ``i`` draws one uniform number per step from the stream of ``seeds[i]`` and inverts the
     cumulative distribution with it. So the sample of a row depends on the rows beside it only
     through floating-point noise, and ``max_tokens`` cuts it without changing it.
 
@@ -80,7 +80,7 @@ def sample(
         prompts: token ids, at least one each; equal ones share their prefill.
         params: temperature, nucleus and length.
         end_ids: any of these ends a row, and is kept as its last token.
-        seed: of the call.
+        seeds: non-negative numbers, some for each prompt.
         max_batch_size: rows that decode at once; the longest prompts share a batch.
         context: positions the model can attend to; a row is cut off there. Each prompt must be
             shorter.
@@ -90,7 +90,7 @@ def sample(
         RlrfError: the model's logits are not finite.
     """
     sampled = [Sampled() for _ in prompts]
-    streams = [np.random.default_rng((seed % 2**64, i)) for i in range(len(prompts))]
+    streams = [np.random.default_rng(seed) for seed in seeds]
     limits = [min(params.max_tokens, (context or math.inf) - len(p)) for p in prompts]
     with evaluating(model):
         cached = _new_cache(model) is not None
