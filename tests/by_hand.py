@@ -22,7 +22,7 @@ from tests.tiny_model import tiny_model, tiny_tokenizer
 
 def double_policy() -> HFPolicy:
     """The tiny model in float64."""
-    return HFPolicy(tiny_model().double(), tiny_tokenizer())
+    return HFPolicy(tiny_model(num_hidden_layers=1).double(), tiny_tokenizer())
 
 
 # --- what a trainer does ----------------------------------------------------------------------
@@ -33,8 +33,7 @@ def gradient(model: Any) -> Tensor:
     return torch.cat(
         [
             (torch.zeros_like(p) if p.grad is None else p.grad).flatten().clone()
-            for p in model.parameters()
-            if p.requires_grad
+            for p in model_parameters(model)
         ]
     )
 
@@ -47,16 +46,23 @@ class Step(NamedTuple):
     loss: float
 
 
-def steps_of(trainer: Any, rollouts: Sequence[Rollout]) -> list[Step]:
-    """What the optimizer steps of one generation batch are taken with."""
-    learner, found = trainer.learner, []
-    take = learner.optimizer_step
+def steps_of(trainer: Any, rollouts: Sequence[Rollout], noise: float = 0.02) -> list[Step]:
+    """What the optimizer steps of one generation batch are taken with.
 
+    Each step is followed by a random one, so that ratios leave every clip on both sides, whatever
+    the advantage.
+    """
+    learner, found = trainer.learner, []
+    take, generator = learner.optimizer_step, torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
     def spy() -> None:
         model = copy.deepcopy(learner.model)
         found.append(Step(model, gradient(learner.model), learner._loss))
         model.zero_grad()
         take()
+        for p in model_parameters(learner.model):
+            p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
 
     learner.optimizer_step = spy
     learner.step += 1
@@ -65,31 +71,46 @@ def steps_of(trainer: Any, rollouts: Sequence[Rollout]) -> list[Step]:
     return found
 
 
+def model_parameters(model: Any) -> list[Any]:
+    """What is trained, in order."""
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def trained(model: Any) -> dict[str, Tensor]:
+    """What is trained, by name, as it is now."""
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
 def assert_near(found: Tensor, expected: Tensor, atol: float = 1e-6) -> None:
-    """Equal to a millionth of the largest number: weights of tokens are float32 in trainers."""
+    """Equal to a millionth of the largest number.
+
+    Not closer: the models' norms and the trainers' weights of tokens are float32 even here.
+    """
     scale = expected.abs().max()
     assert scale > 0
     torch.testing.assert_close(found / scale, expected / scale, atol=atol, rtol=0)
 
 
-def assert_apart(found: Tensor, other: Tensor) -> None:
-    """Different by far more than :func:`assert_near` overlooks."""
-    assert (found - other).abs().max() > 1e-3 * other.abs().max()
+def apart(found: Tensor, other: Tensor) -> bool:
+    """Whether two differ by far more than :func:`assert_near` overlooks."""
+    return bool((found - other).abs().max() > 1e-3 * other.abs().max())
 
 
 # --- what it should do ------------------------------------------------------------------------
 
 
-def gradient_of(loss: Tensor, model: Any) -> Tensor:
-    """The gradient of a loss, as :func:`gradient` has it."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    found = torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)
+def gradient_of(loss: Tensor, of: Any) -> Tensor:
+    """The gradient of a loss in a model, as :func:`gradient` has it, or in some tensors."""
+    tensors = of if isinstance(of, list) else model_parameters(of)
+    found = torch.autograd.grad(
+        loss, tensors, retain_graph=True, materialize_grads=True, allow_unused=True
+    )
     return torch.cat([g.flatten() for g in found])
 
 
 def with_weights(weights: Mapping[str, Tensor], lora_scale: float = 0.0) -> Any:
     """The tiny model with such weights; those of a LoRA adapter are added to the layers'."""
-    model = tiny_model().double()
+    model = tiny_model(num_hidden_layers=1).double()
     if not lora_scale:
         unknown = model.load_state_dict(dict(weights), strict=False).unexpected_keys
         assert not unknown
@@ -126,10 +147,15 @@ def logps_of(logits: Tensor, r: Rollout) -> Tensor:
     return logits.log_softmax(-1)[range(len(logits)), sampled(r, r.completion_ids)]
 
 
+def logps(model: Any, rollouts: Sequence[Rollout], temperature: float = 1.0) -> list[Tensor]:
+    """``[S]`` of each rollout, with their gradients."""
+    return [logps_of(student_logits(model, r, temperature), r) for r in rollouts]
+
+
 @torch.no_grad()
-def fixed_logps(model: Any, r: Rollout, temperature: float = 1.0) -> Tensor:
-    """``[S]``, of a model that is not trained."""
-    return logps_of(student_logits(model, r, temperature), r)
+def fixed_logps(model: Any, rollouts: Sequence[Rollout], temperature: float = 1.0) -> list[Tensor]:
+    """``[S]`` of each rollout, of a model that is not trained."""
+    return logps(model, rollouts, temperature)
 
 
 def advantages(rollouts: Sequence[Rollout], scale_rewards: str) -> list[float]:
@@ -157,6 +183,33 @@ def surrogate(ratio: Tensor, advantage: float, config: Any) -> Tensor:
     return -torch.minimum(bounded * advantage, clipped * advantage)
 
 
+def assert_clipping_is_told(
+    trainer: Any, rollouts: Sequence[Rollout], takes_part: Sequence[bool]
+) -> None:
+    """``clip_ratio/*`` of two optimizer steps on the same rollouts are what was clipped.
+
+    Args:
+        trainer: with the knobs.
+        rollouts: of a generation batch.
+        takes_part: of each, whether it is in a forward.
+    """
+    steps = steps_of(trainer, rollouts)
+    first, second = (fixed_logps(step.model, rollouts) for step in steps)
+    low = high = tokens = 0
+    columns = zip(advantages(rollouts, "none"), first, second, takes_part, strict=True)
+    for a, old, new, counts in columns:
+        ratio = (new - old).exp()
+        low += int(((ratio < 1 - trainer.config.epsilon) & (a < 0)).sum())
+        high += int(((ratio > 1 + trainer.config.epsilon_high) & (a > 0)).sum())
+        tokens += len(ratio) * counts
+    assert 0 < low != high > 0
+    for name, count in {"low": low, "high": high, "region": low + high}.items():
+        told = trainer.learner.record.metrics[f"clip_ratio/{name}"]
+        # The first step, on as many tokens, clips nothing.
+        assert round(sum(value * n for value, n in told), 3) == count
+        assert sum(n for _, n in told) == 2 * tokens
+
+
 def sampler_weights(old: Tensor, r: Rollout, config: Any) -> Tensor:
     """``[S]``: the correction for a sampler that draws from another distribution."""
     mode, most = config.rollout_is, config.rollout_is_threshold
@@ -172,52 +225,48 @@ def sampler_weights(old: Tensor, r: Rollout, config: Any) -> Tensor:
 
 
 def grpo_loss(
-    model: Any,
     rollouts: Sequence[Rollout],
     config: Any,
+    logps: Sequence[Tensor],
     *,
     everyone: Sequence[Rollout] | None = None,
-    old: Any = None,
-    reference: Any = None,
+    old: Sequence[Tensor] | None = None,
+    reference: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """GRPO's loss of one optimizer step.
 
     Args:
-        model: as it is before the step.
         rollouts: those of the step.
         config: which GRPO.
+        logps: ``[S]`` of each, before the step.
         everyone: the rollouts of the generation batch, if there are more.
-        old: the model that sampled; None: `model`.
-        reference: what the KL is to.
+        old: as `logps`, by the policy that sampled; None: the same.
+        reference: as `logps`, of what the KL is to.
     """
-    everyone, temperature = everyone or rollouts, config.temperature
+    everyone = everyone or rollouts
     advantage = dict(
         zip(map(id, everyone), advantages(everyone, config.scale_rewards), strict=True)
     )
-    rollouts = [r for r in rollouts if r.reward is not None]
-    counted = [
-        r
-        for r in rollouts
-        if not (config.mask_truncated_completions and r.finish_reason == "length")
-    ]
-    tokens = sum(sum(r.completion_mask) for r in counted)
+    cut = [config.mask_truncated_completions and r.finish_reason == "length" for r in rollouts]
+    rows = sum(r.reward is not None for r in rollouts)
+    counted = [i for i, r in enumerate(rollouts) if r.reward is not None and not cut[i]]
+    tokens = sum(len(logps[i]) for i in counted)
     total = torch.zeros((), dtype=torch.float64)
-    for r in counted:
-        logps = logps_of(student_logits(model, r, temperature), r)
-        before = fixed_logps(old or model, r, temperature)
-        log_ratio = logps - before
+    for i in counted:
+        r, before = rollouts[i], (old or logps)[i].detach()
+        log_ratio = logps[i] - before
         if config.importance_sampling_level == "sequence":
-            log_ratio = log_ratio.mean().expand_as(logps)
+            log_ratio = log_ratio.mean().expand_as(before)
         loss = surrogate(log_ratio.exp(), advantage[id(r)], config)
         loss = loss * sampler_weights(before, r, config)
-        if config.beta:
-            d = fixed_logps(reference, r, temperature) - logps
+        if config.beta and reference is not None:
+            d = reference[i].detach() - logps[i]
             loss = loss + config.beta * (d.exp() - d - 1)
         total = (
             total
             + {
-                "grpo": loss.mean() / len(rollouts),
-                "dr_grpo": loss.sum() / (len(rollouts) * config.max_completion_length),
+                "grpo": loss.mean() / rows,
+                "dr_grpo": loss.sum() / (rows * config.max_completion_length),
                 "dapo": loss.sum() / tokens,
                 "bnpo": loss.sum() / tokens,
             }[config.loss_type]
@@ -271,9 +320,9 @@ def sdpo_loss(
     for target, advantage in zip(targets, rewards, strict=True):
         r, shown = target.rollout, target.reprompt
         student = student_logits(model, r, temperature)
-        logps, before = logps_of(student, r), fixed_logps(old or model, r, temperature)
-        ratio = (logps - before).exp()
-        loss = torch.zeros_like(logps)
+        (before,) = fixed_logps(old or model, [r], temperature)
+        ratio = (logps_of(student, r) - before).exp()
+        loss = torch.zeros_like(before)
         if shown is not None:
             with torch.no_grad():
                 q = teacher_logits(teacher or model, shown, temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -13,12 +14,25 @@ import rlrf  # noqa: E402
 from rlrf import Feedback, Outcome, Task  # noqa: E402
 from rlrf_trainers.batch import Batch  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
-from rlrf_trainers.forward import Layout, completion_logits  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.losses import selected_logps, self_distillation_loss  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.reprompt import Hint, Reprompt, choose_hints, other_hint  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from tests.by_hand import (  # noqa: E402
+    apart,
+    assert_clipping_is_told,
+    assert_near,
+    divergence,
+    double_policy,
+    gradient,
+    gradient_of,
+    logps_of,
+    sdpo_loss,
+    steps_of,
+    teacher_logits,
+    trained,
+    with_weights,
+)
 from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
 
 SMALL = {
@@ -44,32 +58,16 @@ class Parity(rlrf.SingleTurnEnv):
 
 
 def sdpo(env=None, **config):
-    model = HFPolicy(tiny_model().double(), tiny_tokenizer())
     made = SDPOConfig(**{**SMALL, "probe_tasks": 0, **config})
-    trainer = SDPOTrainer(model, env or Parity(), made)
+    trainer = SDPOTrainer(double_policy(), env or Parity(), made)
     trainer.learner.step = 1
     return trainer
-
-
-def gradient(trainer):
-    found = {
-        n: p.grad.clone() if p.grad is not None else torch.zeros_like(p)
-        for n, p in trainer.learner.model.named_parameters()
-    }
-    return torch.cat([g.flatten() for g in found.values()])
 
 
 def sdpo_gradient(rollouts, **config):
     trainer = sdpo(**config)
     trainer.improve(trainer.reprompt(rollouts))
-    return gradient(trainer)
-
-
-def assert_near(found, expected):
-    """Equal to a millionth of the largest number."""
-    scale = expected.abs().max()
-    assert scale > 0
-    torch.testing.assert_close(found / scale, expected / scale, atol=1e-6, rtol=0)
+    return gradient(trainer.learner.model)
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +88,12 @@ def test_the_mix_of_rewards_and_feedback_is_linear(rollouts):
 
 
 def test_weight_zero_is_grpo_without_scaling(rollouts):
-    model = HFPolicy(tiny_model().double(), tiny_tokenizer())
     config = GRPOConfig(**SMALL, loss_type="grpo", scale_rewards="none")
-    grpo = GRPOTrainer(model, Parity(), config)
+    grpo = GRPOTrainer(double_policy(), Parity(), config)
     grpo.learner.step = 1
     grpo.improve(grpo.advantages(rollouts))
-    assert_near(sdpo_gradient(rollouts, distillation_weight=0.0), gradient(grpo))
+    found = sdpo_gradient(rollouts, distillation_weight=0.0)
+    assert_near(found, gradient(grpo.learner.model))
 
 
 def test_routing_distils_failures_and_reinforces_the_rest(rollouts):
@@ -110,47 +108,57 @@ def test_routing_distils_failures_and_reinforces_the_rest(rollouts):
     assert any(t.matters and t.reinforce for t in targets)
 
 
-def by_hand(rollouts, per_token):
-    """The gradient of ``mean over rows of the mean over tokens of per_token(...)``."""
-    trainer = sdpo()
-    targets = trainer.reprompt(rollouts)
-    total = 0.0
-    for target in targets:
-        if target.reprompt is None:
-            continue
-        r = target.rollout
-        layout = Layout([r.completion_ids])
-        student = completion_logits(trainer.learner.model, [r.prompt_ids], layout)
-        with torch.no_grad():
-            teacher = completion_logits(trainer.learner.model, [target.reprompt.prompt_ids], layout)
-        ids = torch.tensor(r.completion_ids)
-        total = total + per_token(student, teacher, ids).mean() / len(targets)
-    total.backward()
-    return gradient(trainer)
+def by_hand(rollouts, per_token=None, **config):
+    """The gradient of the first step's loss; see :func:`tests.by_hand.sdpo_loss`."""
+    trainer = sdpo(**config)
+    targets, model = trainer.reprompt(rollouts), trainer.learner.model
+    return gradient_of(sdpo_loss(model, targets, trainer.config, per_token=per_token), model)
 
 
-def test_logit_level(rollouts):
-    expected = by_hand(
-        rollouts,
-        lambda s, t, ids: self_distillation_loss(s, t, alpha=1.0, topk=20)[0],
-    )
-    assert_near(sdpo_gradient(rollouts), expected)
+@pytest.mark.parametrize(("topk", "tail"), [(0, True), (1, True), (5, True), (5, False)])
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+def test_logit_level(rollouts, alpha, topk, tail):
+    config = {
+        "distillation_alpha": alpha,
+        "distillation_topk": topk,
+        "distillation_add_tail": tail,
+    }
+    found = sdpo_gradient(rollouts, **config)
+    assert_near(found, by_hand(rollouts, **config))
+    if topk > 1:  # of one token, renormalised, nothing is left to be learnt
+        assert apart(found, by_hand(rollouts, **{**config, "distillation_add_tail": not tail}))
 
 
+@pytest.mark.parametrize("clip", [0.0, 0.4])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_token_and_sequence_level(rollouts, level):
-    def per_token(student, teacher, ids):
-        logps, teacher_logps = selected_logps(student, ids), selected_logps(teacher, ids)
-        advantage = (teacher_logps - logps).detach()
+def test_token_and_sequence_level(rollouts, level, clip):
+    def per_token(student, teacher, r):
+        logps, taught = logps_of(student, r), logps_of(teacher, r)
+        advantage = (taught - logps).detach()
+        if clip:
+            assert (advantage.abs() > clip).sum() > 0
+            advantage = advantage.clamp(-clip, clip)
         if level == "sequence":
-            advantage = advantage.mean().expand(len(ids))
+            advantage = advantage.mean().expand(len(logps))
         return -advantage * logps
 
-    assert_near(sdpo_gradient(rollouts, distillation_level=level), by_hand(rollouts, per_token))
+    expected = by_hand(rollouts, per_token)
+    for knob in ("distillation_kl_clip", "distillation_advantage_clip"):
+        found = sdpo_gradient(rollouts, distillation_level=level, **{knob: clip})
+        assert_near(found, expected)
+
+
+@pytest.mark.parametrize("clip", [0.5, 0.8])
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_divergence_above_its_cap_teaches_nothing(rollouts, alpha, clip):
+    config = {"distillation_alpha": alpha, "distillation_topk": 0, "distillation_kl_clip": clip}
+    found = sdpo_gradient(rollouts, **config)
+    assert_near(found, by_hand(rollouts, **config))
+    assert apart(found, by_hand(rollouts, **{**config, "distillation_kl_clip": 0.0}))
 
 
 def test_advantages_are_clipped_in_the_gradient(rollouts):
-    def clipped(student, teacher, ids):
+    def clipped(student, teacher, r):
         log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
         advantage = (log_q - log_p).clamp(-0.1, 0.1).detach()
         return -(advantage * log_p.exp()).sum(-1)
@@ -162,11 +170,176 @@ def test_advantages_are_clipped_in_the_gradient(rollouts):
 
 
 def test_the_teachers_entropy_weighs_its_tokens(rollouts):
-    def weighed(student, teacher, ids):
-        per_token, metrics = self_distillation_loss(student, teacher, alpha=1.0, topk=20)
-        return per_token * (-2.0 * metrics["teacher_entropy"]).exp()
+    def weighed(student, teacher, r):
+        entropy = -(teacher.softmax(-1) * teacher.log_softmax(-1)).sum(-1)
+        return divergence(student, teacher, SDPOConfig()) * (-2.0 * entropy).exp()
 
     assert_near(sdpo_gradient(rollouts, teacher_entropy_beta=2.0), by_hand(rollouts, weighed))
+
+
+# --- several steps, and another sampler -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def strange(rollouts):
+    """The rollouts, of replies of unequal length, by a sampler that is off."""
+    rng, found = random.Random(0), []
+    for i, r in enumerate(rollouts):
+        keep = slice(0, max(1, len(r.completion_ids) - i % 4))
+        r = replace(
+            r,
+            completion_ids=r.completion_ids[keep],
+            completion_mask=r.completion_mask[keep],
+            logprobs=r.logprobs[keep],
+        )
+        off = torch.tensor([logp + rng.uniform(-1, 1) for logp in r.logprobs])
+        found.append(replace(r, logprobs=tuple(off.tolist())))
+    assert all(all(r.completion_mask) for r in found)
+    return found
+
+
+def assert_honoured(rollouts, config, *unlike):
+    """Every optimizer step is that of the definition, and the last would not be otherwise."""
+    trainer = sdpo(**config)
+    targets = trainer.reprompt(rollouts)
+    steps = steps_of(trainer, rollouts)
+    assert len(steps) == trainer.config.num_iterations
+
+    def definition(step, **changes):
+        made = trainer.config.model_copy(update=changes)
+        start = steps[0].model
+        loss = sdpo_loss(step.model, targets, made, old=start, teacher=start)
+        return loss, gradient_of(loss, step.model)
+
+    for step in steps:
+        loss, expected = definition(step)
+        assert step.loss == pytest.approx(loss.item(), rel=1e-5, abs=1e-7)
+        assert_near(step.gradient, expected)
+    for changes in unlike:
+        assert apart(expected, definition(steps[-1], **changes)[1]), changes
+
+
+TWICE = {"num_iterations": 2, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"]
+)
+def test_the_samplers_own_probabilities_are_corrected_for(strange, mode):
+    config = {
+        **TWICE,
+        "rollout_is": mode,
+        "rollout_is_threshold": 1.4,
+        "distillation_weight": 0.5,  # of both losses
+    }
+    others = [{"rollout_is": m} for m in ("token_truncate", "sequence_mask", "none") if m != mode]
+    if mode != "none":
+        others.append({"rollout_is_threshold": 2.5})
+    assert_honoured(strange, config, *others)
+
+
+def test_what_top_p_cuts_is_not_corrected_for(strange):
+    with pytest.warns(RuntimeWarning, match="rollout_is is off"):
+        assert_honoured(strange, {"rollout_is": "token_truncate", "top_p": 0.9}, {"top_p": 1.0})
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.1, 2.0])
+def test_later_steps_weigh_tokens_by_how_likely_they_have_become(strange, clip):
+    others = [{"distillation_is_clip": c} for c in (0.0, 1.1, 2.0) if c != clip]
+    assert_honoured(strange, {**TWICE, "distillation_is_clip": clip}, *others)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_the_temperature_divides_both_logits(strange, temperature):
+    config = {**TWICE, "temperature": temperature, "distillation_weight": 0.5}
+    assert_honoured(strange, config, {"temperature": 1.0})
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [{"epsilon": 0.05}, {"epsilon_high": 0.9}, {"epsilon": 0.6, "epsilon_high": 0.05}],
+    ids=str,
+)
+def test_the_reward_beside_feedback_is_clipped(strange, knobs):
+    defaults = {name: SDPOConfig.model_fields[name].default for name in knobs}
+    unlike = [{name: default} for name, default in defaults.items()]
+    assert_honoured(strange, {**TWICE, "distillation_weight": 0.5, **knobs}, *unlike)
+
+
+def test_metrics_tell_how_much_of_the_reward_was_clipped(strange):
+    trainer = sdpo(**TWICE, distillation_weight=0.5, epsilon=0.1, epsilon_high=0.4)
+    matters = [t.matters for t in trainer.reprompt(strange)]
+    assert_clipping_is_told(trainer, strange, matters)
+
+
+# --- teachers ---------------------------------------------------------------------------------
+
+
+def mean_of(a, b, share):
+    """Weights of which `b` is a share."""
+    return {n: (1 - share) * a[n] + share * b[n] for n in a}
+
+
+@pytest.mark.parametrize("kind", ["live", "frozen", "ema", "trust_region"])
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 2, "lora_alpha": 6}], ids=["full", "lora"])
+def test_a_teacher_is_what_it_is_said_to_be_after_two_steps(rollouts, kind, lora):
+    share = 0.25
+    trainer = sdpo(
+        **lora, teacher_regularization=kind, teacher_update_rate=share, learning_rate=1e-2
+    )
+    targets = [t for t in trainer.reprompt(rollouts) if t.reprompt]
+    start = trained(trainer.learner.model)
+    steps_of(trainer, rollouts)
+    one = trained(trainer.learner.model)
+    steps_of(trainer, rollouts)
+    two = trained(trainer.learner.model)
+
+    @torch.no_grad()
+    def logits(weights):
+        model = with_weights(weights, lora_scale=3.0 if lora else 0.0)
+        return torch.cat([teacher_logits(model, t.reprompt) for t in targets])
+
+    expected = {
+        "live": logits(two),
+        "frozen": logits(start),
+        "ema": logits(mean_of(mean_of(start, one, share), two, share)),
+        # Of logits, and it is where it was after the first step.
+        "trust_region": torch.lerp(logits(start), logits(two), share),
+        "trust_region that moves": torch.lerp(
+            logits(mean_of(start, one, share)), logits(two), share
+        ),
+    }
+    batch = Batch(targets, trainer.learner.device)
+    found = trainer.teacher_logits([batch])[0](slice(None), None)
+    # The teachers' weights are float32.
+    torch.testing.assert_close(found, expected.pop(kind), atol=1e-4, rtol=1e-5)
+    assert all(apart(found, other) for other in expected.values())
+
+
+@pytest.mark.parametrize("rate", [0.2, 0.7])
+def test_a_trust_region_teaches_a_mixture_of_logits(rollouts, rate):
+    """Told apart from the mixture of the weights by the gradient."""
+    config = {"teacher_regularization": "trust_region", "teacher_update_rate": rate}
+    trainer = sdpo(**config)
+    start = trained(trainer.learner.model)
+    steps_of(trainer, rollouts)
+    (step,) = steps_of(trainer, rollouts)
+    targets = trainer.reprompt(rollouts)
+
+    def definition(teacher):
+        return gradient_of(
+            sdpo_loss(step.model, targets, trainer.config, teacher=teacher), step.model
+        )
+
+    class Mixed(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            made = [m(*args, **kwargs) for m in (with_weights(start), step.model)]
+            made[0].logits = torch.lerp(made[0].logits, made[1].logits, rate)
+            return made[0]
+
+    now = dict(step.model.named_parameters())
+    assert_near(step.gradient, definition(Mixed()), atol=1e-5)
+    assert apart(step.gradient, definition(with_weights(mean_of(start, now, rate))))
 
 
 # --- the control ------------------------------------------------------------------------------

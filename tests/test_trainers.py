@@ -665,3 +665,252 @@ def test_feedback_for_which_there_is_no_room_is_not_counted_as_used():
     assert line["self_distillation/feedback_available_fraction"] > 0
     assert line["self_distillation/feedback_used_fraction"] == 0
     assert line["self_distillation/reprompt_sample_fraction"] == 0
+
+
+# --- knobs that reach what they are about -----------------------------------------------------
+
+from collections import Counter  # noqa: E402
+
+from tests.by_hand import (  # noqa: E402
+    apart,
+    assert_near,
+    double_policy,
+    model_parameters,
+    with_weights,
+)
+from tests.by_hand import gradient as gradient_in  # noqa: E402
+
+
+def adamw_by_hand(parameters, gradients, **knobs):
+    """Two steps with torch's own optimizer, each on a gradient that is no longer than allowed."""
+    # The defaults that docs/sdpo.md tells of.
+    made = {"max_grad_norm": 1.0, "adam_beta1": 0.9, "adam_beta2": 0.999, "weight_decay": 0.01}
+    made |= {"learning_rate": SMALL["learning_rate"], **knobs}
+    tensors = [p.detach().clone().requires_grad_() for p in parameters]
+    adamw = torch.optim.AdamW(
+        tensors,
+        lr=made["learning_rate"],
+        betas=(made["adam_beta1"], made["adam_beta2"]),
+        weight_decay=made["weight_decay"],
+    )
+    for parts in gradients:
+        norm = torch.cat([g.flatten() for g in parts]).norm()
+        for tensor, g in zip(tensors, parts, strict=True):
+            tensor.grad = g * min(1.0, made["max_grad_norm"] / norm.item())
+        adamw.step()
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"max_grad_norm": 0.05},
+        {"max_grad_norm": 3.0},
+        {"adam_beta1": 0.5},
+        {"adam_beta2": 0.3},
+        {"weight_decay": 0.5},
+        {"learning_rate": 1e-3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [sdpo, grpo])
+def test_two_steps_are_those_of_adamw_on_clipped_gradients(make, knobs):
+    trainer = make(model=double_policy(), **knobs)
+    parameters, gradients = model_parameters(trainer.learner.model), []
+    generator = torch.Generator().manual_seed(0)
+    for norm in (5.0, 0.5):  # one above the default's limit, one below
+        parts = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in parameters]
+        whole = torch.cat([g.flatten() for g in parts]).norm()
+        gradients.append([g * norm / whole for g in parts])
+    expected = adamw_by_hand(parameters, gradients, **knobs)
+    if knobs:
+        assert apart(expected, adamw_by_hand(parameters, gradients))
+    for parts in gradients:
+        for parameter, g in zip(parameters, parts, strict=True):
+            parameter.grad = g.clone()
+        trainer.learner.step += 1
+        trainer.learner.optimizer_step()
+    found = torch.cat([p.detach().flatten() for p in parameters])
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-8)
+    # What is told of is the gradient as it was.
+    assert [norm for norm, _ in trainer.learner.record.metrics["grad_norm"]] == pytest.approx(
+        [5.0, 0.5]
+    )
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(0, 2.0), (3, 1.5), (8, 4.0)])
+def test_an_adapter_is_added_alpha_over_r_times(alpha, scale):
+    model = grpo(model=double_policy(), lora_r=2, lora_alpha=alpha).learner.model
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model_parameters(model):  # a fresh adapter adds nothing
+            p.copy_(0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        ids = torch.tensor([[5, 6, 7, 8]])
+        adapter = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        expected = with_weights(adapter, lora_scale=scale)(ids).logits
+        assert apart(expected, with_weights({})(ids).logits)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-9, rtol=1e-7)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("make", [sdpo, grpo])
+def test_checkpointing_runs_layers_again_and_changes_no_gradient(make, lora_r):
+    rollouts, found, again = None, {}, {}
+    for checkpointing in (False, True):
+        trainer = make(model=double_policy(), gradient_checkpointing=checkpointing, lora_r=lora_r)
+        learner = trainer.learner
+        rollouts = rollouts or learner.collect()
+        calls, backward = [], learner.backward
+
+        def spied(loss, model=learner.model, calls=calls, backward=backward):
+            layer = next(m for n, m in model.named_modules() if n.endswith("layers.0.mlp"))
+            hook = layer.register_forward_pre_hook(lambda *_: calls.append(1))
+            backward(loss)
+            hook.remove()
+
+        learner.backward = spied
+        prepare = trainer.reprompt if make is sdpo else trainer.advantages
+        trainer.improve(prepare(rollouts))
+        found[checkpointing], again[checkpointing] = gradient_in(learner.model), len(calls)
+    assert again[False] == 0
+    assert again[True] > 0
+    assert_near(found[True], found[False])
+
+
+@pytest.mark.parametrize(
+    ("make", "config"),
+    [(sdpo, {}), (sdpo, {"distillation_level": "token"}), (grpo, {"beta": 0.1})],
+    ids=["sdpo", "sdpo-token", "grpo"],
+)
+def test_a_chunk_of_the_loss_holds_no_more_than_it_may(monkeypatch, make, config):
+    rollouts, logits = None, Head.logits
+    # Six buffers of 4 bytes for each of 272 words.
+    for megabytes, most, least in ((1, 160, 1), (256, math.inf, 161)):
+        trainer = make(
+            **config,
+            loss_chunk_mb=megabytes,
+            num_iterations=2,
+            num_generations=8,
+            max_completion_length=12,
+            micro_batch_tokens=100_000,
+        )
+        rollouts, rows = rollouts or trainer.learner.collect(), []
+        assert sum(len(r.completion_ids) for r in rollouts) > 161
+        monkeypatch.setattr(
+            Head,
+            "logits",
+            lambda self, hidden, rows=rows: (rows.append(len(hidden)), logits(self, hidden))[1],
+        )
+        trainer.learner.step = 1
+        trainer.learn(rollouts)
+        monkeypatch.undo()
+        assert least <= min(rows) <= max(rows) <= most
+
+
+# --- how is sampled ---------------------------------------------------------------------------
+
+
+def asked_of(trainer, do):
+    """``(temperature, top_p, top_k, max_tokens)`` of what a policy is asked for, and how much."""
+    policy, asked = trainer.learner.policy, Counter()
+    generate = policy.generate
+
+    def spied(prompts, params):
+        how = (params.temperature, params.top_p, params.top_k, params.max_tokens)
+        asked[how] += len(prompts)
+        return generate(prompts, params)
+
+    policy.generate = spied
+    do()
+    return dict(asked)
+
+
+@pytest.mark.parametrize("make", [sdpo, grpo])
+@pytest.mark.parametrize(
+    ("knobs", "how"),
+    [
+        ({}, (1.0, 1.0, 0, 6)),
+        ({"temperature": 0.7}, (0.7, 1.0, 0, 6)),
+        ({"top_p": 0.8}, (1.0, 0.8, 0, 6)),
+        ({"top_k": 5}, (1.0, 1.0, 5, 6)),
+        ({"max_completion_length": 3}, (1.0, 1.0, 0, 3)),
+        ({"num_generations": 2, "prompts_per_step": 2}, (1.0, 1.0, 0, 6)),
+    ],
+    ids=str,
+)
+def test_training_samples_as_it_is_told(make, knobs, how):
+    trainer = make(eval_temperature=0.1, eval_top_p=0.2, **knobs)
+    c = {**SMALL, **knobs}
+    asked = asked_of(trainer, trainer.learner.collect)
+    assert asked == {how: c["prompts_per_step"] * c["num_generations"]}
+
+
+@pytest.mark.parametrize(
+    ("knobs", "how", "n"),
+    [
+        ({}, (0.6, 0.95, 0, 6), 4),
+        ({"eval_temperature": 0.0}, (0.0, 0.95, 0, 6), 4),
+        ({"eval_top_p": 0.5}, (0.6, 0.5, 0, 6), 4),
+        ({"eval_samples": 3, "eval_tasks": 2}, (0.6, 0.95, 0, 6), 6),
+        ({"eval_tasks": 0, "max_completion_length": 3}, (0.6, 0.95, 0, 3), 12),
+    ],
+    ids=str,
+)
+def test_evaluation_samples_as_it_is_told(knobs, how, n):
+    trainer = grpo(temperature=1.5, top_p=0.7, top_k=7, **knobs)
+    assert asked_of(trainer, trainer.learner.evaluate_if_due) == {how: n}
+    assert len(trainer.learner.record.metrics["eval/reward"]) == n
+
+
+class Graded(CountA):
+    """Keeps the tasks that are graded."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.graded = Counter()
+
+    def grade(self, task, completion):
+        self.graded[task.id] += 1
+        return super().grade(task, completion)
+
+
+class WithoutEval(Graded):
+    splits = ("train", "test")
+
+
+@pytest.mark.filterwarnings("ignore:.*are trained on:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("env", "eval_env", "split"),
+    [
+        (Graded, None, "eval"),
+        (lambda: Graded(split="eval"), None, "eval"),
+        (WithoutEval, None, "train"),  # there is no other that is known to be held out
+        (lambda: WithoutEval(split="test"), None, "test"),
+        (Graded, lambda: WithoutEval(split="test"), "test"),
+        (Graded, Graded, "train"),  # as it is given
+        (Graded, lambda: Graded(split="eval"), "eval"),
+    ],
+)
+def test_evaluation_is_on_held_out_tasks_or_on_the_environment_for_it(env, eval_env, split):
+    env, eval_env = env(), eval_env and eval_env()
+    config = GRPOConfig(**{**SMALL, "eval_samples": 2})
+    trainer = GRPOTrainer(policy(), env, config, eval_env=eval_env)
+    trainer.learner.evaluate_if_due()
+    graded = (eval_env or env).graded
+    assert len(graded) == SMALL["eval_tasks"]
+    assert set(graded.values()) == {2}
+    assert {name.partition("-")[0] for name in graded} == {split}
+    if eval_env is not None:
+        assert not env.graded
+
+
+@pytest.mark.parametrize("make", [sdpo, grpo])
+def test_episodes_get_the_deadline_and_the_company_they_are_given(monkeypatch, make):
+    rollout, given = rlrf.rollout, []
+    monkeypatch.setattr(rlrf, "rollout", lambda *a, **k: (given.append(k), rollout(*a, **k))[1])
+    trainer = make(rollout_deadline_s=7.5, max_concurrency=3)
+    trainer.learner.collect()
+    trainer.learner.evaluate_if_due()
+    assert [k["deadline_s"] for k in given] == [7.5, 7.5]
+    assert [k["max_concurrency"] for k in given] == [3, 3]
