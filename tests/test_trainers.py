@@ -52,6 +52,7 @@ SMALL = {
     "max_completion_length": 6,
     "eval_tasks": 4,
     "learning_rate": 1e-2,
+    "seed": 1,  # rewards differ within the groups of every step
 }
 NO_PROBE = {"probe_tasks": 0}
 
@@ -146,7 +147,7 @@ def test_sdpo_switches_train(config):
         {"loss_type": "bnpo", "scale_rewards": "batch"},
         {"importance_sampling_level": "sequence", "num_iterations": 2, "epsilon_high": 0.28},
         {"mini_batch_prompts": 1, "delta": 3.0},
-        {"mask_truncated_completions": True},
+        {"mask_truncated_completions": True, "max_completion_length": 60},
         {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
         {"rollout_is": "sequence_truncate", "num_iterations": 2},
         {"lora_r": 4, "lora_target_modules": ["q_proj"]},
@@ -234,7 +235,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(cls, config):
 
 def test_the_same_seed_gives_the_same_run():
     first, second = sdpo().train().history, sdpo().train().history
-    third = sdpo(seed=1).train().history
+    third = sdpo(seed=2).train().history
 
     def curve(history):
         return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in history]
