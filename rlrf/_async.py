@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import inspect
 import os
@@ -44,16 +45,30 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
             "a sync method of rlrf was called from an async hook; call its async twin "
             "(areset, astep, agrade, arollout) there"
         )
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    token = _caller.set(inbox)
     try:
+        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    finally:
+        _caller.reset(token)
+    future.add_done_callback(lambda _: inbox.put(None))
+    try:
+        while (job := inbox.get()) is not None:
+            job()
         return future.result()
     except BaseException:
         future.cancel()  # Ctrl-C in the caller must reach the coroutine too
         raise
 
 
+_caller: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None] | None] = (
+    contextvars.ContextVar("rlrf_caller", default=None)
+)
+"""Jobs for the thread that waits in :func:`run_sync`."""
+
+
 class _DaemonThreads:
-    """Threads for plain-``def`` hooks.
+    """Threads for plain-``def`` hooks; the one that was busy last is taken first.
 
     Not ``asyncio.to_thread``: its pool is small, shared, and joined at exit, so one stuck hook
     would hold up its neighbours and the interpreter. Here idle threads are reused, a busy one is
@@ -65,26 +80,7 @@ class _DaemonThreads:
         self._lock = threading.Lock()
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[T] = loop.create_future()
-        context = contextvars.copy_context()
-
-        def deliver(setter: Callable[[Any], None], value: Any) -> None:
-            if not future.done():
-                setter(value)
-
-        def job() -> None:
-            setter: Callable[[Any], None] = future.set_result
-            value: Any
-            try:
-                value = context.run(function, *args)
-            except BaseException as error:
-                setter, value = future.set_exception, _ordinary(error)
-            try:
-                loop.call_soon_threadsafe(deliver, setter, value)
-            except RuntimeError:
-                return  # the loop has closed: nobody waits any more
-
+        future, job = _job(function, *args)
         with self._lock:
             inbox = self._idle.pop() if self._idle else None
         if inbox is None:
@@ -102,7 +98,36 @@ class _DaemonThreads:
                 self._idle.append(inbox)
 
 
-_threads = _DaemonThreads()
+_threads, _turns = _DaemonThreads(), _DaemonThreads()
+
+
+def _job(function: Callable[..., T], *args: Any) -> tuple[asyncio.Future[T], Callable[[], None]]:
+    """A call for another thread to make, and the future on this loop that gets its outcome."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def deliver(setter: Callable[[Any], None], value: Any) -> None:
+        if not future.done():
+            setter(value)
+
+    def job() -> None:
+        setter: Callable[[Any], None] = future.set_result
+        value: Any
+        try:
+            value = context.run(function, *args)
+        except BaseException as error:
+            setter, value = future.set_exception, _ordinary(error)
+            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is _main_thread:
+                raise  # the user's, and not only this call's
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+                loop.call_soon_threadsafe(deliver, setter, value)
+
+    return future, job
+
+
+_main_thread = threading.main_thread()
 
 
 def _ordinary(error: BaseException) -> Exception:
@@ -143,10 +168,29 @@ async def call_hook(function: Callable[..., Any], *args: Any) -> Any:
     return await _await(result) if isinstance(result, Awaitable) else result
 
 
+async def call_in_turn(function: Callable[..., Any], *args: Any) -> Any:
+    """Call what is called one at a time, in the thread that waits for all of it if there is one.
+
+    A model that samples now in one thread and now in another leaves memory behind in each: C
+    libraries allocate per thread and keep what they freed. And Ctrl-C stops it at once.
+    """
+    if inspect.iscoroutinefunction(function):
+        return await call_hook(function, *args)
+    caller = _caller.get()
+    if caller is None:
+        result = await _turns.run(function, *args)
+    else:
+        future, job = _job(function, *args)
+        caller.put(job)
+        result = await future
+    return await _await(result) if isinstance(result, Awaitable) else result
+
+
 def _after_fork() -> None:
     """A forked child has the parent's loop and idle threads as objects, but nobody runs them."""
-    global _lock, _loop, _threads
-    _lock, _loop, _threads = threading.Lock(), None, _DaemonThreads()
+    global _lock, _loop, _threads, _turns
+    _lock, _loop = threading.Lock(), None
+    _threads, _turns = _DaemonThreads(), _DaemonThreads()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlrf._async import call_hook, run_sync
+from rlrf._async import call_hook, call_in_turn, run_sync
 from rlrf.env import Env, Episode, StepResult, Task
 from rlrf.errors import InfraError, OutcomeError, PromptTooLongError, RlrfError, UsageError
 from rlrf.feedback import Feedback, span_to_tokens
@@ -579,7 +579,8 @@ class _Batcher:
         params = replace(self.params, seed=_mix(self.seed, key))
         self.calls += 1
         try:
-            completions: list[Completion] = await call_hook(self.policy.generate, prompts, params)
+            call = call_hook if self.limit is None else call_in_turn
+            completions: list[Completion] = await call(self.policy.generate, prompts, params)
         except RlrfError:
             raise
         except Exception as error:
