@@ -720,3 +720,53 @@ def test_seeds_do_not_depend_on_what_is_done_or_runs_beside():
     assert both["1:three"] == one["0:three"] != both["0:one"]
     with pytest.raises(UsageError, match="2 seeds for 1 tasks"):
         rlrf.rollout(Words(), parrot(), ["one"], seed=[1, 2])
+
+
+# --- the thread that samples ------------------------------------------------------------------
+
+
+class InThread(Recorder):
+    def __init__(self):
+        super().__init__(lambda m: "x", batch=2)
+        self.threads = set()
+
+    def generate(self, prompts, params):
+        self.threads.add(threading.get_ident())
+        return super().generate(prompts, params)
+
+
+def test_a_local_policy_samples_in_the_thread_that_waits():
+    policy = InThread()
+    rlrf.rollout(Words(), policy)
+    rlrf.rollout(Words(), policy)
+    assert policy.threads == {threading.get_ident()}
+    found = set()
+
+    def elsewhere():
+        other = InThread()
+        rlrf.rollout(Words(), other)
+        found.add((threading.get_ident(), *other.threads))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    ((own, sampled),) = found
+    assert own == sampled
+
+
+def test_where_nothing_waits_it_is_one_thread_all_the_same():
+    policy = InThread()
+    for _ in range(3):
+        asyncio.run(rlrf.arollout(Words(), policy, group_size=8))
+    assert len(policy.threads) == 1
+    assert threading.get_ident() not in policy.threads
+
+
+def test_an_interrupt_while_sampling_is_the_callers():
+    class Interrupted(Recorder):
+        def generate(self, prompts, params):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rlrf.rollout(Words(), Interrupted())
+    assert Echo().grade("train-no", "no").reward == 1.0  # the loop behind the sync face is alive
