@@ -9,6 +9,9 @@ Arms: ``sdpo`` (feedback), ``siblings`` (SDPO shown only correct siblings), ``gr
 SDPO, the paper's). Every arm of a setup has the same tasks, rollouts, steps, learning rate and
 adapter. With ``--out`` every finished run is kept, and a killed benchmark goes on after them.
 
+With ``--setup code`` only the first run evaluates before it trains: the model, the tasks and the
+seed of that evaluation are the same for all, and it would take as long as the training.
+
 Prints, per run, the held-out pass rate at every evaluation and the seconds spent on training
 (evaluation apart). Ends with one line of JSON.
 """
@@ -80,7 +83,7 @@ def run(setup: str, arm: str, seed: int, model: str, out: Path, more: dict[str, 
         "setup": setup,
         "arm": arm,
         "seed": seed,
-        "before": curve[0],
+        "before": curve.get(0),
         "after": curve[max(curve)],
         "best": max(curve.values()),
         "curve": curve,
@@ -108,7 +111,11 @@ def main() -> None:
         results = []
         for seed in args.seeds:
             for arm in args.arms:
+                first = not results or args.setup != "code"
+                more["eval_on_start"] = first
                 result = run(args.setup, arm, seed, args.model, args.out or Path(scratch), more)
+                if not first:
+                    result["before"] = results[0]["before"]
                 results.append(result)
                 print(
                     f"{args.setup} {arm} seed {seed}: held-out {result['before']:.2f} -> "

@@ -706,14 +706,15 @@ def _train(
     if not _is_main():
         return
     kept = math.inf if result.model_step is None else result.model_step
-    rates = [
-        m["eval/pass_rate"]
+    rates = {
+        m["step"]: m["eval/pass_rate"]
         for m in result.history
         if m.get("eval/pass_rate") is not None and m["step"] <= kept
-    ]
+    }
     if rates:
+        before = f"{rates[0]:.1%} before, " if 0 in rates else ""
         best = f" (step {kept}, the best)" if kept < result.history[-1]["step"] else ""
-        print(f"held-out pass rate: {rates[0]:.1%} before, {rates[-1]:.1%} after{best}")
+        print(f"held-out pass rate: {before}{rates[max(rates)]:.1%} after{best}")
     if result.model_dir is not None:
         print(f"model: {result.model_dir}")
 

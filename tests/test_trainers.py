@@ -915,3 +915,10 @@ def test_episodes_get_the_deadline_and_the_company_they_are_given(monkeypatch, m
     trainer.learner.evaluate_if_due()
     assert [k["deadline_s"] for k in given] == [7.5, 7.5]
     assert [k["max_concurrency"] for k in given] == [3, 3]
+
+
+@pytest.mark.parametrize("on_start", [True, False])
+def test_the_evaluation_before_training_can_be_left_out(on_start):
+    history = sdpo(eval_on_start=on_start, max_steps=1).train().history
+    assert ("eval/pass_rate" in history[0]) is on_start
+    assert "eval/pass_rate" in history[1]

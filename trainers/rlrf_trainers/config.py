@@ -104,6 +104,9 @@ class TrainerConfig(BaseModel):
 
     # --- evaluation, bookkeeping
     eval_steps: int = Field(0, ge=0, description="evaluate every so many steps; 0: ends only")
+    eval_on_start: bool = Field(
+        True, description="evaluate before the first step, too; [TRL] False"
+    )
     eval_tasks: int = Field(64, ge=0, description="held-out tasks; 0: the whole split")
     eval_samples: int = Field(1, ge=1, description="rollouts per held-out task")
     eval_temperature: float = Field(0.6, ge=0, description="[P] validation: 0.6")

@@ -493,11 +493,13 @@ class Learner:
         """Evaluate before the first step, after the last, and every ``eval_steps``."""
         c = self.config
         last = self.step == c.max_steps
-        due = self.step == 0 or last or (c.eval_steps and self.step % c.eval_steps == 0)
-        if not due:
-            return
         if self.step == 0:
             self._warn_of_overlap()
+            due = c.eval_on_start
+        else:
+            due = last or (c.eval_steps > 0 and self.step % c.eval_steps == 0)
+        if not due:
+            return
         with self.clock("eval"), distributed.whole(self.model):
             tasks = self.eval_env.tasks(self.eval_split)
             n = min(c.eval_tasks or len(tasks), len(tasks))
