@@ -712,9 +712,9 @@ def _train(
         if m.get("eval/pass_rate") is not None and m["step"] <= kept
     }
     if rates:
-        before = f"{rates[0]:.1%} before, " if 0 in rates else ""
+        start = f"{rates[0]:.1%} before, " if 0 in rates else ""
         best = f" (step {kept}, the best)" if kept < result.history[-1]["step"] else ""
-        print(f"held-out pass rate: {before}{rates[max(rates)]:.1%} after{best}")
+        print(f"held-out pass rate: {start}{rates[max(rates)]:.1%} after{best}")
     if result.model_dir is not None:
         print(f"model: {result.model_dir}")
 
