@@ -368,6 +368,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             except _EmptySplitError:
                 continue
             if found is not None:
+                if isinstance(task, Task):  # it may be posed otherwise, replace(task, messages=...)
+                    found = replace(found, messages=task.messages, metadata=task.metadata)
                 return found
             known = known or tasks.ids()[:2000]
         raise UnknownIdError("task", task_id, known)

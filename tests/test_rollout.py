@@ -770,3 +770,11 @@ def test_an_interrupt_while_sampling_is_the_callers():
     with pytest.raises(KeyboardInterrupt):
         rlrf.rollout(Words(), Interrupted())
     assert Echo().grade("train-no", "no").reward == 1.0  # the loop behind the sync face is alive
+
+
+def test_a_task_may_be_posed_otherwise():
+    policy = Recorder(word_of)
+    tasks = [replace(t, messages=(rlrf.user(f"Now say {t.id}."),)) for t in Words().tasks()]
+    found = rlrf.rollout(Words(), policy, tasks)
+    assert [p.messages[0]["content"] for p in policy.prompts] == [f"Now say {t.id}." for t in tasks]
+    assert [r.reward for r in found] == [1.0] * 4  # what is hidden is that of the task
