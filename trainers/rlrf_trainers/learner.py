@@ -9,6 +9,7 @@ and adds up what they find.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import math
@@ -763,6 +764,8 @@ class Learner:
 
     def log_step(self) -> dict[str, float]:
         """Close the step: its line of metrics."""
+        if self.device.type == "cpu":
+            _give_back_memory()
         return self.record.close_step(self.step, self.clock.take())
 
     def finish(self) -> rlrf.TrainResult:
@@ -852,6 +855,24 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 _WINDOW = 8
 """Micro-batches whose teacher's hidden states are kept at once: to swap the teacher's weights in
 takes time, their hidden states take memory, a few kilobytes a token."""
+
+
+def _give_back_memory() -> None:
+    """Return what is free in the C library's heap to the system, where it is glibc.
+
+    Tensors of a few megabytes come from that heap, and one small one alive keeps all below it: a
+    0.5B model that samples, evaluates and trains held 9 to 12 GB after a few steps on a CPU, of
+    which it needed 2 between them.
+    """
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+try:
+    _libc: Any = ctypes.CDLL("libc.so.6")
+except OSError:  # not a Linux with glibc
+    _libc = None
 
 
 def as_rng_state(data: Any) -> Any:
