@@ -118,16 +118,14 @@ def _job(function: Callable[..., T], *args: Any) -> tuple[asyncio.Future[T], Cal
             value = context.run(function, *args)
         except BaseException as error:
             setter, value = future.set_exception, _ordinary(error)
-            if isinstance(error, KeyboardInterrupt) and threading.current_thread() is _main_thread:
+            here = threading.current_thread()
+            if isinstance(error, KeyboardInterrupt) and here is threading.main_thread():
                 raise  # the user's, and not only this call's
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
                 loop.call_soon_threadsafe(deliver, setter, value)
 
     return future, job
-
-
-_main_thread = threading.main_thread()
 
 
 def _ordinary(error: BaseException) -> Exception:
@@ -161,9 +159,16 @@ async def call_hook(function: Callable[..., Any], *args: Any) -> Any:
     Raises:
         RuntimeError: the hook raised what is no ordinary exception, e.g. ``sys.exit()``.
     """
+    return await _call(_threads.run, function, *args)
+
+
+async def _call(
+    run: Callable[..., Awaitable[Any]], function: Callable[..., Any], *args: Any
+) -> Any:
+    """``function`` awaited if it is ``async def``, else called by ``run``."""
     if inspect.iscoroutinefunction(function):
         return await _await(function(*args))
-    result = await _threads.run(function, *args)
+    result = await run(function, *args)
     # A plain function may still hand back an awaitable (functools.partial, decorators).
     return await _await(result) if isinstance(result, Awaitable) else result
 
@@ -174,16 +179,15 @@ async def call_in_turn(function: Callable[..., Any], *args: Any) -> Any:
     A model that samples now in one thread and now in another leaves memory behind in each: C
     libraries allocate per thread and keep what they freed. And Ctrl-C stops it at once.
     """
-    if inspect.iscoroutinefunction(function):
-        return await call_hook(function, *args)
+    return await _call(_turns.run if _caller.get() is None else _in_caller, function, *args)
+
+
+async def _in_caller(function: Callable[..., T], *args: Any) -> T:
     caller = _caller.get()
-    if caller is None:
-        result = await _turns.run(function, *args)
-    else:
-        future, job = _job(function, *args)
-        caller.put(job)
-        result = await future
-    return await _await(result) if isinstance(result, Awaitable) else result
+    assert caller is not None
+    future, job = _job(function, *args)
+    caller.put(job)
+    return await future
 
 
 def _after_fork() -> None:

@@ -158,23 +158,20 @@ async def arollout(
     kept = {key: r for key, r in kept.items() if key in wanted}
     unfinished = len(wanted) - len(kept)
     params = params or SamplingParams()
-    batcher = _Batcher(policy, params, seed, max_concurrency, unfinished)
+    of_calls = seed if isinstance(seed, int) else seed[0]
+    batcher = _Batcher(policy, params, of_calls, max_concurrency, unfinished)
     slots = asyncio.Semaphore(max_concurrency)
     collector = _Collector(env, batcher, deadline_s, retries)
 
     async def one(position: int, task: Task, sample: int) -> Rollout:
         number, group = position * group_size + sample, groups[position]
-        if isinstance(seed, int):
-            of_episode, of_samples = seed + number, _mix(seed, number)
-        else:
-            of_episode, of_samples = seed[position] + sample, _mix(seed[position], sample)
-        if params.seed is not None:
-            of_samples = _mix(params.seed, number)
         known = kept.get((group, sample))
         if known is not None:
             return known
         async with slots:
-            rollout = await collector.collect(task, group, number, of_episode, of_samples)
+            own, k = (seed, number) if isinstance(seed, int) else (seed[position], sample)
+            of_samples = _mix(own, k) if params.seed is None else _mix(params.seed, number)
+            rollout = await collector.collect(task, group, number, own + k, of_samples)
         rollout = replace(rollout, sample=sample)
         batcher.one_less()
         if on_rollout is not None:
@@ -484,16 +481,10 @@ class _Batcher:
     linger_s = 0.2
 
     def __init__(
-        self,
-        policy: Policy,
-        params: SamplingParams,
-        seed: int | Sequence[int],
-        concurrency: int,
-        unfinished: int,
+        self, policy: Policy, params: SamplingParams, seed: int, concurrency: int, unfinished: int
     ) -> None:
         self.policy, self.params = policy, params
-        of_all = seed if isinstance(seed, int) else seed[0]
-        self.seed = params.seed if params.seed is not None else of_all
+        self.seed = params.seed if params.seed is not None else seed
         self.limit: int | None = getattr(policy, "max_batch_size", None)
         self.concurrency, self.unfinished = concurrency, unfinished
         self.waiting: list[tuple[int, Prompt, asyncio.Future[Completion]]] = []
