@@ -112,8 +112,9 @@ def main() -> None:
         for seed in args.seeds:
             for arm in args.arms:
                 first = not results or args.setup != "code"
-                more["eval_on_start"] = first
-                result = run(args.setup, arm, seed, args.model, args.out or Path(scratch), more)
+                options = {**more, "eval_on_start": first}
+                out = args.out or Path(scratch)
+                result = run(args.setup, arm, seed, args.model, out, options)
                 if not first:
                     result["before"] = results[0]["before"]
                 results.append(result)

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rlrf.feedback import KINDS
+from rlrf.policy import SamplingParams
 
 REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
@@ -138,6 +139,25 @@ class TrainerConfig(BaseModel):
         "instead of keeping a copy in each",
     )
     seed: int = Field(0, ge=0, description="of sampling, task order and adapter weights")
+
+    @property
+    def sampling_params(self) -> SamplingParams:
+        """How training samples."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            max_tokens=self.max_completion_length,
+        )
+
+    @property
+    def eval_sampling_params(self) -> SamplingParams:
+        """How an evaluation samples."""
+        return SamplingParams(
+            temperature=self.eval_temperature,
+            top_p=self.eval_top_p,
+            max_tokens=self.max_completion_length,
+        )
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import rlrf
-from rlrf import Env, Feedback, Messages, Policy, Rollout, SamplingParams, Task, user
+from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, user
 from rlrf.config import build_config, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
@@ -557,12 +557,7 @@ class _Searcher:
             group_size=n,
             max_concurrency=config.max_concurrency,
             deadline_s=config.rollout_deadline_s,
-            params=SamplingParams(
-                temperature=config.temperature,
-                top_p=config.top_p,
-                top_k=config.top_k,
-                max_tokens=config.max_completion_length,
-            ),
+            params=config.sampling_params,
             seed=[s.next_seed() for s in searches],
         )
         groups = [rollouts[i * n : (i + 1) * n] for i in range(len(searches))]

@@ -16,7 +16,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import rlrf
-from rlrf import Env, Rollout, SamplingParams, Task
+from rlrf import Env, Rollout, Task
 from rlrf.errors import RlrfError, UsageError
 from rlrf.runs import Run
 from rlrf_trainers import distributed
@@ -195,7 +195,7 @@ class Learner:
                 "environment with a split 'eval'",
             )
 
-    @property
+    @cached_property
     def _task_set(self) -> str:
         """How many tasks, and which: another data set may have as many."""
         ids = "\n".join(self.tasks.ids())
@@ -234,20 +234,9 @@ class Learner:
                 group_size=group_size or c.num_generations,
                 max_concurrency=c.max_concurrency,
                 deadline_s=c.rollout_deadline_s,
-                params=self.sampling_params,
+                params=c.sampling_params,
                 seed=c.seed * 1_000_003 + self.step * 65_537 + self.world.rank * 257,
             )
-
-    @property
-    def sampling_params(self) -> SamplingParams:
-        """How training samples."""
-        c = self.config
-        return SamplingParams(
-            temperature=c.temperature,
-            top_p=c.top_p,
-            top_k=c.top_k,
-            max_tokens=c.max_completion_length,
-        )
 
     def standard_deviation(self, rewards: Tensor) -> float:
         """The unbiased deviation of all processes' rewards; 0 for fewer than two."""
@@ -517,11 +506,7 @@ class Learner:
                     group_size=c.eval_samples,
                     max_concurrency=c.max_concurrency,
                     deadline_s=c.rollout_deadline_s,
-                    params=SamplingParams(
-                        temperature=c.eval_temperature,
-                        top_p=c.eval_top_p,
-                        max_tokens=c.max_completion_length,
-                    ),
+                    params=c.eval_sampling_params,
                     seed=self.step + 7_919 * self.world.rank,
                 )
             )
@@ -623,6 +608,9 @@ class Learner:
             state = state if self.world.is_main else mine
         else:
             state = self.world.broadcast(state)
+        written = self.run.metrics if self.run is not None else []
+        last = int(written[-1]["step"]) if written else 0
+        finished = self.run is not None and self.run.status == "done"
         # Nothing of the run is touched before all that may fail has not.
         if state is not None:
             try:
@@ -635,19 +623,13 @@ class Learner:
                     f"the last checkpoint in {str(folder)!r} is damaged, or of another version of "
                     f"rlrf ({error!r}); delete it to go on from an older one"
                 ) from error
-        elif self.run is not None and (
+        elif last and (finished or not self.config.save_steps):
             # One that was killed before its first checkpoint begins again; else nothing is lost.
-            any(m["step"] for m in self.run.metrics)
-            and (not self.config.save_steps or self.run.status == "done")
-        ):
             raise UsageError(
-                f"the run {str(self.run.path)!r} has no checkpoint to go on from (save_steps "
+                f"the run {str(folder)!r} has no checkpoint to go on from (save_steps "
                 "was 0); train anew, in another run directory or with --overwrite"
             )
         self._first_step = self.step
-        written = self.run.metrics if self.run is not None else []
-        last = int(written[-1]["step"]) if written else 0
-        finished = self.run is not None and self.run.status == "done"
         position = state.data["position"] if state else {}
         self.record.rewind(position, self.description, self.env)
         if state is None:

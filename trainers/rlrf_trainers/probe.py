@@ -81,7 +81,7 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
             again,
             max_concurrency=config.max_concurrency,
             deadline_s=config.rollout_deadline_s,
-            params=learner.sampling_params,
+            params=config.sampling_params,
             seed=config.seed + 31,
         )
     for (failed, _), retry in zip(shown, retries, strict=True):
