@@ -7,7 +7,7 @@ the conformance checks, so neither can go stale.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 _KNOBS = re.compile(r"<!-- knobs: (\w+) -->")
 _CHECKS = re.compile(r"<!-- checks -->")
@@ -24,8 +24,18 @@ def knobs(name: str) -> str:
     rows = ["| knob | default | what it is, and where the default comes from |", "|---|---|---|"]
     for key in own:
         field = cls.model_fields[key]
-        rows.append(f"| `{key}` | `{_cell(repr(field.default))}` | {_cell(field.description)} |")
+        what = _cell(field.description)
+        if names := literals(field.annotation):
+            what += f" Values: {', '.join(f'`{name}`' for name in names)}."
+        rows.append(f"| `{key}` | `{_cell(repr(field.default))}` | {what} |")
     return "\n".join(rows)
+
+
+def literals(kind: Any) -> list[str]:
+    """The names that a field of this type accepts, also within a list or a union."""
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    return [name for part in get_args(kind) for name in literals(part)]
 
 
 def checks() -> str:

@@ -553,6 +553,8 @@ def train(
     overrides = {"trainer.name": trainer, "model": model, "env.id": env, "run.dir": run_dir}
     settings = load_train_config(config, set_ or (), overrides)
     trainer_config = _trainer_config(settings.trainer)
+    if settings.model and (folder := Path(settings.model).expanduser()).is_dir():
+        settings.model = os.path.abspath(folder)  # a run may be gone on with from elsewhere
     path = _run_dir(settings)
     if resume is None:
         runs.check_free(path, overwrite=overwrite)

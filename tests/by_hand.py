@@ -56,13 +56,14 @@ def steps_of(trainer: Any, rollouts: Sequence[Rollout], noise: float = 0.02) -> 
     take, generator = learner.optimizer_step, torch.Generator().manual_seed(0)
 
     @torch.no_grad()
-    def spy() -> None:
+    def spy() -> bool:
         model = copy.deepcopy(learner.model)
         found.append(Step(model, gradient(learner.model), learner._loss))
         model.zero_grad()
-        take()
+        moved = take()
         for p in model_parameters(learner.model):
             p += noise * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        return bool(moved)
 
     learner.optimizer_step = spy
     learner.step += 1

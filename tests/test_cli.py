@@ -661,12 +661,12 @@ def test_rollout_progress_on_a_terminal_and_off_it(capsys: pytest.CaptureFixture
 
 
 def test_resume_goes_on_with_what_the_run_was_configured_with(
-    rlrf_cli: Invoke, tmp_path: Path
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("torch")
     from tests.tiny_model import save_tiny
 
-    model = save_tiny(tmp_path / "tiny")
+    model = save_tiny(Path("tiny"))
     sets = {
         "max_steps": 2,
         "prompts_per_step": 2,
@@ -699,6 +699,15 @@ def test_resume_goes_on_with_what_the_run_was_configured_with(
     assert "lora_r=0" in error
     after = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
     assert after == before
+    Path("elsewhere").mkdir()  # the model was given by a path from here
+    monkeypatch.chdir("elsewhere")
+    code, _, error = rlrf_cli(
+        "train", "--resume", "../a", "--set", "trainer.max_steps=4", "--model", "../tiny"
+    )
+    assert code == 0, error
+    code, _, error = rlrf_cli("train", "--resume", "../a", "--set", "trainer.max_steps=5")
+    assert code == 0, error
+    assert Run.open("../a").metrics[-1]["step"] == 5
 
 
 def test_resume_needs_a_run_that_stands_still_and_a_trainer_that_can(rlrf_cli: Invoke) -> None:

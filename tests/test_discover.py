@@ -187,8 +187,7 @@ def test_success_is_the_environments_word():
     assert run("sdpo", (3, "no"), "half", env=Lenient()).time == 4
     assert run("sdpo", (3, "no"), "half").time is None
     # and half a success is nothing to learn from as if it were a "Correct solution"
-    assert discovery_config(Riddle()).success_reward_threshold == 1.0
-    assert discovery_config(Lenient()).success_reward_threshold == 0.5
+    assert discovery_config(Riddle()).success_reward_threshold is None
 
 
 def test_defaults_are_the_papers():
@@ -646,15 +645,32 @@ def test_a_task_counts_once_and_runs_that_are_done_are_not_made_again():
     assert again.runs[0].attempts == 5
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_attempts_are_sampled_as_the_configuration_says(method, monkeypatch):
+    policy, asked, given = Script(itertools.repeat("no")), [], []
+    generate, rollout = policy.generate, rlrf.rollout
+
+    def spied(prompts, params):
+        asked.append((params.temperature, params.top_p, params.top_k, params.max_tokens))
+        return generate(prompts, params)
+
+    policy.generate = spied
+    monkeypatch.setattr(rlrf, "rollout", lambda *a, **k: (given.append(k), rollout(*a, **k))[1])
+    config = {"temperature": 0.7, "top_p": 0.8, "top_k": 5, "max_completion_length": 9}
+    config |= {"num_generations": 2, "rollout_deadline_s": 7.5, "max_concurrency": 3}
+    discover(Riddle(), policy, "task-0", methods=method, budget=4, config=config)
+    assert set(asked) == {(0.7, 0.8, 5, 9)}
+    assert {(k["deadline_s"], k["max_concurrency"]) for k in given} == {(7.5, 3)}
+
+
 # --- the command ----------------------------------------------------------------------------
 
 
 class Stoppable(Letters):
-    """Counts what it grades; stops the process, as it were, at :attr:`stop_at`."""
+    """Counts what it grades."""
 
     wanted = 0.9
     graded = 0
-    stop_at = math.inf
     lock = threading.Lock()
     broken = False
 
@@ -750,6 +766,30 @@ def test_options_of_the_environment_and_a_configuration_file(command, tmp_path):
     assert data["method"] == list(data["methods"]) == ["best_of_k", "multi_turn"]
     assert data["seeds"] == [3]
     assert data["sdpo_minus"] == {}
+
+
+def test_settings_without_effect_are_named_and_bind_nobody(command, tmp_path, monkeypatch):
+    arguments = ("--method", "best_of_k", "--limit", "2", "--budget", "4", "--out", "x.json")
+
+    def stop(self, run, original=module._RunProgress.run):
+        original(self, run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._RunProgress, "run", stop)
+        code, _, error = command(*arguments, "--set", "trainer.seed=7")
+    assert code == 130
+    assert "--seed and --seeds are the seeds of the runs" in error
+    more = ("trainer.save_model=false", "trainer.eval_samples=2", "trainer.project=x")
+    code, _, error = command(
+        *arguments, *("--set", "trainer.seed=7"), *(w for m in more for w in ("--set", m))
+    )
+    assert code == 0, error
+    assert "1 runs done" in error
+    assert "note: eval_samples, save_model, project of the trainer have no effect" in error
+    data = json.loads((tmp_path / "x.json").read_text())
+    assert "trainer.save_model" not in data
+    assert "trainer.temperature" in data
 
 
 def test_tasks_from_a_file_in_its_order_each_once(command, tmp_path):

@@ -122,6 +122,25 @@ def test_shown_commands_and_their_options_exist(words):
             assert word in shown.output
 
 
+def test_commands_named_in_the_code_exist():
+    """Errors and warnings tell people what to run."""
+    from rlrf.cli import _add_plugin_commands, app
+
+    _add_plugin_commands()
+    wings = (ROOT / w for w in ("rlrf", "trainers", "environments", "sandboxes"))
+    named = {
+        tuple(found.split())
+        for wing in wings
+        for path in wing.rglob("*.py")
+        for found in re.findall(r"`rlrf ([a-z-]+(?: [a-z]+)?)", path.read_text())
+    }
+    assert ("model", "fetch") in named
+    for words in named:
+        deep = 2 if words[0] in ("model", "sandbox") else 1
+        shown = CliRunner().invoke(app, [*words[:deep], "--help"])
+        assert shown.exit_code == 0, f"`rlrf {' '.join(words)}`: {shown.output}"
+
+
 @pytest.fixture
 def hooks(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
@@ -139,6 +158,9 @@ def test_the_tables_of_knobs_hold_every_knob(hooks):
         (row,) = (line for line in pages.splitlines() if line.startswith(f"| `{name}` |"))
         assert f"`{field.default!r}`" in row
         assert (field.description or "").replace("|", "\\|") in row
+        assert re.search(r"\[(P|C|TRL|own)\]|OPSD|SRPO|RLCSD|torch", row), f"{name} has no source"
+        for value in hooks.literals(field.annotation):
+            assert f"`{value}`" in row
 
 
 def test_the_table_of_checks_holds_what_the_suite_runs(hooks):

@@ -71,6 +71,24 @@ def test_an_adapter_can_stay_one(tmp_path):
     assert not (out / "model.safetensors").exists()
 
 
+def test_all_weights_are_no_adapter(tmp_path):
+    trained(tmp_path)
+    for checkpoint in ("final", "2"):
+        with pytest.raises(UsageError, match="no adapter to export; leave out --adapter"):
+            export_model(tmp_path / "run", tmp_path / "out", checkpoint=checkpoint, merge=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_given_by_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "base")
+    trained(tmp_path, model="base", lora_r=2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert logits(export_model(tmp_path / "run", tmp_path / "merged")).shape
+    assert logits(export_model(tmp_path / "run", tmp_path / "step", checkpoint="1")).shape
+
+
 def test_the_command(tmp_path):
     trained(tmp_path)
     run, out = str(tmp_path / "run"), str(tmp_path / "out")

@@ -127,7 +127,7 @@ CASES = [
         SDPOConfig(success_reward_threshold=1.0),
         {**MUTE, "reward": 0.4},
         {f"{SD}reprompt_sample_fraction": 0.5},
-        ["mean reward is 0.4", "lower success_reward_threshold (now 1)"],
+        ["mean reward is 0.4", "set success_reward_threshold (now 1) to a reward worth showing"],
     ),
     (
         "low_active",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -35,6 +36,7 @@ def attempt(group: str, text: str, reward: float | None, feedback: Feedback = WH
         messages=(user("Q"), assistant(text)),
         reward=reward,
         feedback=(told,),
+        solved=reward == 1.0,
     )
 
 
@@ -75,6 +77,59 @@ def test_each_rule_has_its_switch():
     assert hints([attempt("g", "half", 0.6)], success_reward_threshold=0.7)[0] == Hint(None, WHY)
     assert not hints([attempt("g", "x", 0.0)], feedback_kinds=["format_error"])[0]
     assert hints([attempt("g", "x", 0.0)], feedback_kinds=["wrong_answer"])[0]
+
+
+def test_correct_is_what_the_environment_calls_solved_unless_a_threshold_is_given():
+    shaped = [attempt("g", "bad", 0.0), attempt("g", "nearly", 0.7), attempt("g", "right", 1.0)]
+    assert hints(shaped)[0] == Hint("right")
+    assert hints(shaped[:2])[0] == Hint(None, WHY)  # what is not solved is no "correct solution"
+    assert hints(shaped[:2], success_reward_threshold=0.5)[0] == Hint("nearly")
+    low = [shaped[0], replace(shaped[1], solved=True)]  # success_threshold = 0.7
+    assert hints(low)[0] == Hint("nearly")
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"x": 1}'}}
+
+
+def episode(*turns, steps):
+    return Rollout(
+        task_id="g",
+        group_id="g",
+        messages=(system("Be good."), user("Q"), *turns),
+        reward=1.0,
+        feedback=(Feedback(),) * steps,
+        solved=True,
+    )
+
+
+def test_of_several_turns_all_are_demonstrated_the_environments_too():
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    found = {"role": "tool", "content": "42", "tool_call_id": "1"}
+    said = assistant("<think>so</think>It is 42.")
+    done = episode(calls, found, said, user("Well done."), steps=2)
+    shown = hints([attempt("g", "wrong", 0.0), done])[0].demonstration
+    assert shown == 'assistant: find({"x": 1})\n\ntool: 42\n\nassistant: It is 42.'
+    kept = hints([attempt("g", "wrong", 0.0), done], remove_thinking_from_demonstration=False)
+    assert kept[0].demonstration.endswith("assistant: <think>so</think>It is 42.")
+
+
+def test_a_reply_that_is_a_call_is_demonstrated_as_one():
+    with_word = {"role": "assistant", "content": "Look:", "tool_calls": [CALL]}
+    for message, expected in (
+        ({**with_word, "content": None}, 'find({"x": 1})'),
+        (with_word, 'Look:\nfind({"x": 1})'),
+    ):
+        rollouts = [attempt("g", "wrong", 0.0), episode(message, steps=1)]
+        assert hints(rollouts)[0] == Hint(expected)
+
+
+def test_a_demonstration_of_which_nothing_is_left_does_not_displace_feedback():
+    empty = attempt("g", "<think>42</think>", 1.0)
+    assert hints([attempt("g", "wrong", 0.0), empty])[0] == Hint(None, WHY)
+    # nor another that has something to show
+    both = [attempt("g", "wrong", 0.0), empty, attempt("g", "right", 1.0)]
+    for which in ("first", "random"):
+        assert hints(both, demonstration=which)[0] == Hint("right")
 
 
 def test_random_demonstrations_use_every_sibling():

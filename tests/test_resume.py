@@ -83,8 +83,8 @@ def test_killed_at_random_moments(name, tmp_path):
     assert_same(tmp_path / "whole", tmp_path / "killed")
 
 
-def trainer(run_dir, cls=SDPOTrainer, resume=False, **config):
-    model = HFPolicy(tiny_model(), tiny_tokenizer())
+def trainer(run_dir, cls=SDPOTrainer, resume=False, dtype=torch.float32, **config):
+    model = HFPolicy(tiny_model().to(dtype), tiny_tokenizer())
     extra = {"probe_tasks": 0} if cls is SDPOTrainer else {}
     made = cls.config_class(**{**COMMON, **extra, **config})
     return cls(model, CountA(), made, run_dir=run_dir, resume=resume)
@@ -120,7 +120,7 @@ def test_a_resumed_run_takes_more_steps_and_keeps_its_history(tmp_path):
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     run_dir = tmp_path / "run"
-    trainer(run_dir, save_steps=2, max_steps=2).train()
+    trainer(run_dir, save_steps=2, max_steps=2, save_model=False).train()
     first = lines(run_dir, "metrics.jsonl")
     Checkpoints(run_dir).clear()
     Run.open(run_dir).finish("running")
@@ -131,7 +131,8 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        ({"save_steps": 0}, {"max_steps": 9}, "no checkpoint"),
+        ({"save_steps": 0}, {"max_steps": 9}, "no checkpoint .* with save_steps=0"),
+        ({"save_steps": 0}, {"max_steps": 9, "save_steps": 1}, "no checkpoint"),  # as it was
         ({}, {"max_steps": 1}, "last checkpoint is of step 2"),
         ({}, {"lora_r": 2}, "lora_r=0"),
         ({}, {"teacher_regularization": "live"}, "teacher_regularization='ema'"),
@@ -140,18 +141,35 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
 def test_a_resume_that_is_refused_touches_nothing(then, now, message, tmp_path):
     run_dir = tmp_path / "run"
     trainer(run_dir, max_steps=2, **then).train()
-
-    def everything():
-        return {
-            p.relative_to(run_dir): p.read_bytes()
-            for p in sorted(run_dir.rglob("*"))
-            if p.is_file()
-        }
-
-    before = everything()
+    before = everything(run_dir)
     with pytest.raises(UsageError, match=message):
         trainer(run_dir, **{"max_steps": 2, **then, **now}, resume=True).train()
-    assert everything() == before
+    assert everything(run_dir) == before
+
+
+def everything(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("status", "every", "model"),
+    [
+        ("done", 2, False),  # to its end
+        ("running", 1, False),  # past where a checkpoint was
+        ("running", 0, False),
+        ("failed", 2, True),  # what it left is worth something
+    ],
+)
+def test_a_run_that_would_lose_what_it_has_does_not_begin_again(status, every, model, tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(run_dir, max_steps=2, save_steps=every, save_model=model).train()
+    Checkpoints(run_dir).clear()
+    Run.open(run_dir).finish(status)
+    before = everything(run_dir)
+    with pytest.raises(UsageError, match=f"took 2 steps, with save_steps={every}") as refused:
+        trainer(run_dir, save_steps=2, max_steps=3, resume=True).train()
+    assert ("from what it left" in str(refused.value)) is model
+    assert everything(run_dir) == before
 
 
 @pytest.mark.parametrize("harm", ["state", "optimizer", "rollouts"])
@@ -283,10 +301,12 @@ def with_evaluations(made, rewards):
     return made
 
 
-def test_the_best_weights_are_left_in_model(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # with masters of their own
+def test_the_best_weights_are_left_in_model(dtype, tmp_path):
     made = with_evaluations(
         trainer(
             tmp_path / "run",
+            dtype=dtype,
             eval_steps=1,
             load_best_model_at_end=True,
             save_steps=1,
@@ -300,9 +320,9 @@ def test_the_best_weights_are_left_in_model(tmp_path):
     saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
     for name, weight in at_best.items():
         if name in saved:
-            assert torch.equal(weight, saved[name]), name
+            assert torch.equal(weight.to(dtype), saved[name]), name
     last = Checkpoints(tmp_path / "run").load(6).part("master")
-    assert any(not torch.equal(last[n], at_best[n]) for n in last)
+    assert any(not torch.equal(last[n].to(dtype), at_best[n].to(dtype)) for n in last)
 
 
 def test_patience_ends_a_run(tmp_path):

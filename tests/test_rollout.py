@@ -711,6 +711,16 @@ def test_every_reply_has_a_seed_of_its_own():
     assert not set(seeds_of(group_size=3, seed=6, env=Count())["0:count"]) & set(found["0:count"])
 
 
+def test_the_sampling_seed_is_that_of_the_parameters_where_they_have_one():
+    fixed = SamplingParams(seed=9)
+    found = seeds_of(group_size=3, seed=5, params=fixed)
+    assert found == seeds_of(group_size=3, seed=6, params=fixed)
+    assert found != seeds_of(group_size=3, seed=5, params=SamplingParams(seed=10))
+    assert found != seeds_of(group_size=3, seed=5)
+    replies = [seed for seeds in found.values() for seed in seeds]
+    assert len(set(replies)) == len(replies)  # one each all the same
+
+
 def test_seeds_do_not_depend_on_what_is_done_or_runs_beside():
     every = rlrf.rollout(Words(), Recorder(lambda m: "x"), seed=5)
     missing = seeds_of(seed=5, done=[every[0], every[2]])

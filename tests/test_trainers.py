@@ -363,6 +363,31 @@ def test_each_teacher_uses_its_own_weights_and_leaves_the_students_alone():
     assert after_a_move("trust_region") == pytest.approx(1.25)
 
 
+def bf16():
+    return HFPolicy(tiny_model().to(torch.bfloat16), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["teacher", "reference"])
+def test_an_average_of_bf16_weights_follows_their_fp32_masters(kind):
+    """Steps of 1e-5 seldom change a bf16 weight: an average of those would stand still."""
+    small = {"learning_rate": 1e-5, "max_steps": 1}
+    if kind == "teacher":
+        trainer = sdpo(model=bf16(), teacher_update_rate=0.25, **small)
+        average = trainer.teacher
+    else:
+        synced = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}
+        trainer = grpo(model=bf16(), ref_model_mixup_alpha=0.25, **synced, **small)
+        average = trainer.reference
+    start = {n: w.clone() for n, w in average.weights.items()}
+    trainer.train()
+    masters = trainer.learner.optimizer.masters
+    for name, weight in average.weights.items():
+        expected = 0.75 * start[name] + 0.25 * masters[name]
+        torch.testing.assert_close(weight, expected, atol=0, rtol=1e-6)
+    model = dict(trainer.learner.model.named_parameters())
+    assert any(not torch.equal(model[n].float(), w) for n, w in masters.items())
+
+
 def test_the_ema_moves_once_per_generation_batch(monkeypatch):
     trainer = sdpo(num_iterations=2, mini_batch_prompts=1)
     calls = []
@@ -461,9 +486,13 @@ def test_a_gradient_that_is_not_finite_skips_the_step():
         next(p for p in trainer.learner.model.parameters()).grad.fill_(float("inf"))
 
     trainer.learner.backward = poison
+    trainer.teacher.weights = {n: w + 1 for n, w in trainer.teacher.weights.items()}
+    teacher = {n: w.clone() for n, w in trainer.teacher.weights.items()}
     with pytest.warns(RuntimeWarning, match="grad_norm is inf"):
         trainer.train()
     assert not moved(before, trainer)
+    # nor does the teacher follow a student that did not move
+    assert all(torch.equal(teacher[n], w) for n, w in trainer.teacher.weights.items())
 
 
 def test_an_empty_task_set_is_an_error_before_anything_runs():
@@ -915,6 +944,29 @@ def test_episodes_get_the_deadline_and_the_company_they_are_given(monkeypatch, m
     trainer.learner.evaluate_if_due()
     assert [k["deadline_s"] for k in given] == [7.5, 7.5]
     assert [k["max_concurrency"] for k in given] == [3, 3]
+
+
+def test_every_seed_is_evaluated_on_the_same_tasks():
+    drawn = []
+    for seed in (0, 1, 2):
+        env = Graded()
+        grpo(env, seed=seed).learner.evaluate_if_due()
+        drawn.append(set(env.graded))
+    assert drawn[0] == drawn[1] == drawn[2]
+
+
+def test_the_probe_samples_as_training_does():
+    trainer = sdpo(Mumbling(), temperature=0.7, top_p=0.8, top_k=5, probe_tasks=2)
+    asked = asked_of(trainer, trainer.probe)
+    assert list(asked) == [(0.7, 0.8, 5, 6)]
+    assert asked[0.7, 0.8, 5, 6] == 2 * 4 + 2 * 4  # each attempt failed and is tried again
+
+
+class Mumbling(CountA):
+    """Nothing is right."""
+
+    def grade(self, task, completion):
+        return Outcome(0.0, Feedback.of("wrong_answer", "Say a."))
 
 
 @pytest.mark.parametrize("on_start", [True, False])

@@ -2,7 +2,8 @@
 
 Names are TRL's where TRL has the knob (``GRPOConfig``, ``SDPOConfig``), else those of the official
 SDPO code. Sources: [P] is the SDPO paper (arXiv 2601.20802), §4 being its experiments *with*
-environment feedback; [C] the official code's YAML; [TRL] TRL 1.16.
+environment feedback; [C] the official code's YAML; [TRL] TRL 1.16; [own] our choice, where they say
+nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class TrainerConfig(BaseModel):
     )
 
     # --- how long, how much
-    max_steps: int = Field(100, ge=1, description="generation batches to train on")
+    max_steps: int = Field(100, ge=1, description="generation batches to train on; [own]")
     prompts_per_step: int = Field(8, ge=1, description="tasks per generation batch; [P] 32")
     num_generations: int = Field(8, ge=1, description="rollouts per task; [P], [TRL] 8")
     num_iterations: int = Field(1, ge=1, description="passes over a generation batch; [TRL] 1")
@@ -45,10 +46,12 @@ class TrainerConfig(BaseModel):
     micro_batch_tokens: int = Field(
         2048,
         ge=1,
-        description="tokens per forward, a group's prompt counted once; bounds memory only",
+        description="tokens per forward, a group's prompt counted once; bounds memory only; [own]",
     )
     loss_chunk_mb: int = Field(
-        256, ge=1, description="megabytes for the logits of a chunk of the loss; bounds memory only"
+        256,
+        ge=1,
+        description="megabytes for the logits of a chunk of the loss; bounds memory only; [own]",
     )
 
     # --- sampling; the defaults sample the policy itself, as on-policy training needs
@@ -56,8 +59,10 @@ class TrainerConfig(BaseModel):
     top_p: float = Field(1.0, gt=0, le=1, description="[P] 1.0")
     top_k: int = Field(0, ge=-1, description="0 keeps all tokens; [P] -1, the same")
     max_completion_length: int = Field(256, ge=1, description="[TRL] 256; [P] 8192")
-    rollout_deadline_s: float = Field(120.0, gt=0, description="environment seconds per episode")
-    max_concurrency: int = Field(256, ge=1, description="episodes under way at once")
+    rollout_deadline_s: float = Field(
+        120.0, gt=0, description="environment seconds per episode; [own]"
+    )
+    max_concurrency: int = Field(256, ge=1, description="episodes under way at once; [own]")
 
     # --- optimizer
     learning_rate: float = Field(1e-6, gt=0, description="[P] §4, [TRL] 1e-6; LoRA wants ~1e-4")
@@ -73,13 +78,18 @@ class TrainerConfig(BaseModel):
     )
 
     # --- what is trained
-    lora_r: int = Field(0, ge=0, description="rank of a LoRA adapter; 0 trains all weights")
-    lora_alpha: int = Field(0, ge=0, description="0: 2 * lora_r")
+    lora_r: int = Field(
+        0, ge=0, description="rank of a LoRA adapter; 0 trains all weights, as [P] does"
+    )
+    lora_alpha: int = Field(0, ge=0, description="0: 2 * lora_r; [own]")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
-        "all-linear", description="names of modules, or every linear layer but the output's"
+        "all-linear",
+        description="names of modules, or every linear layer but the output's; [own]",
     )
     gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, slower"
+        False,
+        description="recompute activations in the backward pass: less memory, slower; [TRL] True, "
+        "but the loss here needs less memory",
     )
 
     # --- off-policy correction
@@ -87,8 +97,9 @@ class TrainerConfig(BaseModel):
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
     ] = Field(
         "token_truncate",
-        description="correction for a sampler that is not quite the trainer; [C] token, "
-        "truncated; [TRL] sequence_mask",
+        description="weight for a sampler that is not quite the trainer: the ratio of their "
+        "probabilities, of each token or of the whole reply, cut at rollout_is_threshold "
+        "(truncate) or 0 above it (mask); [C] token, truncated; [TRL] sequence_mask",
     )
     rollout_is_threshold: float = Field(2.0, gt=0, description="[C] 2.0")
 
@@ -104,19 +115,21 @@ class TrainerConfig(BaseModel):
     )
 
     # --- evaluation, bookkeeping
-    eval_steps: int = Field(0, ge=0, description="evaluate every so many steps; 0: ends only")
+    eval_steps: int = Field(
+        0, ge=0, description="evaluate every so many steps; 0: at start and end only; [own]"
+    )
     eval_on_start: bool = Field(
         True, description="evaluate before the first step, too; [TRL] False"
     )
-    eval_tasks: int = Field(64, ge=0, description="held-out tasks; 0: the whole split")
-    eval_samples: int = Field(1, ge=1, description="rollouts per held-out task")
+    eval_tasks: int = Field(64, ge=0, description="held-out tasks; 0: the whole split; [own]")
+    eval_samples: int = Field(1, ge=1, description="rollouts per held-out task; [own]; [P] 16, 4")
     eval_temperature: float = Field(0.6, ge=0, description="[P] validation: 0.6")
     eval_top_p: float = Field(0.95, gt=0, le=1, description="[P] validation: 0.95")
     early_stopping_patience: int = Field(
-        0, ge=0, description="stop after so many evaluations without a new best; 0: never"
+        0, ge=0, description="stop after so many evaluations without a new best; 0: never; [own]"
     )
     metric_for_best_model: str = Field(
-        "eval/reward", pattern="^eval/", description="what the best checkpoint has most of"
+        "eval/reward", pattern="^eval/", description="what the best checkpoint has most of; [own]"
     )
     load_best_model_at_end: bool = Field(
         False,
@@ -124,21 +137,25 @@ class TrainerConfig(BaseModel):
         "best is chosen on the evaluation tasks, so report results on others",
     )
     save_steps: int = Field(
-        0, ge=0, description="write a checkpoint every so many steps; 0: none but the best"
+        0, ge=0, description="write a checkpoint every so many steps; 0: none but the best; [own]"
     )
-    save_total_limit: int = Field(2, ge=1, description="checkpoints to keep, besides the best")
-    log_rollouts: bool = Field(True, description="write rollouts.jsonl")
-    save_model: bool = Field(True, description="write model/ at the end")
+    save_total_limit: int = Field(
+        2, ge=1, description="checkpoints to keep, besides the best; [own]"
+    )
+    log_rollouts: bool = Field(True, description="write rollouts.jsonl; [own]")
+    save_model: bool = Field(True, description="write model/ at the end; [own]")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
-        [], description="trackers beside metrics.jsonl: tensorboard, wandb, trackio"
+        [], description="trackers beside metrics.jsonl; [own]"
     )
-    project: str = Field("rlrf", min_length=1, description="name of the project in the trackers")
+    project: str = Field(
+        "rlrf", min_length=1, description="name of the project in the trackers; [own]"
+    )
     fsdp: bool = Field(
         False,
         description="with several processes: shard weights, gradients and optimizer (FSDP2) "
-        "instead of keeping a copy in each",
+        "instead of keeping a copy in each; [own]",
     )
-    seed: int = Field(0, ge=0, description="of sampling, task order and adapter weights")
+    seed: int = Field(0, ge=0, description="of sampling, task order and adapter weights; [own]")
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -220,7 +237,8 @@ class SDPOConfig(TrainerConfig):
     loss_aggregation: Literal["sequence_mean", "sequence_mean_active", "token_mean"] = Field(
         "sequence_mean",
         description="mean over tokens, then over ALL rollouts: what [C] computes with one "
-        "sequence per micro-batch; _active divides by the distilled rollouts only",
+        "sequence per micro-batch; _active divides by the distilled rollouts only; token_mean "
+        "weighs all distilled tokens alike",
     )
 
     # --- reward beside feedback
@@ -252,7 +270,12 @@ class SDPOConfig(TrainerConfig):
     )
 
     # --- reprompt
-    success_reward_threshold: float = Field(0.5, description="[C] YAML 0.5; README says 1.0")
+    success_reward_threshold: float | None = Field(
+        None,
+        description="reward from which a rollout may be a demonstration; None: what the "
+        "environment calls solved, 1.0 unless it says otherwise; [C] YAML 0.5, its README and "
+        "[TRL] 1.0",
+    )
     use_successful_as_teacher: bool = Field(
         True, description="show a sibling's correct attempt; [TRL] True"
     )
@@ -263,7 +286,8 @@ class SDPOConfig(TrainerConfig):
         True, description="also distil correct rollouts towards a sibling's; [C] does"
     )
     demonstration: Literal["first", "random"] = Field(
-        "first", description="which correct sibling; [C] first. (The shortest collapses length.)"
+        "first",
+        description="which correct sibling of several; [C] first. (The shortest collapses length.)",
     )
     remove_thinking_from_demonstration: bool = Field(True, description="[C] True; [TRL] False")
     include_environment_feedback: bool = Field(True, description="[P] §4 True; [TRL] False")
@@ -278,18 +302,20 @@ class SDPOConfig(TrainerConfig):
     feedback_placement: Literal["question", "turn"] = Field(
         "question",
         description="several turns: all feedback beside the question, or each step's beside the "
-        "message the policy answered in that step",
+        "message the policy answered in that step; [own]; [P] has one turn",
     )
     probe_tasks: int = Field(
         8,
         ge=0,
         description="training tasks on which the teacher gap (how much more often the policy is "
-        "right when shown the hint) is measured before the first step; 0: none",
+        "right when shown the hint) is measured before the first step; 0: none; [own]",
     )
     max_reprompt_len: int = Field(10240, ge=1, description="tokens; [P], [TRL] 10240")
-    reprompt_template: str = Field(REPROMPT_TEMPLATE, description="the teacher's user turn")
-    solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}")
-    feedback_template: str = Field(FEEDBACK_TEMPLATE, description="its {feedback}")
+    reprompt_template: str = Field(
+        REPROMPT_TEMPLATE, description="the teacher's user turn; [P], [C]"
+    )
+    solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}; [P], [C]")
+    feedback_template: str = Field(FEEDBACK_TEMPLATE, description="its {feedback}; [P], [C]")
 
     @field_validator("feedback_kinds")
     @classmethod
@@ -367,10 +393,26 @@ class GRPOConfig(TrainerConfig):
     delta: float | None = Field(
         None, gt=1, description="dual clip of negative advantages; [TRL] None; [P] 3"
     )
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field("dapo", description="[TRL]")
-    scale_rewards: Literal["group", "batch", "none"] = Field("group", description="[TRL]")
-    importance_sampling_level: Literal["token", "sequence"] = Field("token", description="[TRL]")
-    mask_truncated_completions: bool = Field(False, description="[TRL] False")
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
+        "dapo",
+        description="what the sum over tokens is divided by. grpo: each reply's by its length, "
+        "then by the replies (arXiv 2402.03300); dr_grpo: by replies * max_completion_length, no "
+        "bias by length (2503.20783); dapo: by all tokens of the step (2503.14476); bnpo: by those "
+        "of the process; [TRL] dapo",
+    )
+    scale_rewards: Literal["group", "batch", "none"] = Field(
+        "group",
+        description="divide advantages by the standard deviation of the group's rewards, of the "
+        "whole batch's, or not at all (Dr. GRPO; [P] too); [TRL] group",
+    )
+    importance_sampling_level: Literal["token", "sequence"] = Field(
+        "token",
+        description="one ratio per token, or one per reply, the geometric mean of its tokens' "
+        "(GSPO, arXiv 2507.18071); [TRL] token",
+    )
+    mask_truncated_completions: bool = Field(
+        False, description="leave replies that max_completion_length cut off out; [TRL] False"
+    )
 
     @model_validator(mode="after")
     def _check_grpo(self) -> GRPOConfig:

@@ -53,8 +53,10 @@ ADVANTAGE_CLIP = 5.0
 MAX_PROMPT_LEN = 32_768
 """Tokens of a multi-turn prompt before the oldest feedback is dropped; [P] section 5: 32k."""
 WITHOUT_EFFECT = (
-    *("max_steps", "prompts_per_step", "probe_tasks", "eval_steps", "eval_tasks"),
-    *("early_stopping_patience", "load_best_model_at_end", "save_steps", "report_to"),
+    *("max_steps", "prompts_per_step", "probe_tasks", "eval_steps", "eval_on_start", "eval_tasks"),
+    *("eval_samples", "eval_temperature", "eval_top_p", "early_stopping_patience"),
+    *("metric_for_best_model", "load_best_model_at_end", "save_steps", "save_total_limit"),
+    *("log_rollouts", "save_model", "report_to", "project"),
 )
 CONFIDENCE = 0.9
 """Of every interval here; [P] section 5: 90 %."""
@@ -325,12 +327,12 @@ def discovery_config(
 
     These are :class:`SDPOConfig`'s own (reverse KL, K = 20, learning rate 1e-6, EMA 0.01,
     temperature 1: the paper's, which are for full weights; LoRA wants about 1e-4), 16 rollouts per
-    step, advantages clipped at 5, replies as long as the environment suggests, and a demonstration
-    only of what the environment calls solved. ``max_steps`` follows the budget, and nothing is
-    drawn from the split: ``prompts_per_step`` is not used.
+    step, advantages clipped at 5, and replies as long as the environment suggests.
+    ``max_steps`` follows the budget, and nothing is drawn from the split: ``prompts_per_step`` is
+    not used.
 
     Args:
-        env: suggests ``max_completion_length`` and says what is solved.
+        env: suggests ``max_completion_length``.
         options: fields of :class:`SDPOConfig`.
         prefix: put before every key in messages.
 
@@ -340,7 +342,6 @@ def discovery_config(
     defaults: dict[str, Any] = {
         "num_generations": BATCH,
         "max_completion_length": env.max_tokens,
-        "success_reward_threshold": env.success_threshold,
     }
     given = dict(options or {})
     if given.get("distillation_alpha", 1) == 1:  # it belongs to the reverse KL
@@ -754,6 +755,12 @@ def _discover(
                 "--budget ends a run, and --out is all that is written",
                 file=sys.stderr,
             )
+        if "seed" in options:
+            print(
+                "note: trainer.seed decides only on an adapter's first weights and on random "
+                "demonstrations here; --seed and --seeds are the seeds of the runs",
+                file=sys.stderr,
+            )
         ids = _task_ids(environment, task, tasks_file)[:limit]
         chosen_seeds = list(range(seed, seed + seeds))
         decides = {
@@ -768,7 +775,11 @@ def _discover(
             "seeds": chosen_seeds,
             "max_prompt_len": max_prompt_len,
             # One by one, so that a setting that differs is named.
-            **{f"trainer.{key}": value for key, value in trainer_config.model_dump().items()},
+            **{
+                f"trainer.{key}": value
+                for key, value in trainer_config.model_dump().items()
+                if key not in WITHOUT_EFFECT
+            },
         }
         if out is not None:
             results = _RunsFile(out, decides, overwrite=overwrite)

@@ -212,7 +212,7 @@ class Monitor:
         elif m.get("reward", 0.0) > 0 and m.get(_SUCCESS, 1.0) == 0:
             why += (
                 f" The mean reward is {m['reward']:.3g}, but no rollout counts as solved: "
-                f"lower {self._knob('success_reward_threshold')}."
+                f"set {self._knob('success_reward_threshold')} to a reward worth showing."
             )
         else:
             why += f" More rollouts find a correct sibling: raise {self._knob('num_generations')}."
@@ -247,7 +247,7 @@ class Monitor:
             f"the teacher gap is {m[_GAP]:+.3g}: shown the hint, the policy does no better than "
             "without. What self-distillation gains in the end was found to be linear in this gap "
             "(arXiv 2605.30070), so expect nothing. Raise the environment's feedback level, look "
-            f"at what it says (`rlrf bench`), change {self._knob('feedback_kinds')}, or train "
+            f"at what it says (`rlrf info`), change {self._knob('feedback_kinds')}, or train "
             f"with grpo. If {self._knob('probe_tasks')} is too small to tell, raise it."
         )
 

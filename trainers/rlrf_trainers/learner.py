@@ -438,8 +438,8 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self._loss += loss.item()
 
-    def optimizer_step(self) -> None:
-        """Clip, step on the fp32 masters, and forget the gradients.
+    def optimizer_step(self) -> bool:
+        """Clip, step on the fp32 masters, and forget the gradients; whether weights have moved.
 
         A gradient that is not finite skips the step and says so.
 
@@ -458,11 +458,13 @@ class Learner:
         self.record("loss", loss)
         self.record("grad_norm", norm)
         self.record("learning_rate", rate)
-        if math.isfinite(norm):
+        finite = math.isfinite(norm)
+        if finite:
             self.optimizer.step(rate)
         else:
             self.record.warn("grad_norm", f"step {self.step}: grad_norm is {norm}; step skipped")
         self.optimizer.zero_grad()
+        return finite
 
     def learning_rate(self) -> float:
         """The scheduled learning rate of this step."""
@@ -623,12 +625,17 @@ class Learner:
                     f"the last checkpoint in {str(folder)!r} is damaged, or of another version of "
                     f"rlrf ({error!r}); delete it to go on from an older one"
                 ) from error
-        elif last and (finished or not self.config.save_steps):
+        elif self.run is not None and last:
             # One that was killed before its first checkpoint begins again; else nothing is lost.
-            raise UsageError(
-                f"the run {str(folder)!r} has no checkpoint to go on from (save_steps "
-                "was 0); train anew, in another run directory or with --overwrite"
-            )
+            every = self.run.config.get("trainer", {}).get("save_steps", 0)
+            left = self.run.path / "model"
+            if finished or left.is_dir() or not every or last > every:
+                raise UsageError(
+                    f"the run {str(folder)!r} has no checkpoint to go on from (it took {last} "
+                    f"steps, with save_steps={every}); train anew, in another run directory or "
+                    "with --overwrite"
+                    + (f", from what it left if you like: {str(left)!r}" if left.is_dir() else "")
+                )
         self._first_step = self.step
         position = state.data["position"] if state else {}
         self.record.rewind(position, self.description, self.env)

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -167,7 +168,7 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
                 f"the folder {name!r} holds no model: there is neither a config.json nor an "
                 "adapter_config.json in it"
             )
-        return folder
+        return Path(os.path.abspath(folder))  # it is written down, and read elsewhere
     if name.startswith((".", "/", "~")):
         raise UsageError(f"there is no model folder {name!r}")
     entry = find_entry(name)
@@ -516,7 +517,7 @@ def export_model(
         merge: for a LoRA run, merge the adapter into the model; else write the adapter alone.
 
     Raises:
-        UsageError: no such run or checkpoint; ``out`` is there already.
+        UsageError: no such run or checkpoint; no adapter to write; ``out`` is there already.
     """
     from rlrf.config import build_config
     from rlrf.runs import Run
@@ -532,6 +533,10 @@ def export_model(
     base = str(run.config.get("model", ""))
     if not isinstance(written, dict) or "lora_r" not in written or not base:
         raise UsageError(f"{str(run.path)!r} is no run of the trainers sdpo or grpo")
+    no_adapter = UsageError(
+        f"the run {str(run.path)!r} trained all weights (lora_r = 0), so there is no adapter to "
+        "export; leave out --adapter"
+    )
     final, tensors = run.path / "model", {}
     if checkpoint == "final":
         if not final.is_dir():
@@ -539,7 +544,10 @@ def export_model(
                 f"the run {str(run.path)!r} left no model/; export a checkpoint instead "
                 "(--checkpoint best, or a step)"
             )
-        if not (merge and (final / "adapter_config.json").exists()):
+        adapter = (final / "adapter_config.json").exists()
+        if not (merge or adapter):
+            raise no_adapter
+        if not (merge and adapter):
             return _written(out, lambda folder: shutil.copytree(final, folder, dirs_exist_ok=True))
     else:
         state = Checkpoints(run.path).load(int(checkpoint) if checkpoint.isdigit() else checkpoint)
@@ -566,8 +574,10 @@ def export_model(
     else:
         policy = HFPolicy(final, device="cpu")
         model = policy.model
-    if merge and hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload()
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload() if merge else model
+    elif not merge:
+        raise no_adapter
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)

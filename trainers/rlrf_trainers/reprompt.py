@@ -32,7 +32,7 @@ class Hint:
     """What the teacher of one rollout is shown beside the question.
 
     Attributes:
-        demonstration: a correct sibling's reply, or None.
+        demonstration: what a correct sibling did, see :func:`demonstrated`, or None.
         feedback: the environment's feedback, empty if it is not shown.
         by_step: the same, one for each of the policy's replies.
     """
@@ -55,10 +55,10 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
         config: the reprompt rules.
         rng: used when ``demonstration="random"``.
     """
-    solvers: dict[str, list[int]] = defaultdict(list)
+    solvers: dict[str, dict[int, str]] = defaultdict(dict)
     for i, rollout in enumerate(rollouts):
-        if succeeded(rollout, config):
-            solvers[rollout.group_id].append(i)
+        if succeeded(rollout, config) and (shown := demonstrated(rollout, config)):
+            solvers[rollout.group_id][i] = shown
     hints = []
     for i, rollout in enumerate(rollouts):
         solved = succeeded(rollout, config)
@@ -66,16 +66,13 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
             hints.append(Hint())
             continue
         siblings = [
-            j
-            for j in solvers[rollout.group_id]
+            shown
+            for j, shown in solvers[rollout.group_id].items()
             if not (config.dont_reprompt_on_self_success and j == i)
         ]
         demonstration = None
         if siblings and config.use_successful_as_teacher:
-            pick = siblings[0] if config.demonstration == "first" else rng.choice(siblings)
-            demonstration = rollouts[pick].text
-            if config.remove_thinking_from_demonstration:
-                demonstration = strip_thinking(demonstration)
+            demonstration = siblings[0] if config.demonstration == "first" else rng.choice(siblings)
         by_step: tuple[Feedback, ...] = ()
         shows_feedback = config.include_environment_feedback and not (
             demonstration is not None and config.environment_feedback_only_without_solution
@@ -111,7 +108,32 @@ def other_hint(
 
 def succeeded(rollout: Rollout, config: SDPOConfig) -> bool:
     """Whether a rollout may serve as a demonstration."""
+    if config.success_reward_threshold is None:
+        return rollout.solved
     return rollout.reward is not None and rollout.reward >= config.success_reward_threshold
+
+
+def demonstrated(rollout: Rollout, config: SDPOConfig) -> str:
+    """What a rollout shows to a sibling's teacher; empty if nothing is left of it.
+
+    Its reply; of an episode of several turns all of them, each after its role, the environment's
+    included, as in the official code. A call of a tool is ``name(arguments)``.
+    """
+    turns = list(rollout.messages[len(prompt_messages(rollout)) :])
+    while turns and turns[-1]["role"] != "assistant":  # what came after the last reply
+        turns.pop()
+    texts = []
+    for turn in turns:
+        said = turn["content"] or ""
+        if turn["role"] == "assistant" and config.remove_thinking_from_demonstration:
+            said = strip_thinking(said)
+        calls = [
+            f"{call['function']['name']}({call['function']['arguments']})"
+            for call in turn.get("tool_calls", ())
+        ]
+        text = "\n".join(part for part in (said, *calls) if part.strip())
+        texts.append(f"{turn['role']}: {text}" if len(turns) > 1 and text else text)
+    return "\n\n".join(text for text in texts if text)
 
 
 def _shown(rollout: Rollout, config: SDPOConfig) -> tuple[Feedback, ...]:

@@ -131,10 +131,11 @@ class SDPOTrainer:
         ]
         if len(steps) > 1:  # the later ones are off-policy
             learner.remember_old_logps([t for t in targets if t.matters])
+        moved = False
         for mini_batch in steps:
             self.improve(mini_batch)
-            learner.optimizer_step()
-        if steps:
+            moved |= learner.optimizer_step()
+        if moved:
             self.teacher.update(learner.optimizer.masters)
         self.log(rollouts, targets)
 

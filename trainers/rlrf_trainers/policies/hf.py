@@ -308,8 +308,7 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
     except RlrfError as error:
         raise UsageError(
             f"{str(folder)!r} holds an adapter of the model {base!r}, which cannot be had: "
-            f"{error}. Mend base_model_name_or_path in its adapter_config.json, or merge the "
-            "adapter with `rlrf model export`"
+            f"{error}. Mend base_model_name_or_path in its adapter_config.json"
         ) from None
     whole = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype or "auto")
     return PeftModel.from_pretrained(whole, str(folder), is_trainable=True)
