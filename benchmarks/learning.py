@@ -55,7 +55,8 @@ SETUPS = {"format": "demo_{}.toml", "code": "code_{}.toml"}
 def run(setup: str, arm: str, seed: int, model: str, out: Path, more: dict[str, Any]) -> dict:
     """Train once, unless that has been done; the curve of held-out pass rates."""
     trainer, changes = ARMS[arm]
-    folder = out / f"{setup}-{arm}-{seed}"
+    # A quick run is no part of a benchmark that is gone on with.
+    folder = out / f"{'quick-' * ('max_steps' in more)}{setup}-{arm}-{seed}"
     if not (is_run(folder) and Run.open(folder).status == "done"):
         config = load_train_config(EXAMPLES / SETUPS[setup].format(trainer))
         options = {**config.trainer.options, **changes, "seed": seed, **more}
@@ -109,17 +110,19 @@ def main() -> None:
         more |= {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 8, "probe_tasks": 0}
     with tempfile.TemporaryDirectory() as scratch:
         results = []
+        before: float | None = None
         for seed in args.seeds:
             for arm in args.arms:
-                first = not results or args.setup != "code"
-                options = {**more, "eval_on_start": first}
+                options = {**more, "eval_on_start": args.setup != "code" or before is None}
                 out = args.out or Path(scratch)
                 result = run(args.setup, arm, seed, args.model, out, options)
-                if not first:
-                    result["before"] = results[0]["before"]
+                if result["before"] is None:
+                    result["before"] = before
+                before = result["before"]
                 results.append(result)
+                known = "?" if before is None else f"{before:.2f}"
                 print(
-                    f"{args.setup} {arm} seed {seed}: held-out {result['before']:.2f} -> "
+                    f"{args.setup} {arm} seed {seed}: held-out {known} -> "
                     f"{result['after']:.2f} (curve {result['curve']}), {result['updates']} "
                     f"updates, {result['train_s']:.0f} s of training",
                     flush=True,

@@ -7,7 +7,8 @@
     python benchmarks/trainer.py --device cuda         bf16; seconds, tokens/s, share of the peak
 
 A step is everything from sampling to the teacher's update. Every run is a fresh process: one
-step to warm up, then ``--steps`` measured ones; runs of the two sides alternate. On a CPU a step
+step to warm up, then ``--steps`` measured ones; runs of the two sides alternate (with ``--quick``
+they run side by side where there are two cores: one costs the other the same). On a CPU a step
 costs CPU seconds (user + system, one thread) and memory is the peak RSS of the process since
 just before its first step (``base`` is the RSS at that moment: libraries and weights, also the
 teacher's where it is a model of its own). On a GPU it costs wall seconds and
@@ -50,6 +51,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -658,13 +660,16 @@ def run(job: Job, python: str) -> dict[str, Any]:
     return result
 
 
-def compare(jobs: Mapping[str, Job], pythons: Mapping[str, str], runs: int) -> dict[str, Any]:
-    """Run every method on both sides, by turns; medians, ranges and ratios."""
+def compare(
+    jobs: Mapping[str, Job], pythons: Mapping[str, str], runs: int, side_by_side: bool
+) -> dict[str, Any]:
+    """Run every method on both sides, by turns or both at once; medians, ranges and ratios."""
     results: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    at_once = ThreadPoolExecutor(len(pythons) if side_by_side else 1)
     for n in range(runs):
         for method, job in jobs.items():
-            for side, python in pythons.items():
-                result = run(replace(job, side=side, seed=n), python)
+            todo = [replace(job, side=side, seed=n) for side in pythons]
+            for side, result in zip(pythons, at_once.map(run, todo, pythons.values()), strict=True):
                 results[method, side].append(result)
                 say(
                     f"run {n} {method:9} {side:4} {result['step_s']:8.2f} s/step "
@@ -796,7 +801,7 @@ def jobs_of(model: str, args: argparse.Namespace, scratch: Path) -> dict[str, Jo
         hidden, layers = (128, 2) if args.quick else (256, 4)
         folder = random_model(scratch / "random", hidden=hidden, layers=layers)
     if args.quick:
-        prompts, tokens, steps = 2, 16, 1
+        prompts, tokens, steps = 2, 48, 1
     elif cuda:
         prompts, tokens, steps = 8, 256, 5
     else:
@@ -859,7 +864,9 @@ def main() -> int:
                 if k not in ("side", "method", "model", "prompts", "feedback", "templates", "seed")
             }
             settings = {"prompts": len(job.prompts), **settings}
-            methods = compare(jobs, pythons, runs)
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+            side_by_side = args.quick and args.device == "cpu" and cores >= 2 * args.threads
+            methods = compare(jobs, pythons, runs, side_by_side)
             models_out[model] = {"settings": settings, "methods": methods}
             unit = "CPU s" if args.device == "cpu" else "s"
             print(table(f"{model}: {json.dumps(settings)}", methods, unit), flush=True)
