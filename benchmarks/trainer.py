@@ -665,11 +665,13 @@ def compare(
 ) -> dict[str, Any]:
     """Run every method on both sides, by turns or both at once; medians, ranges and ratios."""
     results: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    at_once = ThreadPoolExecutor(len(pythons) if side_by_side else 1)
     for n in range(runs):
         for method, job in jobs.items():
             todo = [replace(job, side=side, seed=n) for side in pythons]
-            for side, result in zip(pythons, at_once.map(run, todo, pythons.values()), strict=True):
+            with ThreadPoolExecutor(len(pythons)) as at_once:
+                each = at_once.map if side_by_side else map
+                found = list(each(run, todo, pythons.values()))
+            for side, result in zip(pythons, found, strict=True):
                 results[method, side].append(result)
                 say(
                     f"run {n} {method:9} {side:4} {result['step_s']:8.2f} s/step "

@@ -26,16 +26,16 @@ def knobs(name: str) -> str:
         field = cls.model_fields[key]
         what = _cell(field.description)
         if names := literals(field.annotation):
-            what += f" Values: {', '.join(f'`{name}`' for name in names)}."
+            what += f"; values: {', '.join(f'`{name}`' for name in names)}"
         rows.append(f"| `{key}` | `{_cell(repr(field.default))}` | {what} |")
     return "\n".join(rows)
 
 
 def literals(kind: Any) -> list[str]:
-    """The names that a field of this type accepts, also within a list or a union."""
-    if get_origin(kind) is Literal:
-        return [str(value) for value in get_args(kind)]
-    return [name for part in get_args(kind) for name in literals(part)]
+    """The names that a field of this type accepts, or a list of them; none where others may be."""
+    if get_origin(kind) is list:
+        (kind,) = get_args(kind)
+    return [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
 
 
 def checks() -> str:

@@ -160,8 +160,13 @@ class Run:
             raise UsageError(f"event level is {level!r}; it must be one of {', '.join(LEVELS)}")
         self._append("events.jsonl", [{"time": _now(), "level": level, "message": message}])
 
-    def finish(self, status: str = "done", message: str = "") -> None:
+    def finish(self, status: str = "done", message: str = "", *, model: bool = False) -> None:
         """Say how the run ended: ``done``, ``failed`` or ``interrupted``.
+
+        Args:
+            status: how it ended.
+            message: why.
+            model: whether it left its model in ``model/``; that of an earlier run may be there.
 
         Raises:
             UsageError: an unknown status.
@@ -173,6 +178,8 @@ class Run:
             record["finished"] = _now()
         if message:
             record["message"] = message
+        if model:
+            record["model"] = True
         self._write("status.json", record)
 
     def position(self) -> dict[str, int]:
@@ -236,7 +243,7 @@ class Run:
 
     @property
     def info(self) -> dict[str, Any]:
-        """``status.json``: status, started, finished, message."""
+        """``status.json``: status, started, finished, message, model."""
         return self._read("status.json")
 
     def __repr__(self) -> str:

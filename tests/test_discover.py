@@ -658,6 +658,7 @@ def test_attempts_are_sampled_as_the_configuration_says(method, monkeypatch):
     monkeypatch.setattr(rlrf, "rollout", lambda *a, **k: (given.append(k), rollout(*a, **k))[1])
     config = {"temperature": 0.7, "top_p": 0.8, "top_k": 5, "max_completion_length": 9}
     config |= {"num_generations": 2, "rollout_deadline_s": 7.5, "max_concurrency": 3}
+    config |= {"load_best_model_at_end": True, "eval_steps": 1}  # which ask for a run directory
     discover(Riddle(), policy, "task-0", methods=method, budget=4, config=config)
     assert set(asked) == {(0.7, 0.8, 5, 9)}
     assert {(k["deadline_s"], k["max_concurrency"]) for k in given} == {(7.5, 3)}

@@ -118,6 +118,11 @@ def test_a_reply_that_is_a_call_is_demonstrated_as_one():
     for message, expected in (
         ({**with_word, "content": None}, 'find({"x": 1})'),
         (with_word, 'Look:\nfind({"x": 1})'),
+        ({**with_word, "tool_calls": None}, "Look:"),  # as servers dump messages
+        (
+            {**with_word, "tool_calls": [{"name": "f", "arguments": {"é": True}}]},
+            'Look:\nf({"é": true})',
+        ),
     ):
         rollouts = [attempt("g", "wrong", 0.0), episode(message, steps=1)]
         assert hints(rollouts)[0] == Hint(expected)

@@ -18,6 +18,7 @@ from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.models import export_model  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
@@ -168,7 +169,7 @@ def test_a_run_that_would_lose_what_it_has_does_not_begin_again(status, every, m
     before = everything(run_dir)
     with pytest.raises(UsageError, match=f"took 2 steps, with save_steps={every}") as refused:
         trainer(run_dir, save_steps=2, max_steps=3, resume=True).train()
-    assert ("from what it left" in str(refused.value)) is model
+    assert ("run/model' if you like" in str(refused.value)) is model
     assert everything(run_dir) == before
 
 
@@ -244,6 +245,41 @@ def test_resuming_another_model_is_refused(tmp_path):
     resumed = SDPOTrainer(other, CountA(), config, run_dir=tmp_path / "run", resume=True)
     with pytest.raises(UsageError, match="same model"):
         resumed.train()
+
+
+def test_the_model_of_an_overwritten_run_is_not_that_of_the_new_one(tmp_path):
+    run_dir = tmp_path / "run"
+    trainer(run_dir, max_steps=1).train()
+    Checkpoints(run_dir).clear()
+    config = {"model": "tiny", "trainer": {"save_steps": 3, "lora_r": 0}}
+    fresh = Run.create(run_dir, config=config, overwrite=True)
+    fresh.log(0, {})
+    fresh.log(1, {})  # and killed, before its first checkpoint
+    assert (run_dir / "model").is_dir()
+    with pytest.raises(UsageError, match="left no model/"):
+        export_model(run_dir, tmp_path / "out")
+    history = trainer(run_dir, max_steps=2, resume=True).train().history
+    assert [line["step"] for line in history] == [0, 1, 2]
+    assert Run.open(run_dir).info["model"]
+
+
+def test_a_model_that_has_moved_is_the_same_model(tmp_path):
+    made = {**COMMON, "probe_tasks": 0, "max_steps": 2}
+
+    def sdpo(folder, resume):
+        config = SDPOConfig(**(made | {"max_steps": 2 + resume}))
+        return SDPOTrainer(
+            str(folder), CountA(), config, run_dir=tmp_path / "run", resume=resume
+        ).train()
+
+    save_tiny(tmp_path / "here")
+    sdpo(tmp_path / "here", False)
+    save_tiny(tmp_path / "there")
+    with pytest.raises(UsageError, match="written with model="):  # both are there: which is it?
+        sdpo(tmp_path / "there", True)
+    (tmp_path / "here").rename(tmp_path / "now")
+    assert sdpo(tmp_path / "now", True).history[-1]["step"] == 3
+    assert any("the model has moved" in e["message"] for e in Run.open(tmp_path / "run").events)
 
 
 def test_a_new_run_in_the_place_of_an_old_one_leaves_nothing_of_it(tmp_path):

@@ -403,7 +403,13 @@ def discover(
     if not isinstance(config, SDPOConfig):
         config = discovery_config(env, config)
     steps = math.ceil(budget / config.num_generations)
-    config = config.model_copy(update={"max_steps": steps})  # for the learning rate's schedule
+    config = config.model_copy(
+        update={
+            "max_steps": steps,  # for the learning rate's schedule
+            # What has no effect must not ask for a run directory either.
+            **{"report_to": [], "load_best_model_at_end": False, "early_stopping_patience": 0},
+        }
+    )
     kept = {run.key: run for run in done if run.failure is None and run.budget == budget}
 
     searcher = _Searcher(env, model, config, wanted, max_prompt_len, on_batch)

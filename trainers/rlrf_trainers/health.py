@@ -144,7 +144,8 @@ class Monitor:
             return name
         value = getattr(self.config, name)
         text = f"{value:g}" if isinstance(value, float) else str(value)
-        return f"{name} (now {text.lower() if isinstance(value, bool) else text})"
+        plain = value is None or isinstance(value, bool)  # as in TOML, and after --set
+        return f"{name} (now {text.lower() if plain else text})"
 
     def _knobs(self, *names: str) -> str:
         """Several, as ``a (now 1), b (now 2) or c (now 3)``."""

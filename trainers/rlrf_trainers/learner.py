@@ -610,13 +610,14 @@ class Learner:
             state = state if self.world.is_main else mine
         else:
             state = self.world.broadcast(state)
+        moved = ""
         written = self.run.metrics if self.run is not None else []
         last = int(written[-1]["step"]) if written else 0
         finished = self.run is not None and self.run.status == "done"
         # Nothing of the run is touched before all that may fail has not.
         if state is not None:
             try:
-                self._check_same(state, trainer)
+                moved = self._check_same(state, trainer)
                 trainer.load_state_dict(state)
             except (LookupError, TypeError, ValueError) as error:
                 if isinstance(error, RlrfError):
@@ -627,14 +628,14 @@ class Learner:
                 ) from error
         elif self.run is not None and last:
             # One that was killed before its first checkpoint begins again; else nothing is lost.
-            every = self.run.config.get("trainer", {}).get("save_steps", 0)
-            left = self.run.path / "model"
-            if finished or left.is_dir() or not every or last > every:
+            config = self.run.config.get("trainer")
+            every = config.get("save_steps", 0) if isinstance(config, dict) else 0
+            has_model = self.run.info.get("model", False)
+            if finished or has_model or not every or last > every:
                 raise UsageError(
                     f"the run {str(folder)!r} has no checkpoint to go on from (it took {last} "
-                    f"steps, with save_steps={every}); train anew, in another run directory or "
-                    "with --overwrite"
-                    + (f", from what it left if you like: {str(left)!r}" if left.is_dir() else "")
+                    f"steps, with save_steps={every}); train anew in another run directory"
+                    + (f", from {str(self.run.path / 'model')!r} if you like" if has_model else "")
                 )
         self._first_step = self.step
         position = state.data["position"] if state else {}
@@ -643,6 +644,8 @@ class Learner:
             self.record.note("resumed from the beginning: no checkpoint had been written")
         else:
             self.record.note(f"resumed from the checkpoint of step {self.step}")
+            if moved:
+                self.record.note(moved)
         if finished and last > self.step:
             self.record.warn(
                 "taken_anew",
@@ -651,8 +654,8 @@ class Learner:
             )
         return state is not None
 
-    def _check_same(self, state: State, trainer: Stateful) -> None:
-        """What a checkpoint's tensors depend on must be as it was.
+    def _check_same(self, state: State, trainer: Stateful) -> str:
+        """What a checkpoint's tensors depend on must be as it was; what else there is to tell.
 
         Raises:
             UsageError: it is not.
@@ -667,12 +670,18 @@ class Learner:
         for key in ("trainer", "model", "tasks"):
             then[key] = state.data[key]
         now |= {"model": self.description["model"], "tasks": self._task_set}
+        told = ""
+        was, here = Path(str(then["model"])), Path(now["model"])
+        if here != was and here.is_dir() and was.is_absolute() and not was.exists():
+            told = f"the model has moved from {str(was)!r} to {str(here)!r}"
+            del now["model"]  # were it another, its tensors would hardly fit
         for key, value in now.items():
             if then.get(key) != value:
                 raise UsageError(
                     f"the checkpoint was written with {key}={then.get(key)!r}, and now it is "
                     f"{value!r}: the run cannot be resumed so; leave it as it was, or train anew"
                 )
+        return told
 
     @staticmethod
     def _fixed(trainer: Stateful, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -778,7 +787,7 @@ class Learner:
         self.record.stop_trackers()
         if self.run is None:
             return rlrf.TrainResult(self.record.history)
-        self.run.finish("done")
+        self.run.finish("done", model=model_dir is not None)
         return rlrf.TrainResult(self.record.history, self.run.path, model_dir, step)
 
     def _load_best(self) -> None:
@@ -831,13 +840,13 @@ class Learner:
         # A sharded model takes all processes to save; one that has not moved is not worth it.
         moved = self.world.size == 1 and self.step > self._first_step
         told = f"{type(error).__name__}: {error}"
+        saved = None
         with contextlib.suppress(OSError):
             run.event("error", told)
         with contextlib.suppress(OSError, SafetensorError):
-            if moved:
-                self._save_model()
+            saved = self._save_model() if moved else None
         with contextlib.suppress(OSError):
-            run.finish(status, told)
+            run.finish(status, told, model=saved is not None)
 
 
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)

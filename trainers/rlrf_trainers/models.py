@@ -539,7 +539,7 @@ def export_model(
     )
     final, tensors = run.path / "model", {}
     if checkpoint == "final":
-        if not final.is_dir():
+        if not (final.is_dir() and run.info.get("model")):
             raise UsageError(
                 f"the run {str(run.path)!r} left no model/; export a checkpoint instead "
                 "(--checkpoint best, or a step)"

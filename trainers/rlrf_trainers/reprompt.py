@@ -9,6 +9,7 @@ collapse of entropy when it is shown).
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
 from collections import defaultdict
@@ -51,7 +52,8 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
     Unscored rollouts neither get a hint nor give a demonstration.
 
     Args:
-        rollouts: ``[B]`` any number of groups.
+        rollouts: ``[B]`` any number of groups. Of them count ``reward``, ``solved``, ``messages``
+            and ``feedback``, which has one entry for each reply, empty ones included.
         config: the reprompt rules.
         rng: used when ``demonstration="random"``.
     """
@@ -127,13 +129,18 @@ def demonstrated(rollout: Rollout, config: SDPOConfig) -> str:
         said = turn["content"] or ""
         if turn["role"] == "assistant" and config.remove_thinking_from_demonstration:
             said = strip_thinking(said)
-        calls = [
-            f"{call['function']['name']}({call['function']['arguments']})"
-            for call in turn.get("tool_calls", ())
-        ]
+        calls = [_call(call) for call in turn.get("tool_calls") or ()]
         text = "\n".join(part for part in (said, *calls) if part.strip())
         texts.append(f"{turn['role']}: {text}" if len(turns) > 1 and text else text)
     return "\n\n".join(text for text in texts if text)
+
+
+def _call(call: Mapping[str, Any]) -> str:
+    function = call.get("function", call)
+    arguments = function.get("arguments", "")
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return f"{function.get('name')}({arguments})"
 
 
 def _shown(rollout: Rollout, config: SDPOConfig) -> tuple[Feedback, ...]:
