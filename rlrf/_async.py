@@ -10,9 +10,12 @@ import os
 import queue
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+Job = Callable[[], Callable[[], None]]
+"""A call to make; what it returns is to be called to tell its outcome."""
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -45,7 +48,7 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
             "a sync method of rlrf was called from an async hook; call its async twin "
             "(areset, astep, agrade, arollout) there"
         )
-    inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+    inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
     token = _caller.set(inbox)
     try:
         future = asyncio.run_coroutine_threadsafe(coroutine, loop)
@@ -54,15 +57,15 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
     future.add_done_callback(lambda _: inbox.put(None))
     try:
         while (job := inbox.get()) is not None:
-            job()
+            job()()
         return future.result()
     except BaseException:
         future.cancel()  # Ctrl-C in the caller must reach the coroutine too
         raise
 
 
-_caller: contextvars.ContextVar[queue.SimpleQueue[Callable[[], None] | None] | None] = (
-    contextvars.ContextVar("rlrf_caller", default=None)
+_caller: contextvars.ContextVar[queue.SimpleQueue[Job | None] | None] = contextvars.ContextVar(
+    "rlrf_caller", default=None
 )
 """Jobs for the thread that waits in :func:`run_sync`."""
 
@@ -76,7 +79,7 @@ class _DaemonThreads:
     """
 
     def __init__(self) -> None:
-        self._idle: list[queue.SimpleQueue[Callable[[], None]]] = []
+        self._idle: list[queue.SimpleQueue[Job]] = []
         self._lock = threading.Lock()
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
@@ -91,17 +94,18 @@ class _DaemonThreads:
         inbox.put(job)
         return await future
 
-    def _work(self, inbox: queue.SimpleQueue[Callable[[], None]]) -> None:
+    def _work(self, inbox: queue.SimpleQueue[Job]) -> None:
         while True:
-            inbox.get()()
-            with self._lock:
+            tell = inbox.get()()
+            with self._lock:  # first: who is told may have another call to make
                 self._idle.append(inbox)
+            tell()
 
 
 _threads, _turns = _DaemonThreads(), _DaemonThreads()
 
 
-def _job(function: Callable[..., T], *args: Any) -> tuple[asyncio.Future[T], Callable[[], None]]:
+def _job(function: Callable[..., T], *args: Any) -> tuple[asyncio.Future[T], Job]:
     """A call for another thread to make, and the future on this loop that gets its outcome."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
@@ -111,19 +115,20 @@ def _job(function: Callable[..., T], *args: Any) -> tuple[asyncio.Future[T], Cal
         if not future.done():
             setter(value)
 
-    def job() -> None:
-        setter: Callable[[Any], None] = future.set_result
-        value: Any
+    def tell(setter: Callable[[Any], None], value: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, setter, value)
+
+    def job() -> Callable[[], None]:
         try:
-            value = context.run(function, *args)
+            return partial(tell, future.set_result, context.run(function, *args))
         except BaseException as error:
-            setter, value = future.set_exception, _ordinary(error)
+            outcome = partial(tell, future.set_exception, _ordinary(error))
             here = threading.current_thread()
             if isinstance(error, KeyboardInterrupt) and here is threading.main_thread():
+                outcome()
                 raise  # the user's, and not only this call's
-        finally:
-            with contextlib.suppress(RuntimeError):  # the loop has closed: nobody waits any more
-                loop.call_soon_threadsafe(deliver, setter, value)
+            return outcome
 
     return future, job
 

@@ -27,6 +27,7 @@ from rlrf import (
     Turn,
     UsageError,
 )
+from rlrf._async import _DaemonThreads
 from rlrf.rollout import _Batcher
 from tests.environments_for_tests import AsyncRecorder, Echo, Gate, Guess, Recorder
 
@@ -770,6 +771,20 @@ def test_where_nothing_waits_it_is_one_thread_all_the_same():
         asyncio.run(rlrf.arollout(Words(), policy, group_size=8))
     assert len(policy.threads) == 1
     assert threading.get_ident() not in policy.threads
+
+
+def test_a_thread_is_free_again_before_its_outcome_is_told():
+    """Else whoever is told and calls again may get another thread."""
+    threads, idle = _DaemonThreads(), []
+
+    async def call():
+        loop = asyncio.get_running_loop()
+        tell = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *a: (idle.append(len(threads._idle)), tell(*a))[1]
+        return await threads.run(int, "3")
+
+    assert asyncio.run(call()) == 3
+    assert idle[0] == 1
 
 
 def test_an_interrupt_while_sampling_is_the_callers():
