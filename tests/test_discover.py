@@ -504,7 +504,7 @@ def test_the_oldest_feedback_goes_first_and_the_question_never():
     _, none, full = fit(question, told, 9999)
     assert none == 0
     dropped_before = 0
-    for limit in range(full + 10, 0, -13):
+    for limit in range(full + 10, 0, -29):
         shown, dropped, length = fit(question, told, limit)
         text = shown[1]["content"]
         assert shown[0] == rlrf.system("Be brief.")
