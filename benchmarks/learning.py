@@ -55,8 +55,7 @@ SETUPS = {"format": "demo_{}.toml", "code": "code_{}.toml"}
 def run(setup: str, arm: str, seed: int, model: str, out: Path, more: dict[str, Any]) -> dict:
     """Train once, unless that has been done; the curve of held-out pass rates."""
     trainer, changes = ARMS[arm]
-    # A quick run is no part of a benchmark that is gone on with.
-    folder = out / f"{'quick-' * ('max_steps' in more)}{setup}-{arm}-{seed}"
+    folder = out / f"{setup}-{arm}-{seed}"
     if not (is_run(folder) and Run.open(folder).status == "done"):
         config = load_train_config(EXAMPLES / SETUPS[setup].format(trainer))
         options = {**config.trainer.options, **changes, "seed": seed, **more}
@@ -109,12 +108,14 @@ def main() -> None:
         args.seeds, args.arms = args.seeds[:1], ["sdpo"]
         more |= {"max_steps": 1, "prompts_per_step": 2, "eval_tasks": 8, "probe_tasks": 0}
     with tempfile.TemporaryDirectory() as scratch:
+        out = args.out or Path(scratch)
+        if args.quick:  # no part of a benchmark that is gone on with
+            out = out / "quick"
         results = []
         before: float | None = None
         for seed in args.seeds:
             for arm in args.arms:
                 options = {**more, "eval_on_start": args.setup != "code" or before is None}
-                out = args.out or Path(scratch)
                 result = run(args.setup, arm, seed, args.model, out, options)
                 if result["before"] is None:
                     result["before"] = before

@@ -100,6 +100,7 @@ class _DaemonThreads:
             with self._lock:  # first: who is told may have another call to make
                 self._idle.append(inbox)
             tell()
+            del tell  # what was returned or raised must not live on in an idle thread
 
 
 _threads, _turns = _DaemonThreads(), _DaemonThreads()

@@ -610,14 +610,13 @@ class Learner:
             state = state if self.world.is_main else mine
         else:
             state = self.world.broadcast(state)
-        moved = ""
         written = self.run.metrics if self.run is not None else []
         last = int(written[-1]["step"]) if written else 0
         finished = self.run is not None and self.run.status == "done"
         # Nothing of the run is touched before all that may fail has not.
         if state is not None:
             try:
-                moved = self._check_same(state, trainer)
+                self._check_same(state, trainer)
                 trainer.load_state_dict(state)
             except (LookupError, TypeError, ValueError) as error:
                 if isinstance(error, RlrfError):
@@ -644,8 +643,9 @@ class Learner:
             self.record.note("resumed from the beginning: no checkpoint had been written")
         else:
             self.record.note(f"resumed from the checkpoint of step {self.step}")
-            if moved:
-                self.record.note(moved)
+            was, here = state.data["model"], self.description["model"]
+            if was != here:  # or _check_same had refused
+                self.record.note(f"the model has moved from {was!r} to {here!r}")
         if finished and last > self.step:
             self.record.warn(
                 "taken_anew",
@@ -654,8 +654,8 @@ class Learner:
             )
         return state is not None
 
-    def _check_same(self, state: State, trainer: Stateful) -> str:
-        """What a checkpoint's tensors depend on must be as it was; what else there is to tell.
+    def _check_same(self, state: State, trainer: Stateful) -> None:
+        """What a checkpoint's tensors depend on must be as it was; its model may have moved.
 
         Raises:
             UsageError: it is not.
@@ -670,10 +670,8 @@ class Learner:
         for key in ("trainer", "model", "tasks"):
             then[key] = state.data[key]
         now |= {"model": self.description["model"], "tasks": self._task_set}
-        told = ""
         was, here = Path(str(then["model"])), Path(now["model"])
         if here != was and here.is_dir() and was.is_absolute() and not was.exists():
-            told = f"the model has moved from {str(was)!r} to {str(here)!r}"
             del now["model"]  # were it another, its tensors would hardly fit
         for key, value in now.items():
             if then.get(key) != value:
@@ -681,7 +679,6 @@ class Learner:
                     f"the checkpoint was written with {key}={then.get(key)!r}, and now it is "
                     f"{value!r}: the run cannot be resumed so; leave it as it was, or train anew"
                 )
-        return told
 
     @staticmethod
     def _fixed(trainer: Stateful, config: Mapping[str, Any]) -> dict[str, Any]:

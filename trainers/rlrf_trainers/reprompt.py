@@ -58,7 +58,7 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
         rng: used when ``demonstration="random"``.
     """
     solvers: dict[str, dict[int, str]] = defaultdict(dict)
-    for i, rollout in enumerate(rollouts):
+    for i, rollout in enumerate(rollouts if config.use_successful_as_teacher else ()):
         if succeeded(rollout, config) and (shown := demonstrated(rollout, config)):
             solvers[rollout.group_id][i] = shown
     hints = []
@@ -73,7 +73,7 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
             if not (config.dont_reprompt_on_self_success and j == i)
         ]
         demonstration = None
-        if siblings and config.use_successful_as_teacher:
+        if siblings:
             demonstration = siblings[0] if config.demonstration == "first" else rng.choice(siblings)
         by_step: tuple[Feedback, ...] = ()
         shows_feedback = config.include_environment_feedback and not (
