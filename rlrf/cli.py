@@ -71,6 +71,7 @@ def main() -> None:
     _add_plugin_commands()
     logging.getLogger("rlrf").setLevel(logging.INFO)
     logging.getLogger("rlrf").addHandler(_ToStderr())
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # rlrf.transport says it once
     warnings.showwarning = _show_warning
     try:
         app()

@@ -115,3 +115,10 @@ class InfraError(RlrfError, RuntimeError):
     ) -> None:
         self.kind, self.retryable = kind, retryable
         super().__init__(message)
+
+
+class UnavailableError(InfraError):
+    """What all work depends on is gone: :func:`rlrf.rollout` ends with it instead of going on.
+
+    Every further attempt would fail alike, after as long a wait. What has been done is kept.
+    """

@@ -20,7 +20,14 @@ from typing import Any
 
 from rlrf._async import call_hook, call_in_turn, run_sync
 from rlrf.env import Env, Episode, StepResult, Task
-from rlrf.errors import InfraError, OutcomeError, PromptTooLongError, RlrfError, UsageError
+from rlrf.errors import (
+    InfraError,
+    OutcomeError,
+    PromptTooLongError,
+    RlrfError,
+    UnavailableError,
+    UsageError,
+)
 from rlrf.feedback import Feedback, span_to_tokens
 from rlrf.messages import Message, Messages
 from rlrf.policy import Completion, Policy, Prompt, SamplingParams
@@ -271,6 +278,8 @@ class _Collector:
             draft = _Draft(task.id, group_id)
             try:
                 return await self._run(task, number, seed, sample_seed, draft)
+            except UnavailableError:
+                raise
             except InfraError as error:
                 failure = f"{error.kind}: {error}"
                 if not error.retryable or attempt == self.retries:

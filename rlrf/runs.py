@@ -32,6 +32,7 @@ from typing import Any
 
 from rlrf.env import Env
 from rlrf.errors import UsageError
+from rlrf.redact import safe_argv
 
 # A lone surrogate is no UTF-8; as \udc80 it is the JSON escape of itself.
 _SURROGATES = "backslashreplace"
@@ -362,7 +363,7 @@ def environment_lock(env: Env | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": versions,
-        "argv": sys.argv,
+        "argv": safe_argv(sys.argv),
     }
     if env is not None:
         lock["env"] = {

@@ -9,21 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import os
-import weakref
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
-
-import httpx
-import stamina
+from typing import Any
 
 from rlrf import run_sync
-from rlrf.errors import ConfigError, InfraError, PromptTooLongError, UsageError
+from rlrf.errors import InfraError, PromptTooLongError, UsageError
 from rlrf.messages import Message
 from rlrf.policy import Completion, FinishReason, Prompt, SamplingParams, TokenScores
+from rlrf.transport import JsonClient, RefusedError
 
 DEFAULT_URL = "https://api.openai.com/v1"
-_TOO_LONG = ("context length", "context_length", "maximum context", "too many tokens")
-_SHOWN = 300
+_TOO_LONG = re.compile(
+    r"context[ _-]?(length|size|window)|maximum (context|model|prompt|input) length"
+    r"|max_model_len|(prompt|input|messages?|request)\b.{0,40} (is |are )?too (long|large)"
+    r"|too many (input )?tokens|(input|prompt) token count|reduce the length"
+    r"|string_above_max_length"
+)
+"""How servers (OpenAI, vLLM, SGLang, llama.cpp, Azure, Gemini, Anthropic) say so."""
+_OF_ONE = ("content_filter", "content_policy", "responsibleai", "tool_use_failed")
+"""Codes of refusals that are about this prompt, or this reply, whatever else they mention."""
+_REFUSED_IN_A_ROW = 16
+
+
+def _of_all(extra_body: Mapping[str, Any]) -> re.Pattern[str]:
+    """Words in a refusal that tell of what every request holds."""
+    names = ["temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed"]
+    names += ["logprobs", "return_token_ids", "api key", "api_key", "quota", *extra_body]
+    names += ["model_not_found", "unsupported_parameter", "unknown_parameter"]
+    return re.compile("|".join(rf"\b{re.escape(n.lower())}\b" for n in names))
 
 
 class OpenAIPolicy:
@@ -37,7 +51,7 @@ class OpenAIPolicy:
         model: the name the server knows it by.
         base_url: up to and including ``/v1``; None for ``$OPENAI_BASE_URL``, else OpenAI's own.
         api_key: None for ``$OPENAI_API_KEY``. A server on this machine mostly needs none.
-        timeout_s: seconds until a reply must be there.
+        timeout_s: seconds until a reply must be there whole, retries included.
         retries: further attempts of a request.
         token_ids: ask for token ids and log-probabilities (vLLM's ``return_token_ids``).
         extra_body: further fields of each request, e.g.
@@ -61,25 +75,16 @@ class OpenAIPolicy:
         max_tokens_field: str = "max_tokens",
     ) -> None:
         self.model = model
-        self.base_url = (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/")
-        try:
-            url = httpx.URL(self.base_url)
-        except (httpx.InvalidURL, TypeError):
-            url = httpx.URL("")
-        if url.scheme not in ("http", "https") or not url.host:
-            raise ConfigError(
-                f"base_url is {self.base_url!r}; it must be like http://localhost:8000/v1"
-            )
-        if retries < 0:
-            raise ConfigError(f"retries is {retries}; it must be >= 0")
-        self._api_key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", "")
-        self.timeout_s, self.retries, self.token_ids = timeout_s, retries, token_ids
-        self.extra_body = dict(extra_body or {})
-        self.max_tokens_field = max_tokens_field
-        # A client belongs to the event loop it was first used on.
-        self._clients: weakref.WeakKeyDictionary[Any, httpx.AsyncClient] = (
-            weakref.WeakKeyDictionary()
+        self._server = JsonClient(
+            (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/"),
+            api_key=api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", ""),
+            timeout_s=timeout_s,
+            retries=retries,
         )
+        self.base_url = self._server.where
+        self.token_ids, self.extra_body = token_ids, dict(extra_body or {})
+        self.max_tokens_field = max_tokens_field
+        self._refused = 0  # requests in a row
 
     # --- Policy ---------------------------------------------------------------------------
 
@@ -116,28 +121,13 @@ class OpenAIPolicy:
 
     async def aclose(self) -> None:
         """Close the connections that were opened on this event loop."""
-        client = self._clients.pop(asyncio.get_running_loop(), None)
-        if client is not None:
-            await client.aclose()
+        await self._server.aclose()
 
     def close(self) -> None:
         """Close the connections that the sync faces of rlrf have opened."""
         run_sync(self.aclose())
 
     # --- requests -------------------------------------------------------------------------
-
-    def _client(self) -> httpx.AsyncClient:
-        loop = asyncio.get_running_loop()
-        client = self._clients.get(loop)
-        if client is None:
-            headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-            client = httpx.AsyncClient(
-                headers=headers,
-                timeout=httpx.Timeout(self.timeout_s, connect=min(10.0, self.timeout_s)),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
-            )
-            self._clients[loop] = client
-        return client
 
     def _body(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         body: dict[str, Any] = {
@@ -160,44 +150,41 @@ class OpenAIPolicy:
         return body | self.extra_body
 
     async def _complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
-        body = self._body(prompt, params)
         try:
-            async for attempt in stamina.retry_context(
-                on=_pause, attempts=self.retries + 1, timeout=None, wait_max=30.0
-            ):
-                with attempt:
-                    answer = await self._client().post(
-                        f"{self.base_url}/chat/completions", json=body
-                    )
-                    answer.raise_for_status()
-        except httpx.HTTPStatusError as error:
-            self._refused(error.response, params)
-        except httpx.HTTPError as error:
-            raise InfraError(
-                f"{self.base_url} does not answer ({type(error).__name__}: {error})",
-                kind="policy_unavailable",
-            ) from error
+            # A token is a few bytes of text; beside each may stand its log-probability.
+            most = (1 << 20) + 2048 * params.max_tokens
+            answer = await self._server.post(
+                "/chat/completions", self._body(prompt, params), max_bytes=most
+            )
+        except RefusedError as error:
+            raise self._refusal(error, params) from None
         return self._read(answer)
 
-    def _refused(self, answer: httpx.Response, params: SamplingParams) -> NoReturn:
-        status, said = answer.status_code, _message(answer)
-        if _is_passing(answer):
-            raise InfraError(f"{self.base_url} says {status}: {said}", kind="policy_unavailable")
-        if status in (400, 413, 422) and any(words in said.lower() for words in _TOO_LONG):
-            error = PromptTooLongError(0, params.max_tokens, 0)
-            error.args = (f"{self.base_url} says: {said}",)
-            raise error
-        remedies = {
+    def _refusal(self, error: RefusedError, params: SamplingParams) -> Exception:
+        """Whose fault it is: this prompt's alone, or the caller's, which every prompt will meet."""
+        if error.status in (400, 413, 422) and _TOO_LONG.search(error.said):
+            told = PromptTooLongError(0, params.max_tokens, 0)
+            told.args = (str(error),)
+            return told
+        remedy = {
             401: "; set OPENAI_API_KEY, or give api_key=",
             403: "; set OPENAI_API_KEY, or give api_key=",
             404: f"; is {self.model!r} served there, and does base_url end in /v1?",
-        }
-        remedy = remedies.get(status, "")
-        raise UsageError(f"{self.base_url} refuses the request ({status}): {said}{remedy}")
+            429: "; raise the account's quota",
+        }.get(error.status, "")
+        if not any(words in error.said for words in _OF_ONE) and (
+            remedy or _of_all(self.extra_body).search(error.said)
+        ):
+            return UsageError(f"{error}{remedy}")
+        # Of one prompt, as far as one can tell; where it is of all, they are many.
+        self._refused += 1
+        if self._refused >= _REFUSED_IN_A_ROW:
+            return UsageError(f"{error}; so were the {self._refused - 1} requests before it")
+        return error
 
-    def _read(self, answer: httpx.Response) -> Completion:
+    def _read(self, data: Any) -> Completion:
+        self._refused = 0
         try:
-            data = answer.json()
             choice = data["choices"][0]
             raw = choice["message"]
             text = _text(raw.get("content"))
@@ -211,7 +198,7 @@ class OpenAIPolicy:
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise InfraError(
-                f"{self.base_url} sent no chat completion: {answer.text[:_SHOWN]!r}",
+                f"{self.base_url} sent no chat completion: {self._server.shown(str(data))!r}",
                 kind="policy_error",
             ) from error
         finish: FinishReason = reason if reason in ("length", "abort") else "stop"
@@ -246,28 +233,3 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(str(part["text"]) for part in content if part.get("type") == "text")
-
-
-def _is_passing(answer: httpx.Response) -> bool:
-    """Whether the same request may do better later."""
-    return answer.status_code in (408, 409, 425, 429) or answer.status_code >= 500
-
-
-def _pause(error: Exception) -> bool | float:
-    """Whether to try again, or after how many seconds."""
-    if isinstance(error, httpx.HTTPStatusError):
-        if not _is_passing(error.response):
-            return False
-        wait = error.response.headers.get("Retry-After", "")
-        return min(float(wait), 60.0) if wait.isdecimal() else True
-    return isinstance(error, httpx.TransportError)
-
-
-def _message(answer: httpx.Response) -> str:
-    """What a server says is wrong."""
-    try:
-        said = answer.json()["error"]
-        text = said["message"] if isinstance(said, dict) else said
-    except (ValueError, LookupError, TypeError):
-        text = answer.text
-    return str(text)[:_SHOWN]
