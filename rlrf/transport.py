@@ -234,7 +234,8 @@ class JsonClient:
     def _again(self, error: Exception) -> bool | float:
         """Whether to try again, or after how many seconds."""
         if isinstance(error, _Status):
-            again: bool | float = error.passing and error.wait
+            # Older stamina takes 0 seconds for False.
+            again: bool | float = error.passing and (error.wait or 1e-3)
         else:
             again = isinstance(error, httpx.TransportError)
         if again is not False and not self._told:
