@@ -11,6 +11,7 @@ tokenizable text; trainers turn that text into credit. Start with :func:`make`::
     print(reward, info["feedback"])
 """
 
+from rlrf import _interrupt  # noqa: F401  # first of all: see there
 from rlrf._async import run_sync
 from rlrf.env import (
     Env,

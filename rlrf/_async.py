@@ -124,12 +124,11 @@ def _job(function: Callable[..., T], *args: Any) -> tuple[asyncio.Future[T], Job
         try:
             return partial(tell, future.set_result, context.run(function, *args))
         except BaseException as error:
-            outcome = partial(tell, future.set_exception, _ordinary(error))
             here = threading.current_thread()
             if isinstance(error, KeyboardInterrupt) and here is threading.main_thread():
-                outcome()
-                raise  # the user's, and not only this call's
-            return outcome
+                # The user's, and no outcome of this call: it ends run_sync(), which cancels all.
+                raise
+            return partial(tell, future.set_exception, _ordinary(error))
 
     return future, job
 

@@ -10,6 +10,7 @@ are imported when they are called, not before: ``rlrf --help`` needs no extra.
 from __future__ import annotations
 
 import ast
+import atexit
 import contextlib
 import datetime
 import importlib.util
@@ -18,10 +19,11 @@ import logging
 import math
 import os
 import re
+import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +34,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import rlrf
-from rlrf import runs
+from rlrf import _interrupt, _streams, runs
 from rlrf._async import run_sync
 from rlrf.config import (
     TrainConfig,
@@ -68,19 +70,111 @@ commands = Registry("rlrf.commands", "command")
 
 def main() -> None:
     """Run the command line; the console script ``rlrf``."""
-    _add_plugin_commands()
-    logging.getLogger("rlrf").setLevel(logging.INFO)
-    logging.getLogger("rlrf").addHandler(_ToStderr())
-    logging.getLogger("stamina").setLevel(logging.ERROR)  # rlrf.transport says it once
-    warnings.showwarning = _show_warning
+    code = 0
+    if _interrupt.IS_COMMAND:
+        # The last thing that Python does for us: while it shuts down, a thread that is still in
+        # C++ code (a model samples on after an error) aborts the process.
+        atexit.register(lambda: os._exit(code))
+    _streams.protect(descriptors=_interrupt.IS_COMMAND)
+    interrupts = _interrupt.Interrupts()
     try:
-        app()
-    except RlrfError as error:
+        with interrupts:
+            code = _run(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = interrupts.code
+        interrupts.say()
+        if interrupts.signal is not None:
+            sys.stdout.flush()
+            os._exit(code)
+    if (error := _streams.lost()) is not None and code == 0 and not _interrupt.kept():
+        print(f"error: standard output cannot be written: {error.strerror}", file=sys.stderr)
+        code = 1
+    _streams.restore()
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The exit code of a command line; whatever is raised becomes lines on standard error."""
+    log = _ToStderr()
+    logging.getLogger("rlrf").setLevel(logging.INFO)
+    logging.getLogger("rlrf").addHandler(log)
+    shown, warnings.showwarning = warnings.showwarning, _show_warning
+    try:
+        for argument in arguments:
+            if not argument.isascii() and _not_text(argument):
+                raise UsageError(
+                    f"the argument {argument!r} is not UTF-8 text; rename what it names"
+                )
+        _add_plugin_commands()
+        command = typer.main.get_command(app)
+        if "_RLRF_COMPLETE" in os.environ:
+            command()  # answers the shell
+        _invoke(command, arguments, "rlrf")
+        return 0
+    except KeyboardInterrupt:
+        raise
+    except typer.Exit as end:
+        return end.exit_code
+    except SystemExit as end:  # of a plug-in
+        if end.code is None or isinstance(end.code, int):
+            return int(end.code or 0)
+        print(f"error: {end.code}", file=sys.stderr)
+        return 1
+    except BaseException as error:  # also what libraries in other languages panic with
         if os.environ.get("RLRF_DEBUG"):
             traceback.print_exc()
-        for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+        return _say_error(error)
+    finally:
+        logging.getLogger("rlrf").removeHandler(log)
+        warnings.showwarning = shown
+
+
+def _is_text(argument: str) -> bool:
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _invoke(command: Any, arguments: Sequence[str], name: str) -> None:
+    # Not command(): it takes a broken pipe of the work itself for one of standard output.
+    with command.make_context(name, list(arguments)) as context:
+        command.invoke(context)
+
+
+def _say_error(error: BaseException) -> int:
+    """Tell an error in a line of its own each, and return the exit code."""
+    usage = isinstance(error, UsageError)
+    if isinstance(error, _ClickError):  # an unknown option, a value of another type
+        usage, told = True, error.format_message()
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            return 2
+        if context is not None:
+            told = f"{told.rstrip()} See: {context.command_path} --help"
+    elif isinstance(error, RlrfError):
+        told = str(error) or type(error).__name__
+    else:
+        try:
+            told = str(error)
+        except Exception:
+            told = ""
+        name = type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            name = f"{error.filename}" if error.filename else name
+            told = error.strerror
+        told = f"{name}: {told}" if told else name
+        if not isinstance(error, OSError):
+            told += "\n(RLRF_DEBUG=1 shows where)"
+    for line in told.splitlines():
+        print(line if line.startswith("(") else f"error: {line}", file=sys.stderr)
+    return 2 if usage else 1
+
+
+# What typer, which brings its own click or takes the installed one, raises for wrong usage.
+_ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class _ToStderr(logging.Handler):
@@ -134,7 +228,7 @@ def _plugin_command(name: str) -> Callable[[typer.Context], None]:
         if not isinstance(plugin, typer.Typer):
             raise UsageError(f"command {name!r} is {plugin!r}; a plug-in command is a typer.Typer")
         # A group even with a single command: `rlrf model fetch` must not become `rlrf model`.
-        typer.main.get_group(plugin)(args=ctx.args, prog_name=f"rlrf {name}")
+        _invoke(typer.main.get_group(plugin), ctx.args, f"rlrf {name}")
 
     return call
 
@@ -411,7 +505,16 @@ def eval_(
             results = ResultsFile.named(Path("runs", "eval"), name, settings)
         if results.done:
             print(f"continuing {results.partial}: {len(results.done)} done", file=sys.stderr)
-        with results, RolloutProgress(n_tasks * max(samples, 1), results.done) as progress:
+        n_rollouts = n_tasks * samples
+        progress = RolloutProgress(n_rollouts, results.done)
+
+        def kept() -> list[str]:
+            return [
+                f"kept: {progress.done} of {n_rollouts} rollouts, in {results.partial}",
+                f"to go on: {_interrupt.same_command()}",
+            ]
+
+        with results, _interrupt.keeping(kept), progress:
 
             def finished(rollout: Rollout) -> None:
                 results.add(rollout)
@@ -668,8 +771,16 @@ def _train(
             f"trainer {settings.trainer.name!r} cannot resume a run: it takes no `resume`"
         )
     written, fresh = to_toml(settings.model_dump(exclude_none=True)), path / ".config.toml.new"
+
+    def kept() -> list[str]:
+        return _kept(path)
+
     try:
-        with aside, _progress(getattr(trainer_config, "max_steps", None)) as progress:
+        with (
+            _interrupt.keeping(kept),
+            aside,
+            _progress(getattr(trainer_config, "max_steps", None)) as progress,
+        ):
 
             def on_step(line: dict[str, float]) -> None:
                 # What --set changed holds once the run goes on with it, not before.
@@ -694,9 +805,8 @@ def _train(
         status = "done"
     except KeyboardInterrupt:
         status = "interrupted"
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except Exception as error:
+        raise
+    except BaseException as error:
         message = f"{type(error).__name__}: {error}"
         raise
     finally:
@@ -720,6 +830,39 @@ def _train(
         print(f"held-out pass rate: {start}{rates[max(rates)]:.1%} after{best}")
     if result.model_dir is not None:
         print(f"model: {result.model_dir}")
+
+
+def _kept(path: Path) -> list[str]:
+    """What an interrupted run leaves, and how to go on with it; marks it, if nobody has."""
+    again = f"to go on: {shlex.join(['rlrf', 'train', '--resume', str(path)])}"
+    if not (runs.is_run(path) and (path / "config.toml").exists()):
+        return ["nothing had begun", f"to begin: {_interrupt.same_command()}"]
+    run = runs.Run.open(path)
+    if run.status == "running":
+        run.finish("interrupted")
+    steps = [int(line["step"]) for line in run.metrics]
+    last = max(steps, default=0)
+    told = f"kept: {last} steps in {path}"
+    folders = (path / "checkpoints").glob("step-*")
+    saved = max((int(n) for f in folders if (n := f.name[5:]).isdigit()), default=None)
+    if saved is not None:
+        return [f"{told}, the last checkpoint of step {saved}", again]
+    if not last:
+        return [f"{told}: the first had not ended", again]
+    trainer = run.config.get("trainer")
+    if isinstance(trainer, dict) and trainer.get("save_steps"):
+        return [f"{told}, but no checkpoint yet: it begins again", again]
+    if run.info.get("model"):
+        model = str(path / "model")
+        more = ["rlrf", "train", str(path / "config.toml"), "--model", model]
+        return [
+            f"{told}, and the model of the last; for checkpoints set trainer.save_steps",
+            f"to go on: {shlex.join([*more, '--run-dir', f'{path}-2'])}",
+        ]
+    return [
+        f"{told}, but not the model, as trainer.save_steps is 0",
+        f"to begin again: {_interrupt.same_command()} --overwrite",
+    ]
 
 
 # --- report, check ------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from rich.table import Table
 
 import rlrf
 from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, user
+from rlrf._interrupt import keeping, same_command
 from rlrf.config import build_config, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
@@ -796,7 +797,16 @@ def _discover(
             print(f"continuing {results.partial}: {len(results.done)} runs done", file=sys.stderr)
         policy = HFPolicy(settings.model)  # before anything is written
         n_runs = len(ids) * len(chosen_seeds) * len(methods)
-        with results, _RunProgress(n_runs, len(results.done)) as progress:
+        progress = _RunProgress(n_runs, len(results.done))
+
+        def kept() -> list[str]:
+            return [
+                f"kept: {progress.done} of {n_runs} runs, in {results.partial}; the one under way "
+                "begins again",
+                f"to go on: {same_command()}",
+            ]
+
+        with results, keeping(kept), progress:
 
             def finished(run: DiscoveryRun) -> None:
                 results.add(run)
@@ -816,9 +826,6 @@ def _discover(
                 done=results.done,
             )
             results.finish(report, {"lock": environment_lock(environment)})
-    except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
-        raise typer.Exit(130) from None
     finally:
         environment.close()
     _print_report(Console(), report)

@@ -836,6 +836,8 @@ class Learner:
         status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         # A sharded model takes all processes to save; one that has not moved is not worth it.
         moved = self.world.size == 1 and self.step > self._first_step
+        if status == "interrupted" and self.config.save_steps:
+            moved = False  # its checkpoints are there to go on from, and there is little time
         told = f"{type(error).__name__}: {error}"
         saved = None
         with contextlib.suppress(OSError):
