@@ -89,7 +89,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._closed = self._said = False
+        self._closed = self._raised = self._said = False
         self._saying = threading.Lock()
         self._before: dict[int, Any] = {}
 
@@ -126,9 +126,9 @@ class Interrupts:
         os.close(self._writer)  # ends the watcher
 
     def _raise(self, number: int, _: FrameType | None) -> None:
-        if self._closed or self.signal is not None:
+        if self._closed or self._raised:
             return  # a second one is for the watcher
-        self.signal = number
+        self.signal, self._raised = number, True
         raise KeyboardInterrupt
 
     def _ignored(self, unraisable: Any) -> None:

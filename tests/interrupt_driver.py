@@ -1,9 +1,11 @@
-"""Interrupts ``rlrf`` at chosen moments: one fork of this process for each.
+"""Interrupts the command ``rlrf`` at chosen moments; started by test_interrupts.py.
 
-A moment is a number of calls that Python has made, in any thread: no clock is asked. It is given
-as a share of those that the whole command makes. Run with a JSON list of arguments ("{}" in them is
-the number of the try), one of shares, and the signal; prints a JSON line for the whole command and
-one for each moment: exit status, and what was written to standard output and error.
+    python -m tests.interrupt_driver MODEL ARGUMENTS_JSON SHARES_JSON SIGNAL
+
+A moment is a number of functions that the interpreter has called, in any thread, as a share of
+those that the whole command calls: no clock is asked. "{}" in an argument is the number of the
+try. Prints a JSON line for the whole command, and one for each try: exit status, standard output,
+standard error. Forked children save importing torch each time.
 """
 
 from __future__ import annotations
@@ -14,97 +16,90 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
+from pathlib import Path
 from typing import Any
 
+sys.argv[0] = "rlrf"  # we are the command
 
-def calls_until(count: int, then: Any) -> None:
-    """Call ``then`` once Python has made so many calls."""
-    made = 0
+import torch  # noqa: E402
 
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal made
-        if event != "call":
-            return
-        made += 1
-        if made == count:
-            sys.setprofile(None)
-            then()
-
-    threading.setprofile(profile)
-    sys.setprofile(profile)
+import rlrf  # noqa: E402
+import rlrf.cli  # noqa: E402
+import rlrf.report  # noqa: E402
+import rlrf.testing  # noqa: E402
+import rlrf_trainers.discover  # noqa: E402, F401
+from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+from tests.resume_driver import CountA  # noqa: E402
 
 
-def run(arguments: list[str], count: int, number: int) -> None:
-    """In a fork: the command, interrupted after ``count`` calls; never returns."""
-    import torch
+class Calls:
+    """Counts the functions that are called, and sends a signal at one of them."""
 
+    def __init__(self, at: int, number: int) -> None:
+        self.count, self.at, self.number = 0, at, number
+
+    def __call__(self, frame: Any, event: str, arg: Any) -> None:
+        if event == "call":
+            self.count += 1
+            if self.count == self.at:
+                os.kill(os.getpid(), self.number)
+
+
+def run(arguments: list[str], calls: Calls) -> None:
+    """The command, in a fork; never returns."""
     torch.set_num_threads(1)
-    from rlrf.cli import main
-
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     sys.argv = ["rlrf", *arguments]
-    if count:
-        calls_until(count, lambda: os.kill(os.getpid(), number))
-    main()
-
-
-def measure(arguments: list[str]) -> None:
-    """In a fork: the command, and how many calls it takes, on standard error."""
-    made = 0
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        nonlocal made
-        made += event == "call"
-
-    threading.setprofile(profile)
-    sys.setprofile(profile)
+    threading.setprofile(calls)
+    sys.setprofile(calls)
+    code: Any = 99
     try:
-        run(arguments, 0, 0)
+        rlrf.cli.main()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.setprofile(None)
-        os.write(2, f"\ncalls {made}\n".encode())
+        if not calls.at:
+            os.write(2, f"\ncalls {calls.count}\n".encode())
+        sys.stdout.flush()
+        os._exit(code)
 
 
-def fork(function: Any, *arguments: Any) -> tuple[int, str, str]:
-    """Exit status (negative for a signal), standard output and error of a fork."""
+def fork(arguments: list[str], at: int = 0, number: int = 0) -> tuple[int, str, str]:
+    """Exit status (negative for a signal), standard output and error of the command."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if not pid:
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            code = 99
-            try:
-                function(*arguments)
-            except SystemExit as end:
-                code = end.code
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
+            run(arguments, Calls(at, number))
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         texts = []
         for file in (out, err):
             file.seek(0)
             texts.append(file.read().decode(errors="replace"))
-        return status, texts[0], texts[1]
+    return status, texts[0], texts[1]
+
+
+def main() -> None:
+    folder, given, shares, number = sys.argv[1:]
+    rlrf.register("count-a-v0", CountA)
+    torch.set_num_threads(1)  # others do not survive a fork
+    HFPolicy(Path(folder))  # what is imported late, and compiled once
+
+    def arguments(attempt: int) -> list[str]:
+        return [text.replace("{}", str(attempt)) for text in json.loads(given)]
+
+    whole = fork(arguments(-1))
+    print(json.dumps(whole), flush=True)
+    total = int(whole[2].rpartition("\ncalls ")[2])
+    for attempt, share in enumerate(json.loads(shares)):
+        print(json.dumps(fork(arguments(attempt), 1 + int(share * total), int(number))), flush=True)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    given, moments, sent = json.loads(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
-    sys.argv = ["rlrf"]
-    import rlrf.testing  # noqa: F401  # all that a command imports, but nothing is computed yet
-    import rlrf_trainers.sdpo  # noqa: F401
-
-    def arguments_of(index: int) -> list[str]:
-        return [text.replace("{}", str(index)) for text in given]
-
-    whole = fork(measure, arguments_of(-1))
-    print(json.dumps(whole), flush=True)
-    total = int(whole[2].rpartition("\ncalls ")[2])
-    for index, share in enumerate(moments):
-        moment = 1 + int(share * total)
-        print(json.dumps(fork(run, arguments_of(index), moment, sent)), flush=True)
+    main()

@@ -1,0 +1,254 @@
+"""Ctrl-C, wherever it strikes: "interrupted", what was kept, how to go on, 130; SIGTERM: 143."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlrf import _interrupt
+from rlrf.runs import Run
+
+ROOT = Path(__file__).parent.parent
+ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+needs_torch = pytest.mark.skipif(
+    not pytest.importorskip("importlib.util").find_spec("torch"), reason="needs the extra 'train'"
+)
+SETTINGS = {
+    "max_steps": 3,
+    "prompts_per_step": 2,
+    "num_generations": 2,
+    "max_completion_length": 4,
+    "eval_tasks": 2,
+    "probe_tasks": 1,
+    "save_steps": 1,
+}
+MODEL_ENV = ("--model", "tiny", "--env", "count-a-v0")
+TRAIN = ("train", *MODEL_ENV, *(f"--set=trainer.{k}={v}" for k, v in SETTINGS.items()))
+EVAL = ("eval", *MODEL_ENV, "--samples", "3", "--max-tokens", "6", "--max-concurrency", "4")
+DISCOVER = ("discover", *MODEL_ENV, "--limit", "2", "--budget", "4")
+DISCOVER += tuple(f"--set=trainer.{k}=2" for k in ("num_generations", "max_completion_length"))
+COMMANDS = {
+    "train": (*TRAIN, "--run-dir", "run{}"),
+    "eval": (*EVAL, "--out", "eval{}.json"),
+    "discover": (*DISCOVER, "--out", "found{}.json"),
+    "check": ("check", "count-a-v0"),
+}
+
+
+def driven(folder: Path, arguments: Sequence[str], shares: list[float], number: int) -> list:
+    """What the command says, left alone and interrupted at each of ``shares`` of its way."""
+    words = ["tiny", json.dumps(arguments), json.dumps(shares), str(number)]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interrupt_driver", *words],
+        cwd=folder,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def interrupted(folder: Path, arguments: tuple[str, ...], shares: list[float], number: int = 2):
+    """What the command says when it is interrupted at each of ``shares`` of its way."""
+    from tests.tiny_model import save_tiny
+
+    save_tiny(folder / "tiny")
+    whole, *tries = driven(folder, arguments, shares, number)
+    assert whole[0] in (0, 1), whole  # a tiny model that solves nothing is no failure of ours
+    assert len(tries) == len(shares)
+    return tries
+
+
+def clear_ending(code: int, error: str, share: float, expected: int = 130) -> None:
+    if share > 0.97 and code in (0, 1):
+        return  # the work was done
+    assert code == expected, error
+    lines = error.splitlines()
+    assert lines.count("interrupted") == 1, error
+    told = lines[lines.index("interrupted") + 1 :]
+    assert not told or told[-1].startswith("to "), error  # the command that goes on is the last
+    for bad in ("Traceback", "KeyboardInterrupt", "policy_error", "retrying", "Exception ignored"):
+        assert bad not in error
+
+
+@needs_torch
+def test_an_interrupt_at_a_few_moments(tmp_path: Path) -> None:
+    shares = [0.3, 0.55, 0.9]
+    tries = interrupted(tmp_path, COMMANDS["train"], shares)
+    for share, (code, _, error) in zip(shares, tries, strict=True):
+        clear_ending(code, error, share)
+    for attempt, (_, _, error) in enumerate(tries):
+        if "to go on: " in error:
+            assert Run.open(tmp_path / f"run{attempt}").status == "interrupted"
+            assert error.endswith(f"to go on: rlrf train --resume run{attempt}\n")
+
+
+@needs_torch
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tries"), [("train", 45), ("eval", 25), ("discover", 20), ("check", 10)]
+)
+def test_an_interrupt_at_a_hundred_moments(name: str, tries: int, tmp_path: Path) -> None:
+    rng = random.Random(name)
+    shares = [rng.random() for _ in range(tries)]
+    found = interrupted(tmp_path, COMMANDS[name], shares)
+    for share, (code, _, error) in zip(shares, found, strict=True):
+        clear_ending(code, error, share)
+    if name == "check":
+        return
+    # What was promised holds: the command that was named goes on, to the same end.
+    goes_on = {e.rpartition("to go on: ")[2].strip() for _, _, e in found if "to go on: " in e}
+    assert goes_on
+    for again in rng.sample(sorted(goes_on), 3):
+        ((code, _, error),) = driven(tmp_path, shlex.split(again)[1:], [], 2)
+        assert code == 0, (again, error)
+        if name == "train":
+            run = Run.open(tmp_path / again.split()[-1])
+            whole = Run.open(tmp_path / "run-1")
+            assert _untimed(run) == _untimed(whole)
+
+
+def _untimed(run: Run) -> list[dict[str, float]]:
+    return [{k: v for k, v in m.items() if not k.startswith("time/")} for m in run.metrics]
+
+
+@needs_torch
+@pytest.mark.slow
+def test_sigterm_is_an_interrupt_too(tmp_path: Path) -> None:
+    shares = [0.4, 0.8]
+    found = interrupted(tmp_path, COMMANDS["train"], shares, signal.SIGTERM)
+    for share, (code, _, error) in zip(shares, found, strict=True):
+        clear_ending(code, error, share, 143)
+
+
+STUCK = """
+import ctypes, signal, sys, threading
+sys.argv = ["rlrf", "eval", "--env", "stuck-v0", "--policy", "stuck", "--out", "r.json"]
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import rlrf
+from rlrf import _interrupt, cli
+
+_interrupt.GRACE_S = 0.05
+
+class Stuck(rlrf.SingleTurnEnv):
+    def load_tasks(self, split):
+        return [rlrf.Task(f"{split}-{i}", "Say.") for i in range(3)]
+    def grade(self, task, completion):
+        return rlrf.Outcome(1.0)
+
+calls = 0
+def reply(messages):
+    global calls
+    calls += 1
+    if calls == 3:
+        libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+        libc.pthread_mutex_lock(lock)
+        print("sampling", flush=True)
+        libc.pthread_mutex_lock(lock)  # no signal gets anyone out of here
+    return "x"
+
+rlrf.register("stuck-v0", Stuck)
+rlrf.policies.register("stuck", lambda: rlrf.ScriptedPolicy(reply, max_batch_size=1))
+cli.main()
+"""
+
+
+def _started(code: str, folder: Path, until: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(until):
+        assert process.poll() is None, process.communicate()[1]
+    return process
+
+
+def test_an_interrupt_inside_c_code_that_hears_no_signal(tmp_path: Path) -> None:
+    assert _interrupt.GRACE_S + 0.3 < 2  # and 0.3 s for the words
+    process = _started(STUCK, tmp_path, "sampling")
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    told = re.search(
+        "^interrupted\n"
+        r"kept: ([12]) of 3 rollouts, in r\.json\.partial\n"  # the second may be on its way
+        r"to go on: rlrf eval --env stuck-v0 --policy stuck --out r\.json$",
+        error,
+        re.M,
+    )
+    assert told, error
+    again = STUCK.replace("calls == 3", "False").replace("cli.main()", "print('go'); cli.main()")
+    process = _started(again, tmp_path, "go")
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert re.search("continuing r.json.partial: [12] done", error)
+
+
+def test_a_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
+    process = _started(STUCK.replace("GRACE_S = 0.05", "GRACE_S = 1000"), tmp_path, "sampling")
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # two of one kind could become one
+    _, error = process.communicate(timeout=60)
+    assert process.returncode in (130, 143)
+    assert error.endswith("interrupted\n")
+    assert "kept" not in error
+
+
+def test_an_interrupt_while_rlrf_is_imported(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv = ['rlrf', 'list']\n"
+        "print('go', flush=True)\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'gymnasium':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from rlrf.cli import main\n"
+        "main()\n"
+    )
+    process = _started(code, tmp_path, "go")
+    assert process.communicate(timeout=60) == ("", "interrupted\n")
+    assert process.returncode == 130
+
+
+def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "sys.argv = ['rlrf', 'list']\n"
+        "from rlrf import cli\n"
+        "cli.list_ = None\n"
+        "print('go', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli.main()\n"
+    )
+    process = _started(code, tmp_path, "go")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_what_is_secret_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["rlrf", "eval", "--overwrite", "--policy-option", "api_key=sk-1", "--out", "a b"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert _interrupt.same_command() == "rlrf eval --policy-option api_key=... --out 'a b'"
