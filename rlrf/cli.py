@@ -23,7 +23,8 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,15 +45,16 @@ from rlrf.config import (
     parse_assignment,
     to_toml,
 )
-from rlrf.console import RolloutProgress, TrainProgress
+from rlrf.console import Display, RolloutProgress, TrainProgress
 from rlrf.env import Env, StepResult, Task
 from rlrf.errors import ConfigError, RlrfError, UsageError
 from rlrf.evaluate import EvalReport, evaluate
 from rlrf.feedback import Level
 from rlrf.messages import Messages
-from rlrf.plugins import EXTRAS, Registry
+from rlrf.plugins import EXTRAS, Registry, import_failure
 from rlrf.policy import SamplingParams, make_policy, policies
-from rlrf.registry import accepted_options
+from rlrf.progress import phase
+from rlrf.registry import accepted_options, origins
 from rlrf.results import ResultsFile
 from rlrf.rollout import Rollout
 from rlrf.sandbox import sandboxes
@@ -101,10 +103,8 @@ def _run(arguments: Sequence[str]) -> int:
     shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         for argument in arguments:
-            if not argument.isascii() and _not_text(argument):
-                raise UsageError(
-                    f"the argument {argument!r} is not UTF-8 text; rename what it names"
-                )
+            if not _is_text(argument):
+                raise UsageError(f"{argument!r} is not UTF-8 text; rename what it names")
         _add_plugin_commands()
         command = typer.main.get_command(app)
         if "_RLRF_COMPLETE" in os.environ:
@@ -208,11 +208,11 @@ def _console() -> Console:
 
 def _add_plugin_commands() -> None:
     present = {command.name for command in app.registered_commands}
-    for name in commands:
+    for name, target, of in commands.items():
         if name not in present:
             app.command(
                 name,
-                help=_describe(commands.target(name))[0] or f"Commands of the {name!r} plug-in.",
+                help=_describe(target, of)[0] or f"Commands of the {name!r} plug-in.",
                 # All arguments, --help included, are for the command that is loaded below.
                 context_settings={
                     "allow_extra_args": True,
@@ -274,31 +274,40 @@ def list_() -> None:
         table.add_column(no_wrap=True, style="cyan")
         table.add_column()
         table.show_header = False
-        names: Iterable[str] = rlrf.registry if registry is None else registry
-        for name in names:
-            target = rlrf.spec(name).entry_point if registry is None else registry.target(name)
-            doc, missing = _describe(target)
+        if registry is None:
+            brings = origins()
+            rows = [(n, s.entry_point, brings.get(n, "")) for n, s in rlrf.registry.items()]
+        else:
+            rows = registry.items()
+        for name, target, of in rows:
+            doc, missing = _describe(target, of)
             needs = f"  (needs: pip install 'rlrf[{missing}]')" if missing else ""
-            table.add_row(name, escape(doc + needs))
+            table.add_row(escape(name), escape(doc + needs))
         if not table.row_count:
             table.add_row("-", "none installed")
         console.print(table)
         console.print()
 
 
-def _describe(target: Any) -> tuple[str, str]:
+def _describe(target: Any, of: str = "") -> tuple[str, str]:
     """The first line of a target's documentation, and the extra it lacks (or "").
 
     A ``"pkg.mod:Name"`` is read as source, not imported: listing must not need torch, nor wait
-    for it.
+    for it. Where that fails the line says why, and of which distribution it is.
     """
+    of = f", of {of}" if of else ""
     if not isinstance(target, str):
         return _plain(inspect.getdoc(target) or "").partition("\n")[0], ""
-    module, _, attr = target.partition(":")
-    source = _module_source(module)
-    if source is None:
-        return "(not importable)", ""
-    tree = ast.parse(source)
+    module, _, attr = target.partition("[")[0].replace(" ", "").partition(":")
+    try:
+        source = _module_source(module)
+        if source is None:
+            return f"(not importable: there is no module {module!r}{of})", ""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # for its author
+            tree = ast.parse(source, module)
+    except Exception as error:  # whatever a file can hold
+        return f"(not importable: {import_failure(error)}{of})", ""
     doc = ast.get_docstring(tree) or ""
     missing = ""
     for node in tree.body:
@@ -324,8 +333,11 @@ def _imported(node: ast.stmt) -> list[str]:
     return []
 
 
-def _module_source(module: str) -> str | None:
-    """The source of a module, found without importing its parent packages."""
+def _module_source(module: str) -> bytes | None:
+    """The source of a module, found without importing its parent packages.
+
+    None if there is no such module, nothing for one that is compiled.
+    """
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -333,13 +345,17 @@ def _module_source(module: str) -> str | None:
         return None
     if spec is None:
         return None
-    places = [Path(p) for p in spec.submodule_search_locations or ()]
-    if rest:
-        found = [p.joinpath(*rest).with_suffix(".py") for p in places]
-        found += [p.joinpath(*rest, "__init__.py") for p in places]
-    else:
-        found = [Path(spec.origin)] if spec.origin else []
-    return next((p.read_text(encoding="utf-8") for p in found if p.is_file()), None)
+    if not rest:
+        origin = spec.origin or ""
+        return Path(origin).read_bytes() if origin.endswith(".py") else b""
+    for place in spec.submodule_search_locations or ():
+        found = Path(place).joinpath(*rest)
+        for source in (found.with_suffix(".py"), found / "__init__.py"):
+            if source.is_file():
+                return source.read_bytes()
+        if any(found.parent.glob(f"{found.name}.*")):
+            return b""
+    return None
 
 
 # --- info ---------------------------------------------------------------------------------
@@ -432,6 +448,7 @@ def _print_levels(console: Console, env: Env, task: Task) -> None:
 
 @app.command("eval")
 def eval_(
+    context: typer.Context,
     env: Annotated[str, typer.Option(help="Environment id.")],
     policy: Annotated[str, typer.Option(help="Policy; see `rlrf list`.")] = "hf",
     model: Annotated[str | None, typer.Option(help="Model folder or name.")] = None,
@@ -473,13 +490,16 @@ def eval_(
     policy_options |= {
         name: value for name, value in (("model", model), ("base_url", base_url)) if value
     }
-    found = _make_env(env, option, given, held_out=True)
+    progress = context.with_resource(RolloutProgress())
+    with phase(f"loading the environment {env!r}"):
+        found = _make_env(env, option, given, held_out=True)
     max_tokens = found.max_tokens if max_tokens is None else max_tokens
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     with contextlib.ExitStack() as stack:
         stack.callback(found.close)
         n_tasks = min(limit or sys.maxsize, len(found.tasks()))
-        player = _make_policy(policy, policy_options)
+        with phase(f"loading the policy {policy!r}"):
+            player = _make_policy(policy, policy_options)
         stack.callback(getattr(player, "close", lambda: None))
         settings = {
             "env": env,
@@ -506,7 +526,7 @@ def eval_(
         if results.done:
             print(f"continuing {results.partial}: {len(results.done)} done", file=sys.stderr)
         n_rollouts = n_tasks * samples
-        progress = RolloutProgress(n_rollouts, results.done)
+        progress.begin(n_rollouts, results.done)
 
         def kept() -> list[str]:
             return [
@@ -514,7 +534,7 @@ def eval_(
                 f"to go on: {_interrupt.same_command()}",
             ]
 
-        with results, _interrupt.keeping(kept), progress:
+        with results, _interrupt.keeping(kept):
 
             def finished(rollout: Rollout) -> None:
                 results.add(rollout)
@@ -629,6 +649,7 @@ def _assignments(texts: list[str] | None) -> dict[str, Any]:
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[
         Path | None, typer.Argument(metavar="[CONFIG.toml]", help="Configuration file.")
     ] = None,
@@ -656,7 +677,10 @@ def train(
         config, run_dir = _to_resume(resume, config, run_dir, overwrite), str(resume)
     overrides = {"trainer.name": trainer, "model": model, "env.id": env, "run.dir": run_dir}
     settings = load_train_config(config, set_ or (), overrides)
-    trainer_config = _trainer_config(settings.trainer)
+    # From here on it may take a while: to import torch, for one.
+    progress = context.with_resource(TrainProgress()) if _is_main() else None
+    with phase(f"loading the trainer {settings.trainer.name!r}"):
+        trainer_config = _trainer_config(settings.trainer)
     if settings.model and (folder := Path(settings.model).expanduser()).is_dir():
         settings.model = os.path.abspath(folder)  # a run may be gone on with from elsewhere
     path = _run_dir(settings)
@@ -669,7 +693,8 @@ def train(
             f"{str(path)!r} is no run but holds a config.toml, which the run's would replace; "
             "choose another run directory"
         )
-    environment = rlrf.make(settings.env.id, **settings.env.options)
+    with phase(f"loading the environment {settings.env.id!r}"):
+        environment = rlrf.make(settings.env.id, **settings.env.options)
     held_out: Env | None = None
     try:
         if settings.eval_env is not None or "eval" in environment.splits:
@@ -679,7 +704,10 @@ def train(
         settings.run.dir = str(path)
         if _is_main():
             print(f"run directory: {path}", flush=True)
-        _train(settings, trainer_config, environment, held_out, path, report, resume is not None)
+        if progress is not None:
+            progress.total = getattr(trainer_config, "max_steps", None)
+        resumes = resume is not None
+        _train(settings, trainer_config, environment, held_out, path, report, resumes, progress)
     finally:
         environment.close()
         if held_out is not None:
@@ -756,6 +784,7 @@ def _train(
     path: Path,
     report: bool,
     resume: bool,
+    progress: TrainProgress | None,
 ) -> None:
     """Run the trainer; whatever happens, the run directory says how it ended."""
     status, message = "failed", ""
@@ -772,22 +801,16 @@ def _train(
         )
     written, fresh = to_toml(settings.model_dump(exclude_none=True)), path / ".config.toml.new"
 
-    def kept() -> list[str]:
-        return _kept(path)
-
     try:
-        with (
-            _interrupt.keeping(kept),
-            aside,
-            _progress(getattr(trainer_config, "max_steps", None)) as progress,
-        ):
+        with _interrupt.keeping(partial(_kept, path)), aside:
 
             def on_step(line: dict[str, float]) -> None:
                 # What --set changed holds once the run goes on with it, not before.
                 if (path / "config.toml").read_text("utf-8") != written:
                     fresh.write_text(written, encoding="utf-8")
                     fresh.replace(path / "config.toml")
-                progress(line)
+                if progress is not None:
+                    progress(line)
 
             built = make_trainer(
                 settings.trainer.name,
@@ -885,6 +908,7 @@ def _report(run: list[Path], out: Path | None) -> None:
 
 @app.command()
 def check(
+    context: typer.Context,
     env: Annotated[list[str], typer.Argument(metavar="ENV...", help="Environment ids.")],
     option: _EnvOptions = None,
 ) -> None:
@@ -892,11 +916,13 @@ def check(
     from rlrf.testing import check_env
 
     console = _console()
+    context.with_resource(Display())
     ok = True
     for id in env:
         found = _make_env(id, option, {})
         try:
-            outcome = check_env(found)
+            with phase(f"checking {id}"):
+                outcome = check_env(found)
         finally:
             found.close()
         ok &= outcome.ok

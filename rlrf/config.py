@@ -96,7 +96,7 @@ class TrainConfig(BaseModel):
         base: dict[str, Any] = {"id": self.env.id}
         if given.get("id", self.env.id) == self.env.id:
             base |= self.env.options  # options of another environment would not fit
-        return EnvSection(**{**base, "split": "eval", **given})
+        return build_config(EnvSection, {**base, "split": "eval", **given}, prefix="eval_env.")
 
 
 def load_train_config(
@@ -125,19 +125,19 @@ def load_train_config(
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
-    """The tables of a TOML (or ``.json``) file.
+    """The tables of a TOML (or ``.json``) file; a byte order mark before them is nothing.
 
     Raises:
         ConfigError: the file is not there or cannot be parsed.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read the configuration {str(path)!r}: {reason}") from None
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also a number of 5,000 digits, 1,000 brackets
         what = "JSON" if path.suffix == ".json" else "TOML"
         raise ConfigError(f"{str(path)!r} is not valid {what}: {error}") from None
     if not isinstance(data, dict):
@@ -169,7 +169,7 @@ def parse_value(text: str) -> Any:
         return text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
     return value if isinstance(value, (bool, int, float, str, list, dict)) else text
 

@@ -8,6 +8,7 @@ before it is asked for.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
@@ -41,7 +42,12 @@ class Registry:
 
     def entry_points(self) -> dict[str, metadata.EntryPoint]:
         """The installed entry points of the group by name."""
-        return {p.name: p for p in metadata.entry_points(group=self.group)}
+        return {p.name: p for p in _entry_points(self.group)}
+
+    def origin(self, name: str) -> str:
+        """The distribution that brings ``name``, with its version; empty if it was registered."""
+        point = None if name in self._added else self.entry_points().get(name)
+        return "" if point is None else _distribution(point)
 
     def names(self) -> list[str]:
         """Every name, sorted."""
@@ -52,6 +58,12 @@ class Registry:
 
     def __contains__(self, name: object) -> bool:
         return name in self.names()
+
+    def items(self) -> list[tuple[str, Any, str]]:
+        """Every name with its :meth:`target` and its :meth:`origin`, sorted."""
+        found = {n: (p.value, _distribution(p)) for n, p in self.entry_points().items()}
+        found |= {name: (target, "") for name, target in self._added.items()}
+        return [(name, *found[name]) for name in sorted(found)]
 
     def target(self, name: str) -> Any:
         """What ``name`` stands for, not imported: the object, or its ``"pkg.mod:attr"``.
@@ -72,9 +84,42 @@ class Registry:
         Raises:
             UnknownIdError: nothing has that name; near matches are listed.
             MissingDependencyError: its module needs a package that is not installed.
+            UsageError: its module cannot be imported; the distribution is named.
         """
         target = self.target(name)
-        return load_object(target, f"{self.what} {name!r}") if isinstance(target, str) else target
+        if not isinstance(target, str):
+            return target
+        origin = self.origin(name)
+        return load_object(target, f"{self.what} {name!r}" + (f" of {origin}" if origin else ""))
+
+
+def _entry_points(group: str) -> list[metadata.EntryPoint]:
+    try:
+        return list(metadata.entry_points(group=group))
+    except Exception:  # the metadata of one distribution is damaged, and it takes all with it
+        points: list[metadata.EntryPoint] = []
+        for distribution in metadata.distributions():
+            try:
+                points += distribution.entry_points.select(group=group)
+            except Exception as error:
+                warnings.warn(
+                    f"the entry points of {_name(distribution)} cannot be read ({error!r}); "
+                    "install it anew",
+                    stacklevel=2,
+                )
+        return points
+
+
+def _distribution(point: metadata.EntryPoint) -> str:
+    """The distribution of an entry point, as ``name version``; empty if it says none."""
+    return "" if point.dist is None else _name(point.dist)
+
+
+def _name(distribution: metadata.Distribution) -> str:
+    try:
+        return f"{distribution.metadata['Name']} {distribution.version}"
+    except Exception:  # damaged as well: where it lies is all there is
+        return str(getattr(distribution, "_path", "a distribution"))
 
 
 EXTRAS = {
@@ -95,9 +140,9 @@ def load_object(path: str, what: str) -> Any:
 
     Raises:
         MissingDependencyError: a package of one of our extras is missing.
-        UsageError: the module or the attribute does not exist.
+        UsageError: the module or the attribute does not exist, or the module raises.
     """
-    module_name, _, attr = path.partition(":")
+    module_name, _, attr = path.partition("[")[0].replace(" ", "").partition(":")  # no extras
     try:
         target = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -108,8 +153,26 @@ def load_object(path: str, what: str) -> Any:
             f"{what} points to {path!r}, but module {error.name!r} cannot be imported; "
             "is the distribution that brings it installed?"
         ) from error
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # it is not ours: a syntax error, an exit, whatever it raises
+        raise UsageError(
+            f"{what} points to {path!r}, which cannot be imported: {import_failure(error)}"
+        ) from error
     for part in attr.split(".") if attr else ():
         if not hasattr(target, part):
             raise UsageError(f"{what} points to {path!r}, but {module_name!r} has no {part!r}")
         target = getattr(target, part)
     return target
+
+
+def import_failure(error: BaseException) -> str:
+    """Why an import failed, in a line: the error, and where a syntax error stands."""
+    try:
+        told = str(error)
+    except Exception:
+        told = ""
+    if isinstance(error, SyntaxError) and error.filename:
+        told = f"{error.msg} ({error.filename}, line {error.lineno})"
+    name = type(error).__name__
+    return " ".join(f"{name}: {told}".split()) if told else name

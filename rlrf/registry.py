@@ -66,7 +66,19 @@ def load_entry_points() -> None:
         try:
             register(name, point.value)
         except UsageError as error:  # one bad distribution must not break `import rlrf`
-            warnings.warn(f"an installed environment is left out: {error}", stacklevel=2)
+            warnings.warn(
+                f"an environment of {_environments.origin(name)} is left out: {error}",
+                stacklevel=2,
+            )
+
+
+def origins() -> dict[str, str]:
+    """The distributions, with their versions, that bring the environments which any does."""
+    return {
+        name: of
+        for name, target, of in _environments.items()
+        if (known := gymnasium.registry.get(f"{NAMESPACE}/{name}")) and known.entry_point == target
+    }
 
 
 class _RegistryView(Mapping[str, EnvSpec]):
@@ -149,7 +161,9 @@ def make(id: str | EnvSpec, **kwargs: Any) -> Env:
 def _check_options(env_spec: EnvSpec, options: Mapping[str, Any]) -> None:
     entry_point = env_spec.entry_point
     if isinstance(entry_point, str):
-        entry_point = load_object(entry_point, f"environment {env_spec.id!r}")
+        name = env_spec.id.removeprefix(NAMESPACE + "/")
+        of = f" of {found}" if (found := origins().get(name)) else ""
+        entry_point = load_object(entry_point, f"environment {name!r}{of}")
     accepted = accepted_options(entry_point)
     for key in options:
         if accepted is not None and key not in accepted:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlrf import progress
 from rlrf._async import call_hook, call_in_turn, run_sync
 from rlrf.env import Env, Episode, StepResult, Task
 from rlrf.errors import (
@@ -181,10 +182,12 @@ async def arollout(
             rollout = await collector.collect(task, group, number, own + k, of_samples)
         rollout = replace(rollout, sample=sample)
         batcher.one_less()
+        shown.advance()
         if on_rollout is not None:
             on_rollout(rollout)
         return rollout
 
+    shown = progress.begin("", len(wanted), "rollouts", done=len(kept))
     jobs = [
         asyncio.ensure_future(one(i, task, k))
         for i, task in enumerate(found)
@@ -198,6 +201,8 @@ async def arollout(
         batcher.stop()
         await asyncio.gather(*jobs, return_exceptions=True)
         raise
+    finally:
+        progress.end(shown)
 
 
 def rollout(

@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 
+from rlrf import progress
 from rlrf._async import run_sync
 from rlrf.env import Env, Task, Turn
 from rlrf.errors import UsageError
@@ -152,12 +153,16 @@ def check_env(
         raise UsageError(f"tasks is {tasks}; it must be >= 1")
     made = make(env) if isinstance(env, str) else env
     suite = _Suite(made, tasks, tuple(actions), tokenizer, outage)
+    results: list[CheckResult] = []
     try:
-        results = tuple(_run(name, check) for name, check in suite.checks())
+        with progress.phase("", len(CHECKS), "checks") as phase:
+            for name, check in suite.checks():
+                results.append(_run(name, check))
+                phase.advance()
     finally:
         if isinstance(env, str):
             made.close()
-    return CheckReport(env if isinstance(env, str) else repr(env), results, strict)
+    return CheckReport(env if isinstance(env, str) else repr(env), tuple(results), strict)
 
 
 def pytest_suite(env: Env | str, **options: Any) -> Callable[[str], None]:

@@ -63,6 +63,13 @@ class OnlyTrain(Cities):
     splits = ("train",)
 
 
+class NothingHeldOut(Cities):
+    """Own data: its split "eval" is empty."""
+
+    def load_tasks(self, split: str) -> list[Task]:
+        return [] if split == "eval" else super().load_tasks(split)
+
+
 class FakeConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     max_steps: int = Field(3, ge=1)
@@ -131,6 +138,7 @@ def needs_model(model: str) -> ScriptedPolicy:
 
 rlrf.register("cli-cities-v0", Cities)
 rlrf.register("cli-onlytrain-v0", OnlyTrain)
+rlrf.register("cli-nothing-held-out-v0", NothingHeldOut)
 rlrf.policies.register("cli-scripted", scripted)
 rlrf.policies.register("cli-needs-model", needs_model)
 rlrf.trainers.register("cli-fake", FakeTrainer)
@@ -247,7 +255,7 @@ def test_list_reads_documentation_without_importing(
     assert "The thing." in rows["cli-thing"]
     assert "needs: pip install 'rlrf[vllm]'" in rows["cli-thing"]
     assert "The sub package." in rows["cli-module"]
-    assert "(not importable)" in rows["cli-absent"]
+    assert "(not importable: there is no module 'clidocs_absent.x')" in rows["cli-absent"]
     assert "Deserialize" in rows["cli-top"]
     assert "clidocs" not in sys.modules
 
@@ -512,6 +520,45 @@ def test_the_default_run_directory_tells_what_ran(rlrf_cli: Invoke) -> None:
 def test_an_environment_without_held_out_tasks_trains(rlrf_cli: Invoke) -> None:
     assert rlrf_cli(*TRAIN, "--env", "cli-onlytrain-v0", "--run-dir", "a")[0] == 0
     assert FakeTrainer.made[0].eval_env is None
+
+
+def test_own_data_without_held_out_tasks_leaves_no_folder(
+    rlrf_cli: Invoke, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    from tests.tiny_model import save_tiny
+
+    save_tiny(tmp_path / "tiny")
+    given = ("train", "--env", "cli-nothing-held-out-v0", "--model", "tiny", "--run-dir", "a")
+    for _ in range(2):  # the second is not refused for what the first left
+        code, _, error = rlrf_cli(*given)
+        assert code == 2
+        assert "has no task in split 'eval'" in error
+        assert "eval_env.split" in error
+        assert [line.startswith("error: ") for line in error.splitlines()][-1:] == [True]
+        assert not (tmp_path / "a").exists()
+    sets = {"max_steps": 1, "prompts_per_step": 1, "num_generations": 2, "probe_tasks": 0}
+    sets |= {"max_completion_length": 2, "eval_tasks": 1}
+    code, _, error = rlrf_cli(
+        *(*given, "--set", "eval_env.split=train", "--no-report"),
+        *(f"--set=trainer.{k}={v}" for k, v in sets.items()),
+    )
+    assert code == 0, error
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("eval_env.id=5", "eval_env.id is 5; it must be a string"),
+        ("eval_env=5", "eval_env is 5; it must be a table"),
+        ("eval_env.split=dev", "unknown split 'dev'"),
+    ],
+)
+def test_a_wrong_held_out_environment(rlrf_cli: Invoke, assignment: str, expected: str) -> None:
+    code, _, error = rlrf_cli(*TRAIN, "--run-dir", "a", "--set", assignment)
+    assert code == 2
+    assert expected in error
+    assert not Path("a").exists()
 
 
 def test_the_held_out_environment_can_be_another(rlrf_cli: Invoke) -> None:

@@ -28,7 +28,7 @@ from typing import Annotated, Any, cast
 import numpy as np
 import typer
 from numpy.typing import NDArray
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -39,6 +39,7 @@ from rlrf._interrupt import keeping, same_command
 from rlrf.config import build_config, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
+from rlrf.progress import phase
 from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
 from rlrf_trainers.config import SDPOConfig
@@ -699,6 +700,7 @@ app = typer.Typer(help="Test-time SDPO on single tasks, against best-of-k and mu
 
 @app.callback(invoke_without_command=True)
 def _discover(
+    context: typer.Context,
     env: Annotated[str | None, typer.Option(help="Environment id.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Id of a task; repeatable.")] = None,
     tasks_file: Annotated[Path | None, typer.Option(help="File with a task id per line.")] = None,
@@ -752,7 +754,9 @@ def _discover(
     settings = load_train_config(config, set_ or (), given)
     if settings.trainer.name != "sdpo":
         raise ConfigError(f"trainer.name is {settings.trainer.name!r}; discover trains with 'sdpo'")
-    environment = rlrf.make(settings.env.id, **settings.env.options)
+    progress = context.with_resource(_RunProgress())
+    with phase(f"loading the environment {settings.env.id!r}"):
+        environment = rlrf.make(settings.env.id, **settings.env.options)
     try:
         options = settings.trainer.options
         trainer_config = discovery_config(environment, options, prefix="trainer.")
@@ -797,7 +801,7 @@ def _discover(
             print(f"continuing {results.partial}: {len(results.done)} runs done", file=sys.stderr)
         policy = HFPolicy(settings.model)  # before anything is written
         n_runs = len(ids) * len(chosen_seeds) * len(methods)
-        progress = _RunProgress(n_runs, len(results.done))
+        progress.begin(n_runs, len(results.done))
 
         def kept() -> list[str]:
             return [
@@ -806,7 +810,7 @@ def _discover(
                 f"to go on: {same_command()}",
             ]
 
-        with results, keeping(kept), progress:
+        with results, keeping(kept):
 
             def finished(run: DiscoveryRun) -> None:
                 results.add(run)
@@ -901,40 +905,45 @@ class _RunsFile(ResultsFile):
 class _RunProgress(Display):
     """Counts runs, live on a terminal; elsewhere a line per run and per tenth of its budget."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self.total, self.done = total, done
-        self.console = Console(stderr=True)
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.done = 0
         self._tenths: dict[Any, int] = {}
-        self._live: Progress | None = None
-        if self.console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-            )
-            self._live = Progress(*columns, console=self.console)
-            self._runs = self._live.add_task("runs", total=total, completed=done)
-            self._attempts = self._live.add_task("attempts", total=None)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+        )
+        self._bar = Progress(*columns, console=self.console, auto_refresh=False)
+
+    def begin(self, total: int, done: int) -> None:
+        """The runs begin: how many there are, and how many are done."""
+        self.total, self.done = total, done
+        self._runs = self._bar.add_task("runs", total=total, completed=done)
+        self._attempts = self._bar.add_task("attempts", total=None)
+
+    def _view(self) -> RenderableType:
+        return Group(self._bar, super()._view()) if self.total else super()._view()
 
     def batch(self, run: DiscoveryRun) -> None:
         """Show a run under way."""
         name = f"{run.method} {run.task_id} seed {run.seed}"
-        if self._live is not None:
-            self._live.update(
+        if self._drawn:
+            self._bar.update(
                 self._attempts, description=name, completed=run.attempts, total=run.budget
             )
             return
         tenths = 10 * run.attempts // run.budget
         if self._tenths.get(run.key, 0) < tenths < 10:
             solved = len(run.successes)
-            self._line(f"{name}: {run.attempts} of {run.budget} attempts, {solved} solve it")
+            self.line(f"{name}: {run.attempts} of {run.budget} attempts, {solved} solve it")
         self._tenths[run.key] = tenths
 
     def run(self, run: DiscoveryRun) -> None:
         """Count a run that has ended."""
         self.done += 1
-        if self._live is not None:
-            self._live.update(self._runs, completed=self.done)
+        if self._drawn:
+            self._bar.update(self._runs, completed=self.done)
         if run.failure is not None:
             ending = f"given up after {run.attempts} attempts: {run.failure}"
         elif run.time is None:
@@ -942,10 +951,7 @@ class _RunProgress(Display):
         else:
             ending = f"solved by attempt {run.time} of {run.attempts} made"
         told = f"{run.method} {run.task_id} seed {run.seed}: {ending}"
-        self._line(f"{self.done}/{self.total} {told}")
-
-    def _line(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.line(f"{self.done}/{self.total} {told}")
 
 
 def _print_report(console: Console, report: DiscoveryReport) -> None:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import rlrf
-from rlrf import Env, Rollout, Task
+from rlrf import Env, Rollout, Task, progress
 from rlrf.errors import RlrfError, UsageError
 from rlrf.runs import Run
 from rlrf_trainers import distributed
@@ -119,6 +119,14 @@ class Learner:
         self.eval_split = (
             self.eval_env.split if eval_env is not None or "eval" not in env.splits else "eval"
         )
+        try:
+            if run_dir is not None:  # before anything is written
+                len(self.eval_env.tasks(self.eval_split))
+        except UsageError as error:
+            raise UsageError(
+                f"no evaluation is possible: {error} (eval_env.split; or eval_env.id, for another "
+                "environment)"
+            ) from error
         self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
         # What could be loaded again: not a model with an adapter whose folder we do not know.
         known = "" if hasattr(self.policy.model, "peft_config") else self.policy.model.name_or_path
@@ -576,10 +584,11 @@ class Learner:
             self._note_evaluation(self.log_step())
         while self.step < self.config.max_steps and not self.stops_early:
             self.step += 1
-            yield self.step
-            self.evaluate_if_due()
-            self._note_evaluation(self.log_step())
-            self._checkpoint_if_due(trainer)
+            with progress.phase(f"step {self.step} of {self.config.max_steps}"):
+                yield self.step
+                self.evaluate_if_due()
+                self._note_evaluation(self.log_step())
+                self._checkpoint_if_due(trainer)
         if self.stops_early and self.best is not None:
             message = (
                 f"stopped after step {self.step}: {self.evaluations_since_best} evaluations "

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrf import Env, Rollout
+from rlrf import Env, Rollout, progress
 from rlrf.runs import Run
 from rlrf_trainers.batch import Batch
 from rlrf_trainers.config import TrainerConfig
@@ -276,6 +276,10 @@ class Record:
         self.monitor.load_state_dict(state["monitor"])
 
 
+_SHOWN = {"rollout": "sampling", "eval": "evaluation", "update": "learning"}
+"""Phases as a display calls them, where it does not call them by their name."""
+
+
 class Clock:
     """Seconds spent per phase of a step, and on training in all (evaluation apart)."""
 
@@ -289,7 +293,8 @@ class Clock:
         """Time what happens inside as ``phase``."""
         start = time.perf_counter()
         try:
-            yield
+            with progress.phase(_SHOWN.get(phase, phase)):
+                yield
         finally:
             self._spent[phase] += time.perf_counter() - start
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from rlrf import progress
 from rlrf.errors import MissingDependencyError, PromptTooLongError, RlrfError, UsageError
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
@@ -73,7 +74,7 @@ class HFPolicy:
             self.source = _folder(model)
             try:
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.source)
-                with quiet_transformers():
+                with quiet_transformers(), progress.phase(f"loading the model {self.source.name}"):
                     model = _load(self.source, dtype)
             except (OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
                 if isinstance(error, RlrfError):

@@ -29,6 +29,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from rlrf import progress
 from rlrf.errors import RlrfError
 from rlrf.policy import FinishReason, SamplingParams, TokenScores
 
@@ -92,7 +93,8 @@ def sample(
     sampled = [Sampled() for _ in prompts]
     streams = [np.random.default_rng(seed) for seed in seeds]
     limits = [min(params.max_tokens, (context or math.inf) - len(p)) for p in prompts]
-    with evaluating(model):
+    tokens_to_come = progress.phase("", int(sum(limits)), "tokens", at_most=True)
+    with evaluating(model), tokens_to_come as shown:
         cached = _new_cache(model) is not None
         for live in _batches(prompts, max_batch_size, equal_lengths=not cached):
             start = _CachedRows if cached else _RecomputedRows
@@ -106,6 +108,7 @@ def sample(
                 logprobs = next_token_logprobs(rows.logits, params)  # [B, V]
                 tokens = draw(logprobs, [1.0 - streams[i].random() for i in live])  # [B]
                 chosen = logprobs.gather(-1, tokens[:, None])[:, 0]  # [B]
+                shown.advance(len(live))
                 unfinished = []
                 for row, (i, token, logprob) in enumerate(
                     zip(live, tokens.tolist(), chosen.tolist(), strict=True)

@@ -1,0 +1,159 @@
+"""One broken distribution breaks only itself: it is named, in every registry, and no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium
+import pytest
+
+import rlrf
+from rlrf import UsageError, cli
+from rlrf.plugins import Registry
+from rlrf.registry import load_entry_points
+
+GROUPS = ("environments", "trainers", "policies", "sandboxes", "commands")
+SOURCES = {
+    "syntax": "class Thing:\n    def broken(:\n",
+    "exits": "import sys\nsys.exit('not today')\n",
+    "raises": "class Odd(BaseException):\n    def __str__(self):\n        raise ValueError\nraise Odd\n",
+    "nulls": "x = 1\0\n",
+    "latin": b"x = 'caf\xe9'\n",
+    "absent": None,
+    "deep": "x = " + "(" * 500 + ")" * 500 + "\n",
+}
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Installs a distribution, as pip would leave it."""
+    before = set(gymnasium.registry)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(name: str, entry_points: str | bytes, **modules: str | bytes | None) -> None:
+        info = tmp_path / f"{name}-1.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.2\n")
+        data = entry_points if isinstance(entry_points, bytes) else entry_points.encode()
+        (info / "entry_points.txt").write_bytes(data)
+        for module, source in modules.items():
+            if source is not None:
+                data = source if isinstance(source, bytes) else source.encode()
+                (tmp_path / f"{module}.py").write_bytes(data)
+
+    yield install
+    for name in set(gymnasium.registry) - before:
+        gymnasium.registry.pop(name)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str):
+    monkeypatch.setenv("COLUMNS", "300")
+    monkeypatch.setattr(sys, "argv", ["rlrf", *arguments])
+    before = list(cli.app.registered_commands)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    cli.app.registered_commands[:] = before
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    return end.value.code, captured.out, captured.err
+
+
+def points(name: str, module: str) -> str:
+    lines = ""
+    for group in GROUPS:
+        id = f"{name}-v0" if group == "environments" else name
+        lines += f"[rlrf.{group}]\n{id} = {module}:Thing\n"
+    return lines
+
+
+@pytest.mark.parametrize("fault", SOURCES)
+def test_a_module_that_cannot_be_imported(fault, installed, monkeypatch, capsys) -> None:
+    name, module = f"bad-{fault}", f"bad_{fault}_module"
+    installed(f"broken-{fault}", points(name, module), **{module: SOURCES[fault]})
+    load_entry_points()
+    code, out, _ = run(monkeypatch, capsys, "list")
+    assert code == 0
+    rows = [line for line in out.splitlines() if line.split()[:1] in ([name], [f"{name}-v0"])]
+    assert len(rows) == 4
+    if fault not in ("exits", "raises"):  # which is not seen without importing them
+        assert all(f"of broken-{fault} 1.2" in row and "not importable" in row for row in rows)
+    assert "sdpo" in out
+    for arguments in (
+        ("info", f"{name}-v0"),
+        ("check", f"{name}-v0"),
+        ("eval", "--env", "format-rules-v0", "--policy", name),
+        ("train", "--env", "format-rules-v0", "--model", "m", "--trainer", name),
+        (name, "x"),
+    ):
+        code, _, error = run(monkeypatch, capsys, *arguments)
+        assert code == 2
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert f"of broken-{fault} 1.2 points to" in error, error
+    with pytest.raises(UsageError, match=f"broken-{fault} 1.2"):
+        Registry("rlrf.sandboxes", "sandbox").load(name)
+    code, out, _ = run(monkeypatch, capsys, "--help")
+    assert code == 0
+    assert name in out
+
+
+@pytest.mark.parametrize(
+    "entry_points",
+    [
+        "[rlrf.policies]\nno equals sign\n",
+        b"\xff\xfe\0binary",
+        "[rlrf.policies\nx = y:z\n",
+        "[rlrf.environments]\nNot An Id = x:Y\n= x:Y\nodd-v0 = \n",
+        "[rlrf.policies]\nodd = :::\nspace name = a b c:d e\nextra = json:loads [some]\n",
+        "[rlrf.commands]\nlist = json:loads\n--help = json:loads\n[red = json:loads\n",
+    ],
+)
+def test_entry_points_that_are_malformed(entry_points, installed, monkeypatch, capsys) -> None:
+    installed("malformed", entry_points)
+    with pytest.warns() if "Not An" in str(entry_points) else _nothing():
+        load_entry_points()
+    code, out, _ = run(monkeypatch, capsys, "list")
+    assert code == 0
+    assert "sdpo" in out
+    assert "format-rules-v0" in out
+    assert run(monkeypatch, capsys, "--help")[0] == 0
+    if "extra" in str(entry_points):
+        assert Registry("rlrf.policies", "policy").load("extra").__name__ == "loads"
+        code, _, error = run(
+            monkeypatch, capsys, "eval", "--env", "format-rules-v0", "--policy", "odd"
+        )
+        assert code == 2
+        assert "of malformed 1.2" in error
+
+
+def _nothing():
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def test_a_malformed_id_is_told_with_its_distribution(installed) -> None:
+    installed("odd-one", "[rlrf.environments]\nBad Id = x:Y\n")
+    with pytest.warns(UserWarning, match=r"of odd-one 1\.2 is left out"):
+        load_entry_points()
+
+
+def test_damaged_metadata_does_not_break_the_import(installed, tmp_path: Path) -> None:
+    installed("damaged", "[rlrf.policies]\nno equals sign\n")
+    done = subprocess.run(
+        [sys.executable, "-W", "always", "-c", "import rlrf; print(len(rlrf.policies.names()))"],
+        env={"PYTHONPATH": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= 2
+    assert "entry points of damaged 1.2 cannot be read" in done.stderr
+
+
+def test_a_good_one_has_an_origin() -> None:
+    assert rlrf.policies.origin("hf").startswith("rlrf ")
+    assert Registry("rlrf.nothing", "thing").names() == []
