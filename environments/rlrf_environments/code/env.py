@@ -104,7 +104,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
             explain_failures=explain_failures,
             quote=quote,
             renderer=renderer,
-            take=self._take(),
+            take=self._take(renderer),
         )
         self.memory = Memory(remember)
         self._sandbox, self._allow_unsafe = sandbox, allow_unsafe
@@ -113,9 +113,9 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         self._pool: SandboxPool | None = sandbox if isinstance(sandbox, SandboxPool) else None
         self._lock = threading.Lock()
 
-    def _take(self) -> Take:
+    def _take(self, renderer: Renderer) -> Take:
         """Which code block of a reply is its program."""
-        return "longest"
+        return "longest" if renderer == "sdpo-compat" else "program"
 
     @abc.abstractmethod
     def load_code_tasks(self, split: str) -> Sequence[CodeTask]:

@@ -139,7 +139,7 @@ def warnings(attempt: Attempt) -> list[Segment]:
         text = "The last code block of the reply is never closed; one before it was graded."
         told.append(("truncated_attempt", text))
     if attempt.blocks > 1:
-        text = f"The reply has {attempt.blocks} code blocks; the longest was graded."
+        text = f"The reply has {attempt.blocks} code blocks; {attempt.chosen} was graded."
         told.append(("format_error", f"{text} Put the whole program into a single block."))
     return [
         Segment(kind, text, severity="warning", source="extractor", priority=0)

@@ -122,7 +122,7 @@ class Style:
     explain_failures: int = 1
     quote: bool = False
     renderer: Renderer = "rlrf"
-    take: Take = "longest"
+    take: Take = "program"
 
     @property
     def whole(self) -> bool:
@@ -183,7 +183,7 @@ def grade_completion(
     Raises:
         InfraError: the sandbox failed; there is no grade.
     """
-    attempt = extract(completion, style.take)
+    attempt = extract(completion, style.take, problem.entry)
     if isinstance(attempt, Segment):
         if style.renderer == "sdpo-compat":
             attempt = sdpo_compat.unreadable(attempt)

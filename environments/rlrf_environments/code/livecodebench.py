@@ -31,7 +31,7 @@ from rlrf_environments.code.answers import MANY_ANSWERS, tolerance
 from rlrf_environments.code.env import CodeEnv
 from rlrf_environments.code.explain import Test
 from rlrf_environments.code.extract import Take
-from rlrf_environments.code.grading import Problem
+from rlrf_environments.code.grading import Problem, Renderer
 from rlrf_environments.code.sources import named_file
 from rlrf_environments.code.tasks import CodeTask, in_split, read_jsonl
 
@@ -168,8 +168,8 @@ class LiveCodeBench(CodeEnv):
         self._data = data
         self._rows: list[Row] | None = None
 
-    def _take(self) -> Take:
-        return "last" if self.compat else "longest"
+    def _take(self, renderer: Renderer) -> Take:
+        return "last" if self.compat else super()._take(renderer)
 
     # --- tasks ----------------------------------------------------------------------------
 
