@@ -15,7 +15,16 @@ A failure of the machinery is no verdict: it is retried and then raised as
 :class:`rlrf.InfraError`.
 """
 
-from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens
+from rlrf.sandbox.checkers import (
+    Asserts,
+    Checker,
+    Exact,
+    Lines,
+    Returns,
+    Text,
+    Tokens,
+    accepted,
+)
 from rlrf.sandbox.pool import (
     PoolStats,
     SandboxPool,
@@ -68,6 +77,7 @@ __all__ = [
     "Text",
     "Tokens",
     "Verdict",
+    "accepted",
     "open_sandbox",
     "sandboxes",
     "start_sandbox",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import re
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any, ClassVar, Protocol
 
-from rlrf.errors import UsageError
+from rlrf.errors import RlrfError, UsageError
+from rlrf.feedback import clean_text
 from rlrf.sandbox.program import MISSING, CallCase, Case, RawRun, StdinCase
 
 
@@ -24,13 +25,54 @@ class Checker(Protocol):
         ...
 
 
+log = logging.getLogger("rlrf.sandbox")
+_COMPLAINED: set[tuple[str, str]] = set()
+
+
+def accepted(checker: Checker, raw: RawRun, case: Case) -> bool:
+    """Whether ``checker`` accepts what came out. Nobody else calls a checker.
+
+    What came out is the program's: where the checker cannot cope with it (an integer of more
+    digits than Python prints, values that cannot be hashed or ordered, a word that is no number,
+    depth), the answer is not right. As that may also be a fault of the checker, it is logged, once
+    per checker and kind of error.
+
+    Raises:
+        InfraError: what the checker needs has failed.
+        UsageError: the checker does not fit the cases.
+    """
+    try:
+        return bool(checker.accepts(raw, case))
+    except RlrfError:
+        raise
+    except (Exception, SystemExit) as error:
+        name = str(getattr(checker, "name", type(checker).__name__))
+        if (name, type(error).__name__) not in _COMPLAINED:
+            _COMPLAINED.add((name, type(error).__name__))
+            log.warning(
+                "the checker %r raised %s: %s; the answer counts as wrong (said once)",
+                name,
+                type(error).__name__,
+                _words(error),
+            )
+        return False
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return clean_text(str(error), 200)
+    except Exception:  # whatever a stranger's __str__ does
+        return "(its message cannot be read)"
+
+
 @dataclass(frozen=True)
 class Lines:
     """LiveCodeBench's rule for standard output: equal line by line, or equal as numbers.
 
     The output is stripped, split into lines, each line stripped. Lines agree when they are equal,
-    or when both are whole lists of decimals with equal values (no tolerance). Unlike there,
-    a word like ``010`` is no number, as most often it is a string of digits.
+    or when both are whole lists of decimals with equal values (no tolerance): ``1e-05`` is
+    ``0.00001``. Unlike there, a word like ``010`` must be the same word, as most often it is a
+    string of digits, and so must ``inf`` and ``nan``.
     """
 
     partwise: ClassVar[bool] = True
@@ -39,8 +81,7 @@ class Lines:
         """See :class:`Checker`."""
         got, wanted = _lines(raw.text), _lines(_stdin_case(case).expected)
         return len(got) == len(wanted) and all(
-            a == b or (_decimals(a) is not None and _decimals(a) == _decimals(b))
-            for a, b in zip(got, wanted, strict=True)
+            a == b or _same_numbers(a.split(), b.split()) for a, b in zip(got, wanted, strict=True)
         )
 
 
@@ -64,10 +105,16 @@ class Tokens:
     """Equal as lists of words; numbers may differ by ``tolerance``, relative or absolute.
 
     ``tolerance`` 0 compares text.
+
+    Raises:
+        UsageError: the tolerance is negative, infinite or NaN.
     """
 
     partwise: ClassVar[bool] = True
     tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_tolerance(self.tolerance)
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`Checker`."""
@@ -103,10 +150,16 @@ class Returns:
 
     Args:
         tolerance: for floats, relative or absolute; 0 compares exactly.
+
+    Raises:
+        UsageError: the tolerance is negative, infinite or NaN.
     """
 
     partwise: ClassVar[bool] = True
     tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_tolerance(self.tolerance)
 
     def accepts(self, raw: RawRun, case: Case) -> bool:
         """See :class:`Checker`."""
@@ -127,6 +180,11 @@ class Returns:
         return type(a) is type(b) and bool(a == b)
 
 
+def _check_tolerance(value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UsageError(f"tolerance is {value!r}; it must be a finite number >= 0")
+
+
 def _close(a: float, b: float, tolerance: float) -> bool:
     try:
         return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
@@ -144,19 +202,31 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().split("\n")]
 
 
-_DIGIT_STRING = re.compile(r"(?<![^\s+-])0[0-9]")
+def _same_numbers(got: list[str], wanted: list[str]) -> bool:
+    """Whether two lines are lists of decimals with equal values."""
+    if len(got) != len(wanted):
+        return False
+    for a, b in zip(got, wanted, strict=True):
+        x, y = _decimal(a), _decimal(b)
+        if x is None or y is None or (a != b and not (_counts(a, x) and _counts(b, y) and x == y)):
+            return False
+    return True
 
 
-def _decimals(line: str) -> list[Decimal] | None:
-    # Decimal would take digits of any script and underscores; and a signalling NaN that a program
-    # prints would raise when it is compared.
-    if not line.isascii() or "_" in line or _DIGIT_STRING.search(line):
+def _decimal(word: str) -> Decimal | None:
+    # Decimal would also take digits of any script, and underscores.
+    if not word.isascii() or "_" in word:
         return None
     try:
-        numbers = [Decimal(word) for word in line.split()]
-    except InvalidOperation:
+        return Decimal(word)
+    except ArithmeticError:
         return None
-    return numbers if all(n.is_finite() for n in numbers) else None
+
+
+def _counts(word: str, number: Decimal) -> bool:
+    """Whether a word is compared by its value. A signalling NaN would raise when it is compared."""
+    digits = word[1:] if word[0] in "+-" else word
+    return number.is_finite() and not (digits[0] == "0" and digits[1:2].isdigit())
 
 
 @dataclass(frozen=True)

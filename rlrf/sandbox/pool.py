@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 from rlrf._async import background_loop
 from rlrf.errors import InfraError, RlrfError, UsageError
 from rlrf.plugins import Registry
-from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens
+from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens, accepted
 from rlrf.sandbox.program import (
     MAX_OUTPUT_KB,
     AssertCase,
@@ -493,7 +493,9 @@ def _with_room(limits: Limits, cases: Sequence[Case]) -> Limits:
         if isinstance(case, StdinCase):
             largest = max(largest, len(case.expected.encode("utf-8", "replace")))
         elif isinstance(case, CallCase) and isinstance(case.expected, (str, list, tuple, dict)):
-            largest = max(largest, 2 * len(repr(case.expected)))
+            # An integer beyond Python's limit of digits has no repr; it needs no further room.
+            with contextlib.suppress(ValueError):
+                largest = max(largest, 2 * len(repr(case.expected)))
     needed = largest // 1024 + 1
     if needed <= limits.output_kb:
         return limits
@@ -552,7 +554,7 @@ def _verdict(raw: RawRun, case: Case, checker: Checker) -> Verdict:
         }[raw.limit]
     if raw.error is not None or raw.signal is not None or raw.exit_code:
         return Verdict.RUNTIME_ERROR
-    return Verdict.ACCEPTED if checker.accepts(raw, case) else Verdict.WRONG_ANSWER
+    return Verdict.ACCEPTED if accepted(checker, raw, case) else Verdict.WRONG_ANSWER
 
 
 # --- opening ------------------------------------------------------------------------------------

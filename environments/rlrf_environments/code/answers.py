@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlrf.sandbox import CallCase, Case, Checker, RawRun, StdinCase, Tokens
+from rlrf_environments.code.explain import value_text
 
 _INTEGER = re.compile(r"-?[0-9]{1,30}", re.ASCII)
 
@@ -52,7 +53,8 @@ class AnyOrder:
 
 
 def _plain(value: Any) -> str:
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)
+    # Not by hash or order: values may collide, or have neither.
+    return value_text(list(value) if isinstance(value, tuple) else value)
 
 
 class _NotInteger(ValueError):

@@ -28,6 +28,7 @@ from rlrf.sandbox import (
     Returns,
     StdinCase,
     Verdict,
+    accepted,
 )
 from rlrf_environments.code.extract import Attempt
 
@@ -86,9 +87,8 @@ def explain(
         hidden test its input and expected answer (``"expected"``).
     """
     raw, test, verdict = failure.raw, failure.test, failure.verdict
-    error = raw.error
-    line = error.line if error is not None else None
-    span = attempt.line_span(line)
+    where = _Where.of(attempt, raw.error, compiled=verdict is not Verdict.COMPILE_ERROR)
+    span = attempt.line_span(where.lines[0][0]) if where.lines else None
     kind, text, untrusted = _what_happened(failure, limits)
     # A program that does not compile fails without any test.
     tested = verdict is not Verdict.COMPILE_ERROR
@@ -102,23 +102,22 @@ def explain(
             compared = _compared(test.case, raw, checker)
             text, untrusted = f"{text}\n{compared}".rstrip("\n"), True
     segments = [Segment(kind, text, source="tests", span=span, priority=3, untrusted=untrusted)]
-    if error is not None and line is not None:
-        where = _location(error)
-        if quote:
-            where = _quoted(attempt, error, where)
+    if where.lines:
         segments.append(
             Segment(
                 kind,
-                where,
+                where.quoted(attempt) if quote else where.text,
                 source="tests",
                 reveals="location",
                 span=span,
                 priority=2,
-                untrusted=quote,
+                untrusted=quote or any(name for _, name in where.lines),
             )
         )
     if tested and not test.public:
         shown = f"The hidden test:\n{_input(test.case)}\n{_compared(test.case, raw, checker)}"
+        if raw.assertion is not None and raw.assertion.type != "AssertionError":
+            shown = f"{shown.rstrip()}\nIts own code raised {_named(raw.assertion)}."
         segments.append(
             Segment(
                 kind,
@@ -186,7 +185,8 @@ def _what_happened(failure: Failure, limits: Limits) -> tuple[Kind, str, bool]:
         return "output_limit", text, bool(head)
     if verdict is Verdict.RUNTIME_ERROR:
         if error is not None and not error.frames and "cannot be compared" in error.message:
-            text = f"The result on {which} is of no use: {error.message.rstrip('.')}. Return "
+            message = shorten(error.message, SHOWN_CHARS).rstrip(".")
+            text = f"The result on {which} is of no use: {message}. Return "
             text += "plain numbers, strings, lists, tuples, dicts or sets."
             return "runtime_error", text, True
         if error is not None and not error.frames:
@@ -199,12 +199,14 @@ def _what_happened(failure: Failure, limits: Limits) -> tuple[Kind, str, bool]:
         text = f"The program {how} on {which}."
         words = visible(raw.stderr.decode("utf-8", errors="replace")).strip()[-_LINE_CHARS:]
         text += f" It wrote to standard error:\n{words}" if words else ""
-        return "runtime_error", text, bool(words)
+        return "runtime_error", text, True  # the number, too, is the program's own
     if not isinstance(failure.test.case, AssertCase) and _nothing(raw):
         return "wrong_answer", f"The program ended without an answer on {which}.", False
     raised = raw.assertion
     if raised is not None and raised.type != "AssertionError":
-        text = f"The answer is wrong on {which}: the test's own code raised {_named(raised)}."
+        # The message of a hidden test's exception may say what it expects.
+        said = _named(raised) if failure.test.public else shorten(raised.type, _LINE_CHARS)
+        text = f"The answer is wrong on {which}: the test's own code raised {said}."
         return "wrong_answer", text, True
     return "wrong_answer", f"The answer is wrong on {which}.", False
 
@@ -223,38 +225,60 @@ def _size(case: Case) -> str:
     if isinstance(case, StdinCase):
         lines, chars = case.stdin.rstrip("\n").count("\n") + 1, len(case.stdin)
     elif isinstance(case, CallCase):
-        lines, chars = 1, sum(len(repr(a)) for a in case.args)
+        lines, chars = 1, sum(map(value_size, case.args))
     else:
         return ""
     in_lines = f" in {lines} lines" if lines > 1 else ""
     return f" Its input has {chars} characters{in_lines}."
 
 
-def _location(error: ProgramError) -> str:
-    """Where, in the program's own lines, innermost first."""
-    if not error.frames:
-        column = f", column {error.column}" if error.column else ""
-        return f"Line {error.line} of the program{column}."
-    places = [
-        f"line {line}" + ("" if name == "<module>" else f" in {name}")
-        for line, name in reversed(error.frames)
-    ]
-    first, *callers = places[:4]
-    called = f", called from {', '.join(callers)}" if callers else ""
-    return f"{first[0].upper()}{first[1:]} of the program{called}."
+@dataclass(frozen=True)
+class _Where:
+    """Where an error stands, as far as the attempt itself bears it out.
 
+    Lines and names of frames are the program's to choose (``code.replace(co_name=...)``), and it
+    has read the hidden input. So of a frame only a line that the attempt has is taken, and the
+    name of the function from the attempt.
 
-def _quoted(attempt: Attempt, error: ProgramError, where: str) -> str:
-    """The location with the lines it names, the innermost first, as a traceback has them."""
-    if not error.frames:
-        line = attempt.line(error.line)
-        if line is None:
-            return where
-        caret = "\n" + " " * (error.column - 1) + "^" if error.column else ""
-        return f"{where}\n{shorten(line, _LINE_CHARS)}" + (caret if len(line) < _LINE_CHARS else "")
-    lines = [attempt.line(number) for number, _ in list(reversed(error.frames))[:4]]
-    shown = [f"  {shorten(line.strip(), _LINE_CHARS)}" for line in lines if line is not None]
-    return "\n".join([where, *shown])
+    Attributes:
+        lines: ``(line, function)`` innermost first; "" for a line outside all functions.
+        column: of a syntax error, from 1; None if it is not known.
+    """
+
+    lines: tuple[tuple[int, str], ...] = ()
+    column: int | None = None
+
+    @classmethod
+    def of(cls, attempt: Attempt, error: ProgramError | None, *, compiled: bool) -> _Where:
+        """What an error says of its place; nothing if there is nothing to believe."""
+        if error is None:
+            return cls()
+        if not compiled:  # the compiler's word: no line of the program has run
+            line = attempt.line(error.line)
+            if line is None or error.line is None:
+                return cls()
+            column = error.column if error.column and error.column <= len(line) + 1 else None
+            return cls(((error.line, ""),), column)
+        numbers = [n for n in (*(line for line, _ in reversed(error.frames)), error.line) if n]
+        known = [n for n in numbers[: len(error.frames) or 1] if attempt.line(n) is not None]
+        return cls(tuple((n, attempt.function(n)) for n in known[:4]))
+
+    @property
+    def text(self) -> str:
+        """The place in words."""
+        places = [f"line {n}" + (f" in {name}" if name else "") for n, name in self.lines]
+        first, *callers = places
+        column = f", column {self.column}" if self.column else ""
+        called = f", called from {', '.join(callers)}" if callers else ""
+        return f"{first[0].upper()}{first[1:]} of the program{column}{called}."
+
+    def quoted(self, attempt: Attempt) -> str:
+        """The same with the lines it names, the innermost first, as a traceback has them."""
+        lines = [attempt.line(n) or "" for n, _ in self.lines]
+        if self.column:
+            caret = "\n" + " " * (self.column - 1) + "^" if len(lines[0]) < _LINE_CHARS else ""
+            return f"{self.text}\n{shorten(lines[0], _LINE_CHARS)}{caret}"
+        return "\n".join([self.text, *(f"  {shorten(x.strip(), _LINE_CHARS)}" for x in lines)])
 
 
 # --- tests in words ---------------------------------------------------------------------------
@@ -280,7 +304,7 @@ def _compared(case: Case, raw: RawRun, checker: Checker | None) -> str:
         known = raw.result is not MISSING and getattr(judge, "partwise", False)
 
         def agree(a: Any, b: Any) -> bool:
-            return judge.accepts(RawRun(result=a), CallCase((), b))
+            return accepted(judge, RawRun(result=a), CallCase((), b))
 
         path = _path(raw.result, case.expected, agree) if known else ""
         return told + (f"\nThe first difference is at {path} of the result." if path else "")
@@ -300,7 +324,7 @@ def _line_difference(got: str, wanted: str, judge: Checker) -> str:
     """The first line, and the first word in it, where two outputs part by the rule of ``judge``."""
 
     def agree(x: str, y: str) -> bool:
-        return x == y or judge.accepts(RawRun(stdout=x.encode()), StdinCase("", y))
+        return x == y or accepted(judge, RawRun(stdout=x.encode()), StdinCase("", y))
 
     a, b = got.split("\n"), wanted.split("\n")
     pairs = enumerate(zip(a, b, strict=False), 1)
@@ -359,23 +383,39 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def value_text(value: Any) -> str:
-    """A value as Python writes it, sets in a fixed order, addresses left out."""
+_DEEPEST = 100  # levels of a value; what is inside is only shown
+
+
+def value_text(value: Any, depth: int = 0) -> str:
+    """A value as Python writes it, sets in a fixed order, addresses left out. Raises nothing."""
+    if depth > _DEEPEST:
+        return "..."
     if isinstance(value, (set, frozenset)):
-        inner = ", ".join(sorted(map(value_text, value)))
+        inner = ", ".join(sorted(value_text(v, depth + 1) for v in value))
         text = "{" + inner + "}" if value else "set()"
         return text if isinstance(value, set) else f"frozenset({text if value else ''})"
-    if isinstance(value, list):
-        return f"[{', '.join(map(value_text, value))}]"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(value_text, value))}{',' if len(value) == 1 else ''})"
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(value_text(v, depth + 1) for v in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"({inner}{',' if len(value) == 1 else ''})"
     if isinstance(value, dict):
-        items = (f"{value_text(k)}: {value_text(v)}" for k, v in value.items())
+        items = (
+            f"{value_text(k, depth + 1)}: {value_text(v, depth + 1)}" for k, v in value.items()
+        )
         return "{" + ", ".join(items) + "}"
     try:
         return _ADDRESS.sub("at 0x...", repr(value))
     except ValueError:  # an integer beyond Python's limit of digits
         return hex(value) if isinstance(value, int) else "(a value too large to print)"
+
+
+def value_size(value: Any) -> int:
+    """How long a value is, written, in characters."""
+    try:
+        return len(repr(value))
+    except (ValueError, RecursionError):
+        return len(value_text(value))
 
 
 # --- nearly right -----------------------------------------------------------------------------
@@ -440,12 +480,12 @@ def _result_hint(raw: RawRun, wanted: Any) -> str:
         return ""
     if got is None and wanted is not None:
         printed = raw.text.strip()
-        if printed and printed in (str(wanted), repr(wanted)):
+        if printed and printed in (_as_printed(wanted), value_text(wanted)):
             return "The function prints the right answer instead of returning it."
         return "The function returned None: a path through it has no return."
     a, b = _type_name(got), _type_name(wanted)
     if a != b:
-        if isinstance(got, str) and got == str(wanted):
+        if isinstance(got, str) and got == _as_printed(wanted):
             return f"The right value was returned as a string, not as {b}."
         return f"The function returned {a}, not {b}."
     if isinstance(got, (list, tuple)) and _sorted(got) == _sorted(wanted):
@@ -455,6 +495,10 @@ def _result_hint(raw: RawRun, wanted: Any) -> str:
     if isinstance(got, float) and math.isclose(got, wanted, rel_tol=1e-4, abs_tol=1e-4):
         return "The number is nearly right: mind rounding."
     return ""
+
+
+def _as_printed(value: Any) -> str:
+    return value if isinstance(value, str) else value_text(value)
 
 
 def _sorted(values: Sequence[Any]) -> list[str]:

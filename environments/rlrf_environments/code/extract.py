@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import itertools
 import re
 import threading
@@ -60,6 +61,18 @@ class Attempt:
         # A line of the source is the end of the line it was taken from.
         skipped = len(lines[number - 1].rstrip("\r\n")) - len(own.lstrip())
         return self.start + before + skipped, self.start + before + skipped + len(own.strip())
+
+    def function(self, number: int) -> str:
+        """The function that line ``number`` is in, by the source alone; "" if in none."""
+        inside = [f for f in self._functions if f[0] <= number <= f[1]]
+        return max(inside)[2] if inside else ""
+
+    @functools.cached_property
+    def _functions(self) -> list[tuple[int, int, str]]:
+        """First and last line of every function's body, and its name."""
+        tree = parse_attempt(self.code)
+        found = [] if tree is None else [n for n in ast.walk(tree) if isinstance(n, _FUNCTIONS)]
+        return [(n.body[0].lineno, n.end_lineno or 0, n.name) for n in found]
 
 
 def extract(completion: str, take: Take = "program", entry: str | None = None) -> Attempt | Segment:

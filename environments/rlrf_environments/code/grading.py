@@ -22,7 +22,7 @@ from rlrf.sandbox import (
     Verdict,
 )
 from rlrf_environments.code import sdpo_compat
-from rlrf_environments.code.explain import Failure, Test, explain, reference, warnings
+from rlrf_environments.code.explain import Failure, Test, explain, reference, value_size, warnings
 from rlrf_environments.code.extract import Attempt, Take, extract, missing_entry
 
 Renderer = Literal["rlrf", "sdpo-compat"]
@@ -99,7 +99,7 @@ _TESTS = _Tests()
 def _cost(case: Case) -> int:
     if isinstance(case, StdinCase):
         return len(case.stdin)
-    return len(repr(case.args)) if isinstance(case, CallCase) else 0
+    return value_size(case.args) if isinstance(case, CallCase) else 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -292,42 +291,28 @@ def _checker(row: TaskRow, own: Mapping[str, CheckerLike]) -> Checker:
     return builtin[wanted.name](wanted.tolerance)
 
 
-log = logging.getLogger("rlrf.code")
-_COMPLAINED: set[Any] = set()
-
-
 @dataclass(frozen=True)
 class _Function:
     """A checker from a function."""
 
     function: Callable[[Any, Case], bool]
 
+    @property
+    def name(self) -> str:
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
     def accepts(self, raw: RawRun, case: Case) -> bool:
         answer = raw.text if isinstance(case, StdinCase) else raw.result
-        try:
-            return answer is not MISSING and bool(self.function(answer, case))
-        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
-            # An answer that it cannot even read; or its own fault, so it is said, if only once.
-            if self.function not in _COMPLAINED:
-                _COMPLAINED.add(self.function)
-                log.warning(
-                    "the checker %r raised %s: %s; the answer counts as wrong",
-                    getattr(self.function, "__name__", self.function),
-                    type(error).__name__,
-                    error,
-                )
-            return False
+        return answer is not MISSING and bool(self.function(answer, case))
 
 
 def as_checker(value: CheckerLike) -> Checker:
     """A checker from a checker or a function ``(answer, case) -> bool``.
 
-    A function that raises ValueError, TypeError, LookupError or ArithmeticError could not read the
-    answer, so the answer is wrong; any other exception is a fault of the function.
+    One that raises could not read the answer, so the answer is wrong; as that may also be its own
+    fault, it is logged once (see :func:`rlrf.sandbox.accepted`).
     """
-    if hasattr(value, "accepts"):
-        return value
-    return _Function(value)
+    return value if hasattr(value, "accepts") else _Function(value)
 
 
 EVAL_SHARE = 0.2
