@@ -40,12 +40,15 @@ class Task:
         metadata: what anyone may know: difficulty, source, date.
         hidden: what only the grader may know: answers, tests, references. It is left out of
             ``repr``, of equality, and of every task that :meth:`Env.tasks` hands out.
+        aliases: other names it answers to, such as the id it is published under. What is another
+            task's id, or the alias of several, names none.
     """
 
     id: str
     messages: Messages
     metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
     hidden: Any = field(default=None, repr=False, compare=False)
+    aliases: tuple[str, ...] = field(default=(), repr=False, compare=False)
     _stripped: bool = field(default=False, repr=False, compare=False)
     _split: str | None = field(default=None, repr=False, compare=False)
 
@@ -158,6 +161,7 @@ class TaskSequence(Sequence[Task]):
         self._load, self._public, self._split = load, public, split
         self._items: Sequence[Task] | None = None
         self._index: dict[str, int] | None = None
+        self._aliases: dict[str, int] | None = None
         self._lock = threading.Lock()
 
     @property
@@ -190,9 +194,20 @@ class TaskSequence(Sequence[Task]):
         return list(self._by_id())
 
     def get(self, task_id: str) -> Task | None:
-        """The task of that id, or None."""
+        """The task of that id or alias, or None."""
         i = self._by_id().get(task_id)
+        if i is None:
+            i = self._by_alias().get(task_id)
         return None if i is None else self[i]
+
+    def _by_alias(self) -> dict[str, int]:
+        if self._aliases is None:
+            found: dict[str, set[int]] = {}
+            for i, task in enumerate(self._tasks):
+                for alias in task.aliases:
+                    found.setdefault(alias, set()).add(i)
+            self._aliases = {alias: i for alias, (i, *more) in found.items() if not more}
+        return self._aliases
 
     def _by_id(self) -> dict[str, int]:
         if self._index is None:

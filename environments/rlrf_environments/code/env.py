@@ -129,6 +129,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
                 messages=self.pose(task),  # type: ignore[arg-type]  # Task makes messages of it
                 metadata=dict(task.metadata or {}),
                 hidden=task.problem,
+                aliases=task.aliases,
             )
             for task in self.load_code_tasks(split)
         ]

@@ -37,7 +37,7 @@ from rlrf_environments.code.explain import Test
 from rlrf_environments.code.extract import parse
 from rlrf_environments.code.grading import Problem
 from rlrf_environments.code.sources import DataSet, locate
-from rlrf_environments.code.tasks import CodeTask, in_split, read_jsonl
+from rlrf_environments.code.tasks import CodeTask, in_split, nested_json, read_jsonl
 
 HUMANEVAL = DataSet(
     "HumanEval",
@@ -130,9 +130,9 @@ class HumanEval(_Benchmark):
     )
 
     def _code_task(self, row: dict[str, Any]) -> CodeTask:
-        entry = str(row["entry_point"])
+        entry = _text(row, "entry_point")
         cases = assert_cases(
-            _body_of_check(str(row["test"])), entry, setup=_helpers(str(row["prompt"]), entry)
+            _body_of_check(_text(row, "test")), entry, setup=_helpers(_text(row, "prompt"), entry)
         )
         plain = isinstance(cases[0], CallCase)
         tests = [Test(c, public=False) for c in cases]
@@ -140,7 +140,7 @@ class HumanEval(_Benchmark):
 
 
 def _function_task(row: dict[str, Any], tests: Any, entry: str, **given: Any) -> CodeTask:
-    prompt = str(row["prompt"])
+    prompt = _text(row, "prompt")
     load = tests if callable(tests) else (lambda: tests)
     return CodeTask(
         problem=Problem(
@@ -149,17 +149,45 @@ def _function_task(row: dict[str, Any], tests: Any, entry: str, **given: Any) ->
             entry=entry,
             # Names that the signature uses, for programs that leave the given lines out.
             prelude=_imports(prompt),
-            solution=prompt + str(row["canonical_solution"]),
+            solution=prompt + _text(row, "canonical_solution"),
             **given,
         ),
         prompt="Complete this function.",
         starter_code=prompt,
         metadata={"entry_point": entry},
+        aliases=_published(row),
     )
 
 
 def _task_id(value: Any) -> str:
-    return str(value).lower().replace("/", "-") if isinstance(value, str) else f"mbpp-{value}"
+    """``HumanEval/3`` as ``humaneval-3``; MBPP has plain numbers, floats after some exports."""
+    if isinstance(value, str) and "/" in value:
+        return value.lower().replace("/", "-")
+    return f"mbpp-{int(value)}"
+
+
+def _published(row: dict[str, Any]) -> tuple[str, ...]:
+    """The ids that the field calls a task by."""
+    name, _, number = _task_id(row["task_id"]).rpartition("-")
+    if name == "mbpp":
+        return f"Mbpp/{number}", f"MBPP/{number}", f"mbpp/{number}", number
+    return f"HumanEval/{number}", f"humaneval/{number}"
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    """A field that must be text: null would be posed as "None"."""
+    value = row[name]
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r:.50}; it must be a string")
+    return value
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list, also where an export wrote null for an empty one, or a JSON string."""
+    value = [] if value is None else nested_json(value)
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r:.50} is no list")
+    return value
 
 
 class MBPP(_Benchmark):
@@ -183,18 +211,19 @@ class MBPP(_Benchmark):
         return first <= number <= last
 
     def _code_task(self, row: dict[str, Any]) -> CodeTask:
-        asserts = [str(t).strip() for t in row["test_list"]]
-        code = str(row["code"]).replace("\r\n", "\n")
+        asserts = [str(t).strip() for t in _listed(row["test_list"])]
+        challenge = [str(t) for t in _listed(row.get("challenge_test_list"))]
+        code = _text(row, "code").replace("\r\n", "\n")
         entry = called(asserts, _defined(code))
         setup = "import sys\n" + str(row.get("test_setup_code") or "")
         tests = []
-        for source, public in ((asserts, True), (row.get("challenge_test_list") or [], False)):
-            for case in assert_cases("\n".join(map(str, source)), entry, setup=setup):
+        for source, public in ((asserts, True), (challenge, False)):
+            for case in assert_cases("\n".join(source), entry, setup=setup):
                 tests.append(Test(case, public=public))
         if len({type(t.case) for t in tests}) > 1:  # a program runs one kind of test
             tests = [
                 Test(case, public=public)
-                for source, public in ((asserts, True), (row["challenge_test_list"], False))
+                for source, public in ((asserts, True), (challenge, False))
                 for case in assert_cases("\n".join(source), entry, setup=setup, plain=False)
             ]
         shown = "\n".join(asserts)
@@ -206,8 +235,10 @@ class MBPP(_Benchmark):
                 solution=code,
                 checker=Equal() if isinstance(tests[0].case, CallCase) else None,
             ),
-            prompt=f"{row['text']}\n\nThe program must pass these tests:\n```python\n{shown}\n```",
+            prompt=f"{_text(row, 'text')}\n\nThe program must pass these tests:\n"
+            f"```python\n{shown}\n```",
             metadata={"entry_point": entry},
+            aliases=_published(row),
         )
 
 
@@ -225,7 +256,7 @@ class _Plus(_Benchmark):
         self._known: dict[str, list[Any]] = {}
 
     def _inputs(self, row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
-        return row["base_input"], row["plus_input"]
+        return _listed(row["base_input"]), _listed(row["plus_input"])
 
     def _results(self, row: dict[str, Any], public: bool) -> list[Test]:
         base, plus = self._inputs(row)
@@ -252,7 +283,7 @@ class HumanEvalPlus(_Plus):
     instruction = HumanEval.instruction
 
     def _code_task(self, row: dict[str, Any]) -> CodeTask:
-        entry = str(row["entry_point"])
+        entry = _text(row, "entry_point")
         checker: Checker = Oracle(entry, _atol(row))
         load = functools.partial(self._results, row, False)
         return _function_task(row, load, entry, checker=checker)
@@ -272,17 +303,19 @@ class MBPPPlus(_Plus):
         return not left_out and super()._in_split(task, split)
 
     def _code_task(self, row: dict[str, Any]) -> CodeTask:
-        entry = str(row["entry_point"])
+        entry = _text(row, "entry_point")
+        prompt = _text(row, "prompt")
         return CodeTask(
             problem=Problem(
                 _task_id(row["task_id"]),
                 functools.partial(self._results, row, True),
                 entry=entry,
-                solution=str(row["canonical_solution"]),
-                checker=Oracle(entry, _atol(row), _order(str(row["prompt"]), entry)),
+                solution=_text(row, "canonical_solution"),
+                checker=Oracle(entry, _atol(row), _order(prompt, entry)),
             ),
-            prompt=re.sub(r'\A"""\n|\n"""\s*\Z', "", str(row["prompt"])),
+            prompt=re.sub(r'\A"""\n|\n"""\s*\Z', "", prompt),
             metadata={"entry_point": entry},
+            aliases=_published(row),
         )
 
     def _inputs(self, row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
@@ -512,7 +545,7 @@ def typed_inputs(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
     complex numbers. Where a value stands as a list in JSON and as a tuple in the assert, it is one
     in all inputs of the task.
     """
-    base, plus = row["base_input"], row["plus_input"]
+    base, plus = _listed(row["base_input"]), _listed(row["plus_input"])
     known = list(_assert_arguments(str(row["assertion"]), str(row["entry_point"])))
     shapes: list[Any] = []
     for i in range(max(map(len, [*base, *plus]), default=0)):

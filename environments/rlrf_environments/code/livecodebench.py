@@ -33,7 +33,7 @@ from rlrf_environments.code.explain import Test
 from rlrf_environments.code.extract import Take
 from rlrf_environments.code.grading import Problem, Renderer
 from rlrf_environments.code.sources import named_file
-from rlrf_environments.code.tasks import CodeTask, in_split, read_jsonl
+from rlrf_environments.code.tasks import CodeTask, in_split, list_of_rows, read_object, where_nan
 
 HUB_ID = "livecodebench/code_generation_lite"
 VARIABLE = "RLRF_LIVECODEBENCH"
@@ -81,13 +81,13 @@ class Row:
     offset: int = -1
     length: int = 0
 
-    def hidden(self) -> str:
-        """The published ``private_test_cases``, read from the file."""
+    def hidden(self) -> Any:
+        """The published ``private_test_cases``, read from the file; a list in some exports."""
         if self.offset < 0:
             return ""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return str(json.loads(file.read(self.length)).get("private_test_cases") or "")
+            return json.loads(file.read(self.length)).get("private_test_cases")
 
 
 class LiveCodeBench(CodeEnv):
@@ -192,7 +192,7 @@ class LiveCodeBench(CodeEnv):
         return [self._code_task(row, half=half) for row in rows]
 
     def _wanted(self, question: dict[str, Any]) -> bool:
-        day = str(question["contest_date"])[:10]
+        day = question["contest_date"][:10]
         if self.errata == "exclude" and _names(question) & _EXCLUDED:
             return False
         return (
@@ -223,9 +223,10 @@ class LiveCodeBench(CodeEnv):
                 "platform": question["platform"],
                 "difficulty": question["difficulty"],
                 "contest_id": question["contest_id"],
-                "contest_date": str(question["contest_date"])[:10],
+                "contest_date": question["contest_date"][:10],
                 "kind": "stdin" if entry is None else "function",
             },
+            aliases=tuple(name for name in (*_names(question), _title(question)) if name),
         )
 
     def _checker(self, question: dict[str, Any], entry: str | None) -> Checker | None:
@@ -310,8 +311,12 @@ def _day(name: str, value: str | None) -> str | None:
 
 def _names(question: dict[str, Any]) -> set[str]:
     """What the errata may call a question: its id, or LeetCode's name for its title."""
-    title = str(question.get("question_title", "")).lower()
-    return {str(question["question_id"]), re.sub(r"[^a-z0-9]+", "-", title).strip("-")}
+    title = _title(question).lower()
+    return {str(question["question_id"]), re.sub(r"[^a-z0-9]+", "-", title).strip("-")} - {""}
+
+
+def _title(question: dict[str, Any]) -> str:
+    return str(question.get("question_title") or "")
 
 
 _EXCLUDED = frozenset({*INTERACTIVE, *WRONG_TESTS, *UNCHECKED})
@@ -387,7 +392,7 @@ def _index(path: Path) -> list[Row]:
     if stat.st_size < _WHOLE_FILE_BYTES:
         return list(_scan(path))
     real = path.resolve()
-    mark = f"{real}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    mark = f"2\0{real}\0{stat.st_size}\0{stat.st_mtime_ns}"  # 2: the form of the index
     kept = cache_dir("livecodebench", hashlib.sha256(mark.encode()).hexdigest()[:32] + ".json")
     if kept.is_file():
         return [Row(**item) for item in json.loads(kept.read_text(encoding="utf-8"))]
@@ -403,6 +408,29 @@ _FIELDS = (
     "question_title question_content platform question_id contest_id contest_date difficulty "
     "public_test_cases"
 ).split()
+_REQUIRED = "question_id question_content contest_date platform difficulty".split()
+
+
+def as_day(value: Any) -> str | None:
+    """The day (and time) of a published date, or of an export's count since 1970; None of neither.
+
+    pandas counts milliseconds unless told otherwise; seconds, micro- and nanoseconds are told by
+    their size.
+    """
+    if isinstance(value, str) and value.strip().isdecimal() and value.strip().isascii():
+        value = int(value[:20])
+    if isinstance(value, str):
+        try:
+            return datetime.datetime.fromisoformat(value.strip()).isoformat()
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e19:
+        return None
+    for per_second in (1, 1e3, 1e6, 1e9):
+        if value / per_second < 1e11 / 25:  # the year 2096
+            at = datetime.datetime.fromtimestamp(value / per_second, datetime.UTC)
+            return at.replace(tzinfo=None).isoformat()
+    return None
 
 
 def _scan(path: Path) -> Iterator[Row]:
@@ -414,18 +442,30 @@ def _scan(path: Path) -> Iterator[Row]:
             digest.update(line)
             if line.strip():
                 try:
-                    text = line.decode("utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 except UnicodeDecodeError:
                     raise UsageError(
                         f"{path}, line {number}: no UTF-8; if the file is compressed, unpack it"
                     ) from None
-                ((_, data),) = read_jsonl(f"{path}, line {number}", text)
+                data = read_object(f"{path}, line {number}", text)
                 missing = [f for f in _FIELDS if f not in data]
-                if missing:
+                empty = [f for f in _REQUIRED if data.get(f) is None]
+                if missing or empty:
                     raise UsageError(
-                        f"{path}, line {number}: {missing[0]} is missing; it must be in the format "
-                        f"of {HUB_ID}"
+                        f"{path}, line {number}: {(missing + empty)[0]} is "
+                        f"{'missing' if missing else 'null'}; it must be in the format of {HUB_ID}"
                     )
+                question_id, day = data["question_id"], as_day(data["contest_date"])
+                if day is None:
+                    raise UsageError(
+                        f"{path}, line {number}: contest_date is {data['contest_date']!r:.50}; it "
+                        "must be a date, like 2025-02-01T00:00:00, or milliseconds since 1970"
+                    )
+                data["contest_date"] = day
+                if (
+                    isinstance(question_id, float) and question_id.is_integer()
+                ):  # LeetCode's ids are numbers
+                    data["question_id"] = str(int(question_id))
                 private = data.pop("private_test_cases", None)
                 yield Row(data, real, offset if private else -1, len(line))
             offset += len(line)
@@ -468,21 +508,24 @@ def load_tests(row: Row, *, half: bool = False) -> list[Test]:
 def _cases(items: Any, task_id: str) -> list[Case]:
     cases: list[Case] = []
     try:
-        for item in items:
+        for item in list_of_rows(items) or ():
             if item["testtype"] == "stdin":
                 cases.append(StdinCase(str(item["input"]), str(item["output"])))
             else:
                 args = tuple(json.loads(line) for line in item["input"].split("\n"))
-                cases.append(CallCase(args, json.loads(item["output"])))
-    except (TypeError, KeyError, ValueError) as error:
+                expected = json.loads(item["output"])
+                if where_nan(expected) is not None:
+                    raise ValueError("its output is NaN, which equals nothing")
+                cases.append(CallCase(args, expected))
+    except (TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(
             f"question {task_id} of LiveCodeBench has a broken test: {type(error).__name__} {error}"
         ) from None
     return cases
 
 
-def unpack_tests(packed: str, task_id: str = "") -> list[Any]:
-    """Hidden tests as published: JSON, or base64 of zlib of a pickle of JSON.
+def unpack_tests(packed: Any, task_id: str = "") -> list[Any]:
+    """Hidden tests as published: JSON, or base64 of zlib of a pickle of JSON; or a list by now.
 
     The pickle is not loaded. It may hold a single string and nothing else, which is read from its
     opcodes; so no file can make this run or build anything.
@@ -490,9 +533,12 @@ def unpack_tests(packed: str, task_id: str = "") -> list[Any]:
     Raises:
         UsageError: it is none of that.
     """
-    if not packed:
-        return []
+    packed = list_of_rows(packed)
+    if not packed or isinstance(packed, list):
+        return packed or []
     try:
+        if not isinstance(packed, str):
+            raise ValueError(f"a {type(packed).__name__}")
         if packed.lstrip().startswith("["):
             tests = json.loads(packed)
         else:

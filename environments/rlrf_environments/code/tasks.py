@@ -12,10 +12,10 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -54,13 +54,35 @@ CheckerLike = Checker | Callable[[Any, Case], bool]
 
 
 class _Strict(BaseModel):
+    """A row, as people and as exports of pandas and datasets write it.
+
+    There a field that is left out stands as null, and what is nested may be a JSON string.
+    """
+
     model_config = ConfigDict(extra="forbid")
+    nested: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exported(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        row = {
+            name: value
+            for name, value in data.items()
+            if value is not None or name not in cls.model_fields or name == "expected"
+        }
+        for name in cls.nested:
+            if isinstance(row.get(name), str):
+                row[name] = nested_json(row[name])
+        return row
 
 
 class TestRow(_Strict):
     """A test in a task file."""
 
     __test__ = False  # not pytest's
+    nested = ("args",)
 
     expected: Any = Field(description="The right output, or the right result.")
     stdin: str | None = Field(None, description="Standard input.")
@@ -80,11 +102,13 @@ class CheckerRow(_Strict):
     """A checker with its options in a task file."""
 
     name: str
-    tolerance: float = Field(0.0, ge=0)
+    tolerance: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 class TaskRow(_Strict):
     """A line of a task file."""
+
+    nested = ("tests", "limits", "metadata")
 
     id: str = Field(min_length=1, description="Unique in the file.")
     prompt: str = Field(min_length=1, description="The problem, as the policy reads it.")
@@ -109,6 +133,18 @@ class TaskRow(_Strict):
     @classmethod
     def _named(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("tests", mode="before")
+    @classmethod
+    def _one_by_one(cls, value: Any) -> Any:
+        return list_of_rows(value)
+
+    @field_validator("limits", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: limit for name, limit in value.items() if limit is not None}
+        return value
 
     @field_validator("id", "prompt")
     @classmethod
@@ -140,6 +176,7 @@ class CodeTask:
         starter_code: shown after it.
         metadata: what anyone may know.
         split: the one it was written down for, or None.
+        aliases: see :class:`rlrf.Task`.
     """
 
     problem: Problem
@@ -147,6 +184,7 @@ class CodeTask:
     starter_code: str = ""
     metadata: Mapping[str, Any] | None = None
     split: str | None = None
+    aliases: tuple[str, ...] = ()
 
 
 def read_tasks(
@@ -195,25 +233,76 @@ def read_tasks(
 def read_jsonl(path: Path | str, text: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers (from 1) and objects of a JSONL file, blank lines apart.
 
+    A byte order mark is no part of the text. NaN may stand among a function's arguments only:
+    elsewhere it is a value that an export has lost, and no answer equals it.
+
     Raises:
-        UsageError: the file cannot be read, or a line is no JSON object.
+        UsageError: the file cannot be read, a line is no JSON object, or holds NaN.
     """
     if text is None:
         try:
             raw = Path(path).read_bytes()
-            text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8")
+            text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode("utf-8-sig")
         except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
             raise UsageError(f"cannot read {path}: {error}") from None
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            data = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{path}, line {number}: no JSON: {error}") from None
-        if not isinstance(data, dict):
-            raise UsageError(f"{path}, line {number}: a JSON object is expected")
-        yield number, data
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        if line.strip():
+            yield number, read_object(f"{path}, line {number}", line)
+
+
+def read_object(place: str, line: str) -> dict[str, Any]:
+    """The object of a line of JSONL; see :func:`read_jsonl`. ``place`` names it in errors."""
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place}: no JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{place}: a JSON object is expected")
+    lost = where_nan(data) if "NaN" in line else None
+    if lost is not None:
+        raise UsageError(
+            f"{place}: {lost} is NaN, which equals nothing; write null, or leave it out"
+        )
+    return data
+
+
+_ARGUMENTS = ("args", "base_input", "plus_input")
+
+
+def where_nan(value: Any) -> str | None:
+    """The path of the first NaN in JSON data, arguments of functions apart; None without one."""
+    if isinstance(value, float):
+        return "" if value != value else None
+    inside: Iterable[tuple[Any, Any]] = ()
+    if isinstance(value, dict):
+        inside = ((k, v) for k, v in value.items() if k not in _ARGUMENTS)
+    elif isinstance(value, list):
+        inside = enumerate(value)
+    for name, item in inside:
+        found = where_nan(item)
+        if found is not None:
+            return f"{name}.{found}".rstrip(".")
+    return None
+
+
+def nested_json(value: Any) -> Any:
+    """What an export may have written as a JSON string; what is no JSON stays as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def list_of_rows(value: Any) -> Any:
+    """A list of objects, also where an export wrote it as an object of lists."""
+    value = nested_json(value)
+    if isinstance(value, dict) and value and all(isinstance(v, list) for v in value.values()):
+        columns = list(value.values())
+        if len({len(column) for column in columns}) == 1:
+            return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return value
 
 
 def as_limits(value: Limits | Mapping[str, float] | None, default: Limits) -> Limits:
