@@ -6,6 +6,7 @@ import ast
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import sys
 from pathlib import Path
@@ -297,3 +298,17 @@ def f():
     healthy = pool.run_sync(Program("print('ok')"), [StdinCase("", "ok")], limits=limits)
     assert healthy.verdict is Verdict.ACCEPTED
     assert pool.stats().replaced == 0
+
+
+def test_a_syntax_error_is_told_though_its_leader_ended_before_it_was_heard(monkeypatch):
+    supervisor = object.__new__(runner.Supervisor)
+    monkeypatch.setattr(supervisor, "sweep", lambda outcome: None, raising=False)
+    monkeypatch.setattr(supervisor, "forget_leader", lambda: None, raising=False)
+    channel = os.memfd_create("channel")
+    os.write(channel, b'{"error": {"type": "SyntaxError"}}')
+    supervisor.files = [0, 0, 0, 0, channel]
+    outcome = {"kind": "X", "status": 0, "cpu": 0.0}
+    assert "SyntaxError" in supervisor.not_compiled(outcome)["message"]
+    # Of a compiler that crashed, what is on the channel is not believed.
+    assert supervisor.not_compiled({**outcome, "status": 11})["message"] == ""
+    os.close(channel)

@@ -1080,7 +1080,8 @@ class Supervisor:
             self.forget_leader()
             if os.WIFEXITED(outcome["status"]) and os.WEXITSTATUS(outcome["status"]) == 70:
                 raise Broken("a leader could not be set up: " + message.decode("latin-1"))
-            message = b""
+            # It may have said why and ended before we listened; only then did it end well.
+            message = b"" if outcome["status"] else message
         return {
             "compile": True,
             "status": outcome["status"],
