@@ -5,12 +5,15 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import subprocess
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 
+from rlrf._async import call_hook
 from rlrf.errors import InfraError
 from rlrf.sandbox import Job, RawRun, SandboxInfo
+from rlrf_sandboxes import host
 from rlrf_sandboxes.local import spawn
 from rlrf_sandboxes.slot import PYTHON_FLAGS, RUNNER, Link, Settings, Slot
 
@@ -21,17 +24,29 @@ class BubblewrapSandbox:
     """A runner in fresh user, pid, mount, network, ipc and uts namespaces.
 
     Inside, every program gets namespaces of its own again: it sees no other process, an empty
-    ``/tmp`` in memory, ``/usr`` and a Python, read-only. When started as root, all of it runs as
-    ``nobody``.
+    ``/tmp`` in memory, and, read-only, an interpreter, its standard library, the shared libraries
+    they need, and packages that are named here. Nothing else of this machine is in there: no other
+    package (environments bring their answers along), no shell. When started as root, all of it runs
+    as ``nobody``.
 
     Args:
         python: the interpreter inside; None finds one that works.
+        packages: distributions installed for that interpreter that programs may import, with what
+            they require; None for numpy if it is there.
         tmp_mb: size of ``/tmp``.
         inodes: files and folders in it.
     """
 
-    def __init__(self, *, python: str | None = None, tmp_mb: int = 64, inodes: int = 4096) -> None:
+    def __init__(
+        self,
+        *,
+        python: str | None = None,
+        packages: Sequence[str] | None = None,
+        tmp_mb: int = 64,
+        inodes: int = 4096,
+    ) -> None:
         self._python = python
+        self._packages = None if packages is None else tuple(packages)
         self._slot = Slot(self._launch, Settings("ns", tmp_mb, inodes))
 
     @property
@@ -49,6 +64,7 @@ class BubblewrapSandbox:
 
         Raises:
             InfraError: bubblewrap is missing or not permitted here; says what to do.
+            UsageError: a package is not there, or brings environments.
         """
         if shutil.which("bwrap") is None:
             raise InfraError(
@@ -91,6 +107,10 @@ class BubblewrapSandbox:
 
     async def _launch(self) -> Link:
         assert self._python is not None
+        python, binds = await call_hook(_view, self._python, self._packages)
+        environment = {"HOME": "/tmp", "TMPDIR": "/tmp"}
+        if any(b.startswith(host.PACKAGES_PATH) for b in binds):
+            environment["PYTHONPATH"] = host.PACKAGES_PATH
         # The runner goes in by descriptor: `nobody` could not read it where it lies.
         source = os.memfd_create("runner", 0)
         try:
@@ -104,14 +124,14 @@ class BubblewrapSandbox:
                     *("--uid", "1000", "--gid", "1000"),
                     *("--cap-drop", "ALL", "--cap-add", "CAP_SYS_ADMIN"),
                     *("--hostname", "sandbox"),
-                    *_binds(self._python),
+                    *(*binds, *_masks(python)),
                     *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"),
                     *("--perms", "0444", "--ro-bind-data", str(source), "/rlrf/runner.py"),
                     *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--"),
-                    *(self._python, *PYTHON_FLAGS, "/rlrf/runner.py"),
+                    *(str(python.executable), *PYTHON_FLAGS, "/rlrf/runner.py"),
                 ],
                 pass_fds=[source],
-                environment={"HOME": "/tmp", "TMPDIR": "/tmp"},
+                environment=environment,
                 user=NOBODY if os.geteuid() == 0 else None,
             )
         finally:
@@ -127,26 +147,70 @@ def _remember(python: str) -> None:
     _working_python = python
 
 
-def _binds(python: str) -> list[str]:
-    """The parts of the system a Python needs, read-only."""
-    binds = []
-    for path in ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache"):
-        if os.path.islink(path):
-            binds += ["--symlink", os.readlink(path), path]
-        elif os.path.exists(path):
-            binds += ["--ro-bind", path, path]
-    prefix = _prefix(python)
-    if not prefix.startswith("/usr/"):
-        binds += ["--ro-bind", prefix, prefix]
-    return binds
-
-
 @functools.cache
-def _prefix(python: str) -> str:
-    """The folder an interpreter and its library lie below."""
-    if python.startswith("/usr/"):
-        return "/usr/"
-    return str(Path(python).resolve().parents[1])
+def _view(path: str, packages: tuple[str, ...] | None) -> tuple[host.Python, tuple[str, ...]]:
+    """An interpreter, and what of this machine it needs, as bubblewrap's arguments.
+
+    Raises:
+        InfraError: it is no interpreter that the runner works in.
+        UsageError: a package is not there, or brings environments.
+    """
+    try:
+        python = host.Python(path)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise InfraError(f"it does not run: {error}", kind="sandbox_python") from error
+    if not python.usable:
+        raise InfraError("no CPython >= 3.8 with a whole standard library", kind="sandbox_python")
+    wanted = ("numpy",) if packages is None else packages
+    chosen = host.located(python, wanted, optional=packages is None)
+    objects = python.extensions()
+    for place in chosen.values():
+        if os.path.isdir(place):
+            objects += [p for p, name in host.files(Path(place), host.left_out) if ".so" in name]
+        elif ".so" in place:
+            objects.append(Path(place))
+    found, loader = host.libraries(python.executable, objects)
+
+    trees = [python.stdlib, *([] if python.dynload.parent == python.stdlib else [python.dynload])]
+    inside = (*map(str, trees), *chosen.values())
+    single = {str(python.executable), "/etc/ld.so.cache", *([loader] if loader else [])}
+    for library in found.values():
+        real = os.path.realpath(library)
+        if not any(os.path.commonpath((real, tree)) == tree for tree in inside):
+            single.add(library)
+
+    binds: list[str] = []
+    tops = sorted({"/" + p.split("/")[1] for p in (*single, *map(str, trees))} | {"/lib64"})
+    links = {top: os.path.realpath(top) for top in tops if os.path.islink(top)}
+    for top, target in links.items():
+        binds += ["--symlink", target, top]
+    for place in (*map(str, trees), *sorted(single), *_DATA):
+        if os.path.exists(place):
+            first = "/" + place.split("/")[1]
+            seen = links.get(first, first) + place[len(first) :]
+            binds += ["--ro-bind", os.path.realpath(place), seen]
+    if str(python.executable) != "/usr/bin/python3":
+        binds += ["--symlink", str(python.executable), "/usr/bin/python3"]
+    for name, place in sorted(chosen.items()):
+        binds += ["--ro-bind", os.path.realpath(place), f"{host.PACKAGES_PATH}/{name}"]
+    return python, tuple(binds)
+
+
+_DATA = ("/usr/share/zoneinfo", "/usr/lib/locale/C.utf8")
+"""What the standard library and the C library read: time zones, the locale."""
+
+
+def _masks(python: host.Python) -> list[str]:
+    """Arguments that hide what lies in the folder of the standard library without being of it."""
+    hidden = []
+    for entry in sorted(os.scandir(python.stdlib), key=lambda e: e.name):
+        if python.standard(entry.name) or entry.is_symlink():  # a link leads nowhere in there
+            continue
+        if entry.is_dir():
+            hidden += ["--tmpfs", entry.path, "--remount-ro", entry.path]
+        else:
+            hidden += ["--ro-bind", "/dev/null", entry.path]
+    return hidden
 
 
 def _interpreters() -> list[str]:

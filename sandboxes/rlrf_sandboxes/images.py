@@ -14,29 +14,36 @@ import io
 import json
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from rlrf.errors import InfraError, UsageError
 from rlrf_sandboxes import daemon, runner
+from rlrf_sandboxes.host import (
+    PACKAGES_PATH,
+    Python,
+    brings_answers,
+    declares_environments,
+    distributions,
+    files,
+    left_out,
+    libraries,
+    output,
+)
 
 REPOSITORY = "rlrf-sandbox"
 RUNNER = Path(__file__).with_name("runner.py")
 DOCKERFILE = Path(__file__).with_name("images") / "Dockerfile"
 RUNNER_PATH = "/rlrf/runner.py"
-PACKAGES_PATH = "/rlrf/packages"
-"""Where extra packages lie inside; on ``PYTHONPATH``, as the runner starts without ``site``."""
 IMAGE_LABEL = daemon.PREFIX + "image"
 RUNNER_LABEL = daemon.PREFIX + "runner"
-OLDEST_PYTHON = (3, 8)
 OFFLINE_REMEDY = "use `rlrf sandbox import --from-host`"
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -124,6 +131,8 @@ def build(client: Any, packages: Sequence[str] = (), base: str | None = None) ->
 
 
 def _requirement(package: str) -> str:
+    if re.match(r"rlrf\b", package, re.IGNORECASE):
+        raise brings_answers(f"package {package!r}")
     # It ends up in a shell command and before pip, so no options, paths, addresses, or quotes.
     if not re.fullmatch(
         r"[A-Za-z0-9][A-Za-z0-9._-]*(\[[A-Za-z0-9,._-]+\])?(==[A-Za-z0-9.+!]+)?", package
@@ -167,7 +176,7 @@ def import_from_host(client: Any, packages: Sequence[str] = (), python: str | No
         The name of the image.
 
     Raises:
-        UsageError: no interpreter fits, or a package is not installed.
+        UsageError: no interpreter fits, or a package is not installed, or brings environments.
         InfraError: the daemon did not take the image, or it does not run.
     """
     with tempfile.TemporaryFile() as out:
@@ -184,60 +193,27 @@ def pack_host(out: IO[bytes], packages: Sequence[str] = (), python: str | None =
         The path of the interpreter inside.
     """
     found = _host_python(python, packages)
-    dists = _distributions(packages)
+    dists = distributions(packages)
     with _Archive(out) as archive:
         _skeleton(archive)
         inside = _pack_python(archive, found)
-        objects = [found.executable, *_shared_objects(found.dynload)]
-        objects += _pack_distributions(archive, dists)
-        _pack_libraries(archive, objects)
+        objects = found.extensions() + _pack_distributions(archive, dists)
+        _pack_libraries(archive, found, objects)
         _pack_bytecode(archive, found)
     return inside
 
 
-class _Python:
-    """An interpreter of this machine.
-
-    Attributes:
-        executable: the real binary.
-        stdlib: its standard library.
-        version: e.g. ``(3, 11)``.
-        platlibdir: ``lib``, or ``lib64`` on some systems.
-    """
-
-    def __init__(self, path: str) -> None:
-        ask = (
-            "import json, os, sys, sysconfig; print(json.dumps([os.path.realpath(getattr(sys,"
-            " '_base_executable', sys.executable)), sysconfig.get_path('stdlib'),"
-            " list(sys.version_info[:2]), getattr(sys, 'platlibdir', 'lib'),"
-            " sys.implementation.name, sysconfig.get_path('platstdlib')]))"
-        )
-        # -I: whatever folder rlrf was started in must not be imported from.
-        told = _output([path, "-I", "-S", "-c", ask])
-        executable, stdlib, version, self.platlibdir, name, platstdlib = json.loads(told)
-        self.executable, self.stdlib = Path(executable), Path(stdlib)
-        self.dynload = Path(platstdlib) / "lib-dynload"
-        self.version = (int(version[0]), int(version[1]))
-        self.usable = name == "cpython" and self.version >= OLDEST_PYTHON
-        self.name = f"python{self.version[0]}.{self.version[1]}"
-
-    @property
-    def home(self) -> str:
-        """The standard library inside the image; the interpreter finds it from where it lies."""
-        return f"usr/{self.platlibdir}/{self.name}"
-
-
-def _host_python(python: str | None, packages: Sequence[str]) -> _Python:
+def _host_python(python: str | None, packages: Sequence[str]) -> Python:
     own: str = getattr(sys, "_base_executable", sys.executable)
     tried = []
     for path in [python] if python else ["/usr/bin/python3", own]:
         try:
-            found = _Python(path)
+            found = Python(path)
         except (OSError, subprocess.CalledProcessError, ValueError) as error:
             tried.append(f"{path}: {error}")
             continue
         version = f"{found.version[0]}.{found.version[1]}"
-        if not found.usable or not (found.stdlib / "json" / "__init__.py").is_file():
+        if not found.usable:
             tried.append(f"{path}: no CPython >= 3.8 with a whole standard library")
         elif packages and found.version != sys.version_info[:2]:
             # Compiled packages fit one version of Python only.
@@ -264,22 +240,14 @@ def _skeleton(archive: _Archive) -> None:
             archive.file(f"usr/lib/locale/C.utf8/{path.relative_to(utf8)}", path)
 
 
-_SKIPPED = frozenset(
-    "test tests idlelib ensurepip lib2to3 tkinter turtledemo site-packages dist-packages "
-    "__pycache__ lib-dynload sitecustomize.py usercustomize.py".split()
-)
-
-
-def _skipped_module(name: str) -> bool:
-    """Parts of the standard library that no program needs."""
-    test = re.match(r"_test|_ctypes_test|_xxtest|xxlimited|_tkinter", name)
-    return name in _SKIPPED or name.startswith("config-") or test is not None
-
-
-def _pack_python(archive: _Archive, python: _Python) -> str:
-    for folder, inside in ((python.stdlib, ""), (python.dynload, "lib-dynload")):
-        for path, name in _files(folder, _skipped_module):
-            archive.file(str(PurePosixPath(python.home, inside, name)), path)
+def _pack_python(archive: _Archive, python: Python) -> str:
+    # Where the interpreter finds it from where it lies itself.
+    home = f"usr/{python.platlibdir}/{python.name}"
+    for path, name in files(python.stdlib, left_out):
+        if python.standard(PurePosixPath(name).parts[0]):
+            archive.file(f"{home}/{name}", path)
+    for path, name in files(python.dynload, left_out):
+        archive.file(f"{home}/lib-dynload/{name}", path)
     executable = f"usr/bin/{python.name}"
     archive.file(executable, python.executable, 0o755)
     archive.link("usr/bin/python3", python.name)
@@ -287,39 +255,18 @@ def _pack_python(archive: _Archive, python: _Python) -> str:
     return f"/{executable}"
 
 
-def _files(folder: Path, skip: Callable[[str], bool]) -> Iterator[tuple[Path, str]]:
-    """Regular files below a folder and their relative names; links are followed to files."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not skip(f))
-        for name in sorted(names):
-            path = Path(root, name)
-            if not skip(name) and not name.endswith(".pyc") and path.is_file():
-                yield path, str(path.relative_to(folder))
-
-
-def _shared_objects(dynload: Path) -> list[Path]:
-    return [path for path, name in _files(dynload, _skipped_module) if ".so" in name]
-
-
-def _pack_libraries(archive: _Archive, objects: Sequence[Path]) -> None:
-    """Pack the shared libraries that programs and libraries need.
+def _pack_libraries(archive: _Archive, python: Python, objects: Sequence[Path]) -> None:
+    """Pack the shared libraries that the interpreter and compiled modules need.
 
     Those that lie in odd places go where the C library lies, which is searched without
     ``ld.so.cache`` (making one for another root takes root's rights).
     """
     own = {os.path.realpath(path) for path in objects}
-    libraries: dict[str, str] = {}
-    for start in range(0, len(objects), 64):
-        told = _output(["ldd", *map(str, objects[start : start + 64])], check=False)
-        for name, path in re.findall(r"^\s+(\S+) => (/\S+) \(0x", told, re.MULTILINE):
-            libraries.setdefault(name, path)
-        for path in re.findall(r"^\s+(/\S+) \(0x", told, re.MULTILINE):
-            archive.file(path[1:], Path(path), 0o755)  # the loader, found by its full path
-    system = os.path.dirname(libraries.get("libc.so.6", "/usr/lib/libc.so"))
-    unwinder = os.path.join(system, "libgcc_s.so.1")
-    if os.path.exists(unwinder):  # the C library loads it by name when a thread ends early
-        libraries.setdefault("libgcc_s.so.1", unwinder)
-    for name, path in sorted(libraries.items()):
+    found, loader = libraries(python.executable, objects)
+    if loader is not None:
+        archive.file(loader[1:], Path(loader), 0o755)  # it is found by its full path
+    system = os.path.dirname(found.get("libc.so.6", "/usr/lib/libc.so"))
+    for name, path in sorted(found.items()):
         if os.path.realpath(path) not in own:
             archive.file(f"{system[1:]}/{os.path.basename(name)}", Path(path), 0o755)
 
@@ -335,7 +282,7 @@ for source, target, name in json.load(sys.stdin):
 """
 
 
-def _pack_bytecode(archive: _Archive, python: _Python) -> None:
+def _pack_bytecode(archive: _Archive, python: Python) -> None:
     """Compile what was packed: the image is read-only, and starting must not take long.
 
     "unchecked-hash", as the times of the files inside say nothing.
@@ -349,7 +296,7 @@ def _pack_bytecode(archive: _Archive, python: _Python) -> None:
             (str(sources[name]), str(Path(scratch, f"{i}.pyc")), f"/{name}")
             for i, name in enumerate(names)
         ]
-        _output([str(python.executable), "-I", "-S", "-B", "-c", _COMPILE], stdin=json.dumps(jobs))
+        output([str(python.executable), "-I", "-S", "-B", "-c", _COMPILE], stdin=json.dumps(jobs))
         for name, (_, compiled, _) in zip(names, jobs, strict=True):
             if os.path.exists(compiled):
                 path = PurePosixPath(name)
@@ -357,31 +304,6 @@ def _pack_bytecode(archive: _Archive, python: _Python) -> None:
 
 
 # --- distributions ----------------------------------------------------------------------------
-
-
-def _distributions(names: Sequence[str]) -> list[metadata.Distribution]:
-    """Installed distributions by name, and what they require without an extra."""
-    found: dict[str, metadata.Distribution] = {}
-    todo = [(name, "") for name in names]
-    while todo:
-        name, of = todo.pop(0)
-        key = re.sub(r"[-_.]+", "-", name).lower()
-        if key in found:
-            continue
-        try:
-            found[key] = metadata.distribution(name)
-        except metadata.PackageNotFoundError as error:
-            if of:  # a requirement of another platform; markers are not evaluated here
-                continue
-            raise UsageError(
-                f"package {name!r} is not installed beside rlrf; install it here first: "
-                f"{sys.executable} -m pip install {name}"
-            ) from error
-        for requirement in found[key].requires or ():
-            matched = re.match(r"[A-Za-z0-9._-]+", requirement)
-            if matched and "extra" not in requirement.partition(";")[2]:
-                todo.append((matched[0], key))
-    return [found[key] for key in sorted(found)]
 
 
 def _pack_distributions(archive: _Archive, dists: Sequence[metadata.Distribution]) -> list[Path]:
@@ -424,7 +346,7 @@ def import_rootfs(client: Any, folder: str | os.PathLike[str]) -> str:
         The name of the image.
 
     Raises:
-        UsageError: it is no such folder.
+        UsageError: it is no such folder, or there are environments in it.
         InfraError: the daemon did not take the image, or it does not run.
     """
     with tempfile.TemporaryFile() as out:
@@ -447,6 +369,9 @@ def pack_rootfs(out: IO[bytes], folder: Path) -> str:
         archive.file(RUNNER_PATH[1:], RUNNER)
         for root, folders, names in os.walk(folder, onerror=_unreadable):
             at = Path(root).relative_to(folder)
+            about = at.name.endswith((".dist-info", ".egg-info")) and Path(root, "entry_points.txt")
+            if about and declares_environments(about):
+                raise brings_answers(f"{root!r}")
             for name in sorted(folders + names):
                 archive.entry(str(at / name), Path(root, name))
             folders[:] = sorted(f for f in folders if not _LEFT_OUT.match(f"{at / f}/"))
@@ -653,14 +578,3 @@ class _Archive:
         info = tarfile.TarInfo(name)
         info.type, info.mode, info.size, info.linkname = kind, mode, size, target
         self._tar.addfile(info, content)
-
-
-def _output(command: list[str], stdin: str = "", check: bool = True) -> str:
-    """What a program of this machine prints."""
-    if shutil.which(command[0]) is None:
-        raise UsageError(f"{command[0]!r} is not there, or cannot be run")
-    environment = {**os.environ, "LC_ALL": "C"}
-    done = subprocess.run(
-        command, input=stdin, capture_output=True, text=True, check=check, env=environment
-    )
-    return done.stdout
