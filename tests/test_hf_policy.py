@@ -10,9 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("torch", reason="needs the extra 'train'")
+
+import torch
 from transformers import Gemma3TextConfig, MistralConfig, Qwen3NextConfig
 
 from rlrf.errors import PromptTooLongError, RlrfError, UsageError

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -256,7 +257,8 @@ def test_a_stream_that_is_no_plain_socket_is_bridged():
     class Tls:  # what docker's SDK gives for a daemon behind TLS: the methods, not the descriptor
         recv, sendall, shutdown = near.recv, near.sendall, near.shutdown
 
-    bridged = _bridge(Tls())
+    closed = threading.Event()
+    bridged = _bridge(Tls(), closed.set)
     bridged.sendall(b"there")
     assert far.recv(5) == b"there"
     far.sendall(b"back")
@@ -264,6 +266,7 @@ def test_a_stream_that_is_no_plain_socket_is_bridged():
     far.close()
     assert bridged.recv(1) == b""
     bridged.close()
+    assert closed.wait(10)  # by its owner, not by chance
     near.close()
 
 

@@ -199,13 +199,15 @@ class _Container:
         """Open its standard streams as one non-blocking socket."""
         params = {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1}
         stream = self.client.attach_socket(self.id, params=params)
+        # What the SDK hands out is the inside of an HTTP response. It is the response that has to
+        # be closed: one that is collected after its inside was closed complains (Python 3.13).
+        response = getattr(stream, "_response", stream)
         inner = getattr(stream, "_sock", stream)
-        if isinstance(inner, socket.socket) and type(inner) is socket.socket:
+        if type(inner) is socket.socket:
             self.sock = socket.socket(fileno=os.dup(inner.fileno()))
-            stream.close()
-            inner.close()
+            response.close()
         else:  # TLS or ssh: the event loop cannot read these
-            self.sock = _bridge(inner)
+            self.sock = _bridge(inner, response.close)
         self.sock.setblocking(False)
 
     def said(self) -> str:
@@ -261,8 +263,8 @@ class _Demultiplexer:
         return bytes(out)
 
 
-def _bridge(stream: Any) -> socket.socket:
-    """A plain socket that two threads connect with a stream that is none."""
+def _bridge(stream: Any, close: Callable[[], Any]) -> socket.socket:
+    """A plain socket that two threads connect with a stream that is none, and close in the end."""
     ours, theirs = socket.socketpair()
 
     def pump(read: Callable[[int], bytes], write: Callable[[bytes], Any]) -> None:
@@ -273,6 +275,16 @@ def _bridge(stream: Any) -> socket.socket:
             with contextlib.suppress(OSError, ValueError):
                 one.shutdown(socket.SHUT_RDWR)
 
-    for read, write in ((stream.recv, theirs.sendall), (theirs.recv, stream.sendall)):
-        threading.Thread(target=pump, args=(read, write), name="rlrf-docker", daemon=True).start()
+    def forth() -> None:
+        pump(theirs.recv, stream.sendall)
+        back.join()
+        theirs.close()
+        with contextlib.suppress(OSError, ValueError):
+            close()
+
+    back = threading.Thread(
+        target=pump, args=(stream.recv, theirs.sendall), name="rlrf-docker", daemon=True
+    )
+    back.start()
+    threading.Thread(target=forth, name="rlrf-docker", daemon=True).start()
     return ours
