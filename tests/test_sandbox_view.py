@@ -251,7 +251,7 @@ def test_a_package_of_the_sandboxs_python_that_brings_environments_is_refused(tm
     python = host.Python(sys.executable)
     environment_package(tmp_path / "site-packages")
     located = host._LOCATE.replace(
-        "found = {}", f"sys.path[:] = [{str(tmp_path / 'site-packages')!r}]\nfound = {{}}"
+        "found = {}", f"places = [{str(tmp_path / 'site-packages')!r}]\nfound = {{}}"
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "_LOCATE", located)

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from rlrf._async import background_loop
+from rlrf._async import background_loop, call_hook
 from rlrf.errors import InfraError, RlrfError, UsageError
 from rlrf.plugins import Registry
 from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens, accepted
@@ -84,6 +84,10 @@ class _Turns:
         default_factory=OrderedDict
     )
     alone: deque[asyncio.Future[_Slot]] = field(default_factory=deque)
+    rest_until: float = 0.0
+    """When, on the monotonic clock, those who wait have had their share after one who was alone."""
+    _held_since: float | None = None
+    _lonely: _Slot | None = None
 
     async def take(self, group: Hashable, *, alone: bool = False) -> _Slot:
         future: asyncio.Future[_Slot] = asyncio.get_running_loop().create_future()
@@ -102,23 +106,40 @@ class _Turns:
             raise
 
     def give(self, slot: _Slot) -> None:
+        if slot is self._lonely and self._held_since is not None:
+            now = time.monotonic()
+            self.rest_until = now + _SHARE * (now - self._held_since)
+            self._lonely = self._held_since = None
         self.free.appendleft(slot)  # the warmest goes first
         self.serve()
 
     def serve(self) -> None:
-        while self.alone and self.alone[0].cancelled():
-            self.alone.popleft()
-        if self.alone:  # wants the machine for itself: nobody else starts before
-            if len(self.free) == self.size:
-                self.alone.popleft().set_result(self.free.popleft())
+        if self._lonely is not None:
             return
-        while self.free and self.waiting:
+        while True:
+            while self.alone and self.alone[0].cancelled():
+                self.alone.popleft()
+            now = time.monotonic()
+            if self.alone and (not self.waiting or now >= self.rest_until):
+                # It wants the machine for itself: nobody else starts before.
+                self._held_since = self._held_since or now
+                if len(self.free) == self.size:
+                    self._lonely = self.free.popleft()
+                    self.alone.popleft().set_result(self._lonely)
+                return
+            self._held_since = None
+            if not self.free or not self.waiting:
+                return
             group, queue = self.waiting.popitem(last=False)
             future = queue.popleft()
             if queue:
                 self.waiting[group] = queue  # to the end: the other groups come first
             if not future.cancelled():
                 future.set_result(self.free.popleft())
+
+
+_SHARE = 3.0
+"""As long as programs wait, those that run alone get one part of the time, and they this many."""
 
 
 class SandboxPool:
@@ -166,6 +187,7 @@ class SandboxPool:
         self._last_failure: InfraError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+        self._background: list[asyncio.Task[None]] = []  # those that end when the pool is closed
         self._closed = False
         self._info: SandboxInfo | None = None
 
@@ -188,21 +210,22 @@ class SandboxPool:
         self._loop = asyncio.get_running_loop()
         slot = await self._turns.take(None)
         try:
-            await self._start(slot)
+            try:
+                await self._start(slot)
+            finally:
+                self._turns.give(slot)
+            probe = await self._run(*_PROBE, limits=Limits(memory_mb=64))
+            if probe.verdict is not Verdict.ACCEPTED:
+                raise InfraError(
+                    f"the sandbox {self.info.backend} gives {probe.verdict} for a program that is "
+                    "right; see `rlrf sandbox doctor`",
+                    kind="sandbox_wrong",
+                    retryable=False,
+                )
         except BaseException:
             await self.aclose()
             raise
-        self._turns.give(slot)
-        probe = await self._run(*_PROBE, limits=Limits(memory_mb=64))
-        if probe.verdict is not Verdict.ACCEPTED:
-            await self.aclose()
-            raise InfraError(
-                f"the sandbox {self.info.backend} gives {probe.verdict} for a program that is "
-                "right; see `rlrf sandbox doctor`",
-                kind="sandbox_wrong",
-                retryable=False,
-            )
-        self._spawn(self._heartbeat())
+        self._background.append(self._spawn(self._heartbeat()))
 
     async def run(
         self,
@@ -379,7 +402,18 @@ class SandboxPool:
 
     async def _start(self, slot: _Slot) -> None:
         sandbox = self._make()
-        await sandbox.start()
+        # A task of its own, which whoever closes the pool can end and wait for.
+        starting = self._spawn(sandbox.start())
+        self._background.append(starting)
+        try:
+            await starting
+        except asyncio.CancelledError:
+            self._spawn(self._end(sandbox))  # of the pool's: nobody waits for it here
+            if self._closed:
+                raise UsageError("the sandbox pool is closed") from None
+            raise
+        finally:
+            self._background.remove(starting)
         self._stats.started += 1
         if self._closed:  # meanwhile
             await self._end(sandbox)
@@ -402,13 +436,14 @@ class SandboxPool:
     async def _end(sandbox: Sandbox) -> None:
         try:
             await sandbox.aclose()
-        except RlrfError as error:
+        except Exception as error:  # what it was closed for counts, not this
             log.warning("a sandbox could not be ended: %s", error)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _heartbeat(self) -> None:
         """Ask idle sandboxes for a sign of life, so that the next program finds a living one."""
@@ -436,14 +471,15 @@ class SandboxPool:
             await self._here(self.aclose())
             return
         self._closed = True
-        for task in list(self._tasks):
-            if task.get_coro().__name__ == "_heartbeat":  # type: ignore[union-attr]  # our coroutines have names
-                task.cancel()
-        living = [s.sandbox for s in self._slots if s.sandbox is not None]
+        for task in self._background:
+            task.cancel()
         for slot in self._slots:
-            slot.sandbox = None
-        await asyncio.gather(*(self._end(s) for s in living), return_exceptions=True)
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+            sandbox, slot.sandbox = slot.sandbox, None
+            if sandbox is not None:
+                self._spawn(self._end(sandbox))
+        while self._tasks:  # a start that was cut off leaves a sandbox to end
+            await asyncio.wait(self._tasks)  # not `gather`: cancelled, it would cancel them
+            await asyncio.sleep(0)
 
 
 _PROBE = (Program("print(6 * 7)"), [StdinCase("", "42")])
@@ -517,10 +553,10 @@ async def _judge(
     async with contextlib.aclosing(sandbox.execute(job)) as runs:
         async for raw in runs:
             case = cases[len(results)]
-            if isinstance(checker, _QUICK):
+            if isinstance(checker, _QUICK) and _is_small(raw, case):
                 verdict = _verdict(raw, case, checker)
-            else:  # somebody's own, which may take its time: the others' deadlines must not wait
-                verdict = await asyncio.to_thread(_verdict, raw, case, checker)
+            else:  # takes its time, or is somebody's own: the others' deadlines must not wait
+                verdict = await call_hook(_verdict, raw, case, checker)
             results.append(CaseResult(len(results), verdict, case, raw))
             # A program that does not compile fails all cases alike, and one that ran into a
             # limit would cost that limit again on every further case.
@@ -531,6 +567,28 @@ async def _judge(
         raise InfraError("the sandbox gave too few results", kind="sandbox_died")
     skipped = [CaseResult(i, Verdict.SKIPPED, cases[i]) for i in range(len(results), len(cases))]
     return RunReport(bad or Verdict.ACCEPTED, (*results, *skipped))
+
+
+_SMALL = 4096
+
+
+def _is_small(raw: RawRun, case: Case) -> bool:
+    """Whether it costs less to judge a run than to have a thread do it."""
+    left = _SMALL - len(raw.stdout) - (len(case.expected) if isinstance(case, StdinCase) else 0)
+    values = [raw.result]
+    while values and left >= 0:
+        value = values.pop()
+        left -= 8
+        if isinstance(value, (str, bytes, bytearray)):
+            left -= len(value)
+        elif isinstance(value, int):
+            left -= value.bit_length() >> 3
+        elif isinstance(value, (list, tuple, set, frozenset, dict)):
+            left -= 8 * len(value)
+            if left >= 0:
+                values += value
+                values += value.values() if isinstance(value, dict) else ()
+    return left >= 0
 
 
 _FINAL = frozenset(

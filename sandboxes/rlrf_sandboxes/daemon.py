@@ -13,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 import subprocess
 import threading
 import uuid
@@ -69,13 +70,28 @@ def connect(docker_host: str | None = None, timeout: float = 30) -> Any:
         docker = sdk()
     except MissingDependencyError as error:
         raise InfraError(str(error), kind="docker_sdk_missing", retryable=False) from error
-    options: dict[str, Any] = {}
+    where = docker_host or os.environ.get("DOCKER_HOST") or f"unix://{_SYSTEM_SOCKET}"
     try:
         options = address(docker, docker_host)
+        where = str(options.get("base_url") or where)
         return docker.APIClient(version="auto", timeout=timeout, **options)
-    except (docker.errors.DockerException, OSError) as error:
-        where = str(options.get("base_url") or f"unix://{_SYSTEM_SOCKET}")
+    except Exception as error:  # with a bad address or configuration, the SDK raises anything
         raise _explained(docker, error, where) from error
+
+
+@contextlib.contextmanager
+def calls(what: str) -> Iterator[None]:
+    """Calls of a daemon that may fail between one and the next.
+
+    Raises:
+        InfraError: they did; says what could not be done.
+    """
+    try:
+        yield
+    except (sdk().errors.DockerException, OSError) as error:
+        raise InfraError(
+            f"{what}: the docker daemon failed: {_plain(error)}", kind="docker_failed"
+        ) from error
 
 
 def address(docker: Any, docker_host: str | None) -> dict[str, Any]:
@@ -86,8 +102,11 @@ def address(docker: Any, docker_host: str | None) -> dict[str, Any]:
         )
     if os.environ.get("DOCKER_HOST"):
         return dict(docker.utils.kwargs_from_env())
-    context = docker.ContextAPI.get_current_context() if hasattr(docker, "ContextAPI") else None
-    if context is not None and context.Name != "default" and context.Host:
+    named = os.environ.get("DOCKER_CONTEXT") or docker.context.config.get_current_context_name()
+    context = docker.ContextAPI.get_context(named)
+    if context is None:
+        raise docker.errors.DockerException(f"there is no docker context {named!r}")
+    if context.Name != "default" and context.Host:
         return {"base_url": context.Host, "tls": context.TLSConfig or False}
     rootless = Path(os.environ.get("XDG_RUNTIME_DIR", f"/run/user/{os.getuid()}"), "docker.sock")
     if not os.path.exists(_SYSTEM_SOCKET) and rootless.exists():
@@ -124,8 +143,18 @@ def _explained(docker: Any, error: BaseException, where: str) -> InfraError:
             "restart it with `sudo systemctl restart docker`"
         )
     else:
-        message = f"the docker daemon at {where} cannot be used: {error}"
-    return InfraError(message, kind=kind, retryable=False)
+        message = (
+            f"the docker daemon at {where} cannot be used: {type(error).__name__}: {error}. Its "
+            "address comes from DOCKER_HOST, else from the docker context "
+            "(`docker context ls`); mend that, e.g. DOCKER_HOST=unix:///var/run/docker.sock"
+        )
+    return InfraError(_plain(message), kind=kind, retryable=False)
+
+
+def _plain(said: object) -> str:
+    """A message without passwords of addresses, and in characters that can be printed."""
+    text = re.sub(r"//[^/@\s]*:[^/@\s]*@", "//...@", str(said))
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

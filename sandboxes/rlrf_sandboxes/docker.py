@@ -13,7 +13,15 @@ from typing import Any
 from rlrf.errors import InfraError, UsageError
 from rlrf.sandbox import Job, RawRun, SandboxInfo
 from rlrf_sandboxes import daemon, images
-from rlrf_sandboxes.slot import ENVIRONMENT, PYTHON_FLAGS, Link, Settings, Slot
+from rlrf_sandboxes.slot import (
+    ENVIRONMENT,
+    PYTHON_FLAGS,
+    Link,
+    Settings,
+    Slot,
+    forks,
+    not_for_children,
+)
 
 MEMORY_HEADROOM_MB = 64
 """What the runner and the files in memory need beside the programs."""
@@ -50,6 +58,7 @@ class DockerSandbox:
         self._image, self._runtime, self._docker_host = image, runtime, docker_host
         self._memory_mb, self._tmp_mb, self._inodes = memory_mb, tmp_mb, inodes
         self._slot = Slot(self._launch, Settings("uid", tmp_mb, inodes))
+        self._cut_off: list[tuple[asyncio.Future[None], _Container]] = []
 
     @property
     def info(self) -> SandboxInfo:
@@ -100,25 +109,35 @@ class DockerSandbox:
     async def aclose(self) -> None:
         """See :class:`rlrf.sandbox.Sandbox`."""
         await self._slot.aclose()
+        while self._cut_off:
+            starting, container = self._cut_off[-1]
+            await asyncio.wait([starting])
+            if not starting.cancelled():
+                starting.exception()  # no news: nobody wants it
+            await daemon.limited(container.remove)
+            container.hang_up()
+            self._cut_off.pop()
 
     async def _launch(self) -> Link:
-        made: list[_Container] = []
+        container = _Container()
+        starting = asyncio.ensure_future(daemon.limited(self._start_container, container))
         try:
-            container = await daemon.limited(self._start_container, made)
+            await asyncio.shield(starting)
         except asyncio.CancelledError:
-            # The thread may still be at it; whatever it makes must not stay.
-            threading.Thread(target=_remove_all, args=(made,), daemon=True).start()
+            # Its thread is still at it, and stops when it can; `aclose` sees to what it has made.
+            container.unwanted.set()
+            self._cut_off.append((starting, container))
             raise
 
         async def end() -> None:
             await daemon.limited(container.remove)
 
+        assert container.sock is not None
         return Link(container.sock, end, strip=_Demultiplexer(container), last_words=container.said)
 
-    def _start_container(self, made: list[_Container]) -> _Container:
-        client = daemon.connect(self._docker_host)
-        container = _Container(client)
-        made.append(container)
+    def _start_container(self, container: _Container) -> None:
+        container.check()
+        client = container.client = daemon.connect(self._docker_host)
         try:
             image = images.find(client, self._image)
             if image is None:
@@ -129,6 +148,7 @@ class DockerSandbox:
                     retryable=False,
                 )
             host_config = client.create_host_config(**self.hardening())
+            container.check()
             container.id = client.create_container(
                 image,
                 entrypoint=["python3", *PYTHON_FLAGS, "/rlrf/runner.py"],
@@ -144,17 +164,21 @@ class DockerSandbox:
             )["Id"]
             # Attached before the start, or its first words would be lost. `stdin_open` without
             # `detach` sets StdinOnce: when this line is cut, its input ends, and it with it.
+            before = forks()
             container.attach()
+            if forks() != before:  # then a child may have a copy of the line
+                raise InfraError("the process forked meanwhile", kind="sandbox_start")
+            container.check()
             client.start(container.id)
-        except InfraError:
+            container.check()
+        except BaseException as error:
+            container.hang_up()
             container.remove()
-            raise
-        except Exception as error:
-            container.remove()
+            if isinstance(error, InfraError) or not isinstance(error, Exception):
+                raise
             raise InfraError(
                 f"docker could not start a sandbox: {error}", kind="sandbox_start"
             ) from error
-        return container
 
     def hardening(self) -> dict[str, Any]:
         """The arguments of docker's ``create_host_config``."""
@@ -189,11 +213,17 @@ class DockerSandbox:
 class _Container:
     """A container, from its making to its end; used in threads."""
 
-    def __init__(self, client: Any) -> None:
-        self.client = client
+    def __init__(self) -> None:
+        self.client: Any = None
         self.id: str | None = None
-        self.sock: socket.socket
+        self.sock: socket.socket | None = None
         self.errors = bytearray()
+        self.unwanted = threading.Event()
+
+    def check(self) -> None:
+        """Go no further when nobody wants it any more."""
+        if self.unwanted.is_set():
+            raise InfraError("the sandbox is no longer wanted", kind="sandbox_closed")
 
     def attach(self) -> None:
         """Open its standard streams as one non-blocking socket."""
@@ -205,10 +235,18 @@ class _Container:
         inner = getattr(stream, "_sock", stream)
         if type(inner) is socket.socket:
             self.sock = socket.socket(fileno=os.dup(inner.fileno()))
+            not_for_children(self.sock)
             response.close()
         else:  # TLS or ssh: the event loop cannot read these
+            if isinstance(inner, socket.socket):
+                not_for_children(inner)
             self.sock = _bridge(inner, response.close)
         self.sock.setblocking(False)
+
+    def hang_up(self) -> None:
+        """Close the line of a container that never became a sandbox."""
+        if self.sock is not None:
+            self.sock.close()
 
     def said(self) -> str:
         """The end of its standard error."""
@@ -219,6 +257,7 @@ class _Container:
         try:
             if self.id is not None:
                 self.client.remove_container(self.id, force=True)
+            self.id = None
         except daemon.sdk().errors.APIError as error:
             if error.status_code not in (404, 409):  # gone, or going
                 raise InfraError(
@@ -229,13 +268,8 @@ class _Container:
                 f"container {self.id} could not be removed: {error}", kind="sandbox_remove"
             ) from error
         finally:
-            self.client.close()
-
-
-def _remove_all(made: list[_Container]) -> None:
-    for container in made:
-        with contextlib.suppress(InfraError):
-            container.remove()
+            if self.client is not None:
+                self.client.close()
 
 
 class _Demultiplexer:
@@ -266,6 +300,8 @@ class _Demultiplexer:
 def _bridge(stream: Any, close: Callable[[], Any]) -> socket.socket:
     """A plain socket that two threads connect with a stream that is none, and close in the end."""
     ours, theirs = socket.socketpair()
+    for end in (ours, theirs):
+        not_for_children(end)
 
     def pump(read: Callable[[int], bytes], write: Callable[[bytes], Any]) -> None:
         with contextlib.suppress(OSError, ValueError):

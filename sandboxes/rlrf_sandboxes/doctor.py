@@ -6,6 +6,7 @@ nothing, so that every rule can be tried with the facts of a machine that is not
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlrf import run_sync
-from rlrf.errors import InfraError, RlrfError
+from rlrf.errors import RlrfError
 from rlrf.sandbox import Program, StdinCase, start_sandbox
 from rlrf.sandbox.pool import PREFERRED, sandboxes
 from rlrf_sandboxes import daemon, images
@@ -87,13 +88,12 @@ def gather(docker_host: str | None = None) -> Facts:
     """Look at this machine."""
     about: dict[str, Any] = {"override": os.environ.get("RLRF_SANDBOX") or None}
     try:
-        client = daemon.connect(docker_host, timeout=10)
-    except (InfraError, RlrfError) as error:
+        connected = contextlib.closing(daemon.connect(docker_host, timeout=10))
+        with connected as client, daemon.calls("nothing could be found out"):
+            found = client.info(), images.runner_of(client, images.tag())
+        about["docker"], about["image"] = found
+    except RlrfError as error:
         about["docker_error"] = str(error)
-    else:
-        about["docker"] = client.info()
-        about["image"] = images.runner_of(client, images.tag())
-        client.close()
     if shutil.which("bwrap"):
         about["bwrap"] = _say(["bwrap", "--version"])[1].split()[-1]
         code, said = _say(["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"])

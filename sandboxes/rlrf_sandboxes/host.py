@@ -184,12 +184,11 @@ def declares_environments(entry_points: Path) -> bool:
 _LOCATE = """
 import json, os, sys
 from importlib import metadata
-sys.path[:] = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
+places = [p for p in sys.path if os.path.basename(p) in ("site-packages", "dist-packages")]
 found = {}
 for name in sys.argv[1:]:
-    try:
-        dist = metadata.distribution(name)
-    except metadata.PackageNotFoundError:
+    dist = next(iter(metadata.distributions(name=name, path=places)), None)
+    if dist is None:
         continue
     place = str(dist.locate_file(""))
     record = dist.read_text("RECORD") or ""

@@ -485,10 +485,15 @@ def gc(client: Any) -> list[str]:
 
     Returns:
         The ids of those that were removed.
+
+    Raises:
+        InfraError: the daemon failed.
     """
     docker = daemon.sdk()
     removed = []
-    for container in client.containers(all=True, filters={"label": f"{daemon.MANAGED}=1"}):
+    with daemon.calls("containers cannot be listed"):
+        found = client.containers(all=True, filters={"label": f"{daemon.MANAGED}=1"})
+    for container in found:
         labels = container.get("Labels") or {}
         if labels.get(daemon.MANAGED) != "1" or daemon.owner_is_alive(labels) is not False:
             continue

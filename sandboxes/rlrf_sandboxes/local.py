@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlrf.errors import InfraError
-from rlrf_sandboxes.slot import ENVIRONMENT, Link
+from rlrf_sandboxes.slot import ENVIRONMENT, Link, not_for_children
 
 
 async def spawn(
@@ -33,6 +33,7 @@ async def spawn(
         InfraError: it cannot be started.
     """
     ours, theirs = socket.socketpair()
+    not_for_children(ours)
     ours.setblocking(False)
     errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `end`
     groups: list[int] | None = None if user is None else []

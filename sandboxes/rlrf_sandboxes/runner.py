@@ -1190,14 +1190,14 @@ class Supervisor:
             elif self.oom_kills() > self.kills:  # it may be a child that its parent waits for
                 limit_hit = "memory"
             elif now >= min(cpu_s, wall_s):
-                used, waited = self.usage()
+                used, wanted = self.usage()
                 used -= self.used
                 if used >= cpu_s:
                     limit_hit = "time"
                 elif now >= wall_s:
                     # What slept is slow by itself; what stood in line for a processor is not.
                     limit_hit = "time"
-                    starved = used < 0.5 * cpu_s and used + waited > 0.8 * now
+                    starved = used < 0.5 * cpu_s and wanted > 0.8 * now
                 pause = max(0.02, min(0.25, cpu_s - used))
             elif now >= 0.05:
                 pause = min(0.25, max(0.01, cpu_s - now))
@@ -1388,16 +1388,23 @@ class Supervisor:
         return found
 
     def usage(self) -> tuple[float, float]:
-        """Seconds that everything of the program has run, and has waited for a processor."""
+        """Seconds that all of it has run; that its busiest thread has run or stood in line.
+
+        Not all threads together: many that wake at once wait for each other, and that is no fault
+        of the machine.
+        """
         tree = self.descendants()
-        waited = 0.0
+        wanted = 0.0
         for pid, _, _, _ in tree:
+            threads = "/proc/" + str(pid) + "/task/"
             try:
-                with open("/proc/" + str(pid) + "/schedstat", "rb") as file:
-                    waited += int(file.read().split()[1]) / 1e9
-            except (OSError, IndexError):
+                for thread in os.listdir(threads):
+                    with open(threads + thread + "/schedstat", "rb") as file:
+                        ran, waited = file.read().split()[:2]
+                    wanted = max(wanted, (int(ran) + int(waited)) / 1e9)
+            except (OSError, ValueError):
                 pass
-        return sum(p[3] for p in tree), waited
+        return sum(p[3] for p in tree), wanted
 
     def clean(self) -> None:
         """Remove what the program wrote; a slot that cannot be cleaned is not used again."""

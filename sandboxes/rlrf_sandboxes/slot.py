@@ -16,15 +16,18 @@ import math
 import os
 import secrets
 import socket
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from rlrf._async import call_hook
 from rlrf.errors import InfraError, UsageError
 from rlrf.sandbox import MISSING, AssertCase, Job, Limit, Program, ProgramError, RawRun
-from rlrf_sandboxes import runner
+from rlrf_sandboxes import runner, values
 
+T = TypeVar("T")
 RUNNER = Path(runner.__file__)
 PYTHON_FLAGS = runner.FLAGS
 ENVIRONMENT = {
@@ -40,6 +43,8 @@ ENVIRONMENT = {
 START_S = 30.0
 GRACE_S = 15.0
 """How long the runner may be silent beyond the limits before it counts as broken."""
+QUICK_BYTES = 4096
+"""What is read on the event loop itself, where everybody waits for it."""
 WINDOW_BYTES = 256 * 1024
 """Inputs sent ahead of their results, so that the runner never waits for us."""
 
@@ -48,6 +53,38 @@ WINDOW_BYTES = 256 * 1024
 def runner_hash() -> str:
     """SHA-256 of the runner this version brings."""
     return hashlib.sha256(RUNNER.read_bytes()).hexdigest()
+
+
+_lines: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+_forks = 0
+
+
+def not_for_children(line: socket.socket) -> None:
+    """Close a line to a runner in children that this process forks.
+
+    A runner ends when its line does, and so whatever becomes of this process; unless a child has
+    the other copy of it.
+    """
+    _lines.add(line)
+
+
+def forks() -> int:
+    """How often this process has forked so far."""
+    return _forks
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _close_lines() -> None:
+    for line in list(_lines):
+        with contextlib.suppress(OSError):
+            line.close()  # no `shutdown`: the line itself is the parent's
+
+
+os.register_at_fork(after_in_parent=_count_fork, after_in_child=_close_lines)
 
 
 class Link:
@@ -68,6 +105,7 @@ class Link:
         strip: Callable[[bytes], bytes] | None = None,
         last_words: Callable[[], str] = str,
     ) -> None:
+        not_for_children(sock)
         self.sock, self.last_words = sock, last_words
         self._end, self._strip = end, strip
         self._buffer = bytearray()
@@ -84,16 +122,17 @@ class Link:
             ValueError: what came is no frame.
         """
         loop = asyncio.get_running_loop()
-        while True:
-            frame = self._next()
-            if frame is not None:
-                return frame
+        while (found := self._next()) is None:
             data = await loop.sock_recv(self.sock, 1 << 18)
             if not data:
                 raise EOFError
             self._buffer += self._strip(data) if self._strip else data
+        frame = await _off_the_loop(len(found), values.read_json, found)
+        if not isinstance(frame, dict):
+            raise ValueError("a frame that is no object")
+        return frame
 
-    def _next(self) -> dict[str, Any] | None:
+    def _next(self) -> bytes | None:
         if len(self._buffer) < 4:
             return None
         size = int.from_bytes(self._buffer[:4], "big")
@@ -103,13 +142,7 @@ class Link:
             return None
         data = bytes(self._buffer[4 : 4 + size])
         del self._buffer[: 4 + size]
-        try:
-            frame = json.loads(data)
-        except RecursionError as error:
-            raise ValueError("a frame nested too deeply") from error
-        if not isinstance(frame, dict):
-            raise ValueError("a frame that is no object")
-        return frame
+        return data
 
     async def aclose(self) -> None:
         """Hang up, which ends the runner and all that is in it, and see that it has ended."""
@@ -120,6 +153,14 @@ class Link:
             await self._end()
         finally:
             self.sock.close()
+
+
+async def _off_the_loop(size: int, function: Callable[..., T], *args: Any) -> T:
+    """Work on what a program gave: in a thread, unless it is so little that a thread costs more."""
+    if size <= QUICK_BYTES:
+        return function(*args)
+    result: T = await call_hook(function, *args)
+    return result
 
 
 Launch = Callable[[], Awaitable[Link]]
@@ -159,6 +200,7 @@ class Slot:
         self._launch, self._settings = launch, settings
         self._link: Link | None = None
         self._judge: Slot | None = None  # runs assert scripts, far from the program
+        self._ending: asyncio.Future[None] | None = None
         self.warnings: tuple[str, ...] = ()
 
     async def start(self) -> None:
@@ -167,6 +209,7 @@ class Slot:
         Raises:
             InfraError: it does not.
         """
+        self._ending = None
         self._link = await self._launch()
         try:
             hello = await self._hello(START_S)
@@ -234,7 +277,12 @@ class Slot:
             ) from error
 
     async def aclose(self) -> None:
-        """End the runner."""
+        """End the runner; goes on when cancelled, and can be waited for again."""
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._end())
+        await asyncio.shield(self._ending)
+
+    async def _end(self) -> None:
         link, self._link = self._link, None
         judge, self._judge = self._judge, None
         try:
@@ -356,7 +404,7 @@ class _Session:
         while True:
             frame = await self.receive()
             if frame["op"] == "result":
-                raw = _raw_run(frame, self.kind)
+                raw = await _read(frame, self.kind)
                 # Nothing comes after these: the runner has stopped by itself.
                 self.ended = bool(frame.get("compile") or frame["limit"])
                 return raw
@@ -367,16 +415,43 @@ class _Session:
         """Pass on a part of a conversation."""
         await self.send(pack({"op": "rpc", "nonce": self.nonce, "data": data, "end": end}))
 
+    async def stop(self) -> None:
+        """Ask for the end; whatever it gives until then has to be taken still."""
+        await self.send(pack({"op": "stop", "nonce": self.nonce}))
+
     async def finish(self) -> None:
         """Stop what still runs, and wait until all is clean."""
         if not self._begun or self.over:
             return
-        await self.send(pack({"op": "stop", "nonce": self.nonce}))
+        await self.stop()
         while not self.over:
             await self.receive()
 
 
 _LAST_REPLY = 1 << 16
+
+
+class _Replies:
+    """What a program answers to the asserts' calls, of which only the last whole line is read."""
+
+    def __init__(self) -> None:
+        self.last = self._begun = ""
+        self._allowed = 64
+
+    def asked(self, data: str) -> None:
+        """There were calls, so there will be answers."""
+        self._allowed += 16 * data.count("\n")
+
+    def add(self, data: str) -> bool:
+        """Take a piece; False if they are too many: each costs the host more than the program."""
+        done, end, begun = data.rpartition("\n")
+        if end:
+            self.last = (self._begun + done).rpartition("\n")[2][-_LAST_REPLY:]
+            self._begun = ""
+        if len(self._begun) <= _LAST_REPLY:
+            self._begun += begun
+        self._allowed += (len(data) >> 12) - 1
+        return self._allowed >= 0
 
 
 async def _converse(program: _Session, judging: _Session) -> RawRun:
@@ -388,7 +463,7 @@ async def _converse(program: _Session, judging: _Session) -> RawRun:
         asyncio.ensure_future(judging.receive()): judging,
     }
     results: dict[_Session, dict[str, Any]] = {}
-    replies = ""  # the program's, from the start of the last line on
+    replies, flooded = _Replies(), False
     try:
         while pending:
             ready, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
@@ -396,14 +471,16 @@ async def _converse(program: _Session, judging: _Session) -> RawRun:
                 mine = pending.pop(task)
                 frame = task.result()
                 other = judging if mine is program else program
-                if frame["op"] == "rpc":
-                    if mine is program:
-                        # Only the last line is ever read; a flood must not cost the host much.
-                        done, _, begun = (replies + str(frame["data"])).rpartition("\n")
-                        replies = done.rpartition("\n")[2] + "\n" + begun if done else begun
-                        replies = replies[-_LAST_REPLY:]
+                if frame["op"] == "rpc" and not flooded:
+                    data = str(frame["data"])
+                    if mine is judging:
+                        replies.asked(data)
+                    elif not replies.add(data):
+                        flooded = True
+                        await program.stop()
+                        data = ""
                     if not other.over and other not in results:
-                        await other.rpc(str(frame["data"]))
+                        await other.rpc(data, end=flooded)
                 elif frame["op"] == "result":
                     results[mine] = frame
                     if other not in results:  # nobody is there any more to talk with
@@ -413,12 +490,15 @@ async def _converse(program: _Session, judging: _Session) -> RawRun:
     finally:
         for task in pending:
             task.cancel()
-    raw, judged = _raw_run(results[program], "serve"), _raw_run(results[judging], "script")
+    if flooded:
+        return RawRun(limit="output")
+    raw = await _read(results[program], "serve")
+    judged = await _read(results[judging], "script")
     if judged.compile_error:
         raise UsageError(f"the asserts do not compile: {judged.error}")
     passed = judged.exit_code == 0 and judged.error is None and judged.limit is None
     assertion = judged.error or ProgramError("RuntimeError", "the asserts did not come to an end")
-    last_reply = _message(replies.partition("\n")[0]).get("error")
+    last_reply = _message(replies.last).get("error")
     raised = None
     if isinstance(last_reply, dict) and not passed and assertion.type != "AssertionError":
         raised = program_error(last_reply)  # the asserts fell over what the program had raised
@@ -454,6 +534,11 @@ def _input(value: Any, called: bool) -> str:
         raise UsageError(f"the arguments {value!r:.200} cannot be sent: {error}") from error
 
 
+async def _read(frame: dict[str, Any], kind: str) -> RawRun:
+    size = sum(len(v) for v in frame.values() if isinstance(v, str))
+    return await _off_the_loop(size, _raw_run, frame, kind)
+
+
 def _raw_run(frame: dict[str, Any], kind: str) -> RawRun:
     """A result frame, every field checked.
 
@@ -479,7 +564,7 @@ def _raw_run(frame: dict[str, Any], kind: str) -> RawRun:
     result: Any = MISSING
     if kind == "call" and exit_code == 0 and "result" in said:
         with contextlib.suppress(ValueError):
-            result = runner.decode(said["result"])
+            result = values.decode(said["result"])
     return RawRun(
         exit_code=exit_code if exit_code >= 0 else None,
         signal=-exit_code if exit_code < 0 else None,
@@ -511,8 +596,8 @@ def _message(text: Any) -> dict[str, Any]:
     """What the program's own process left on its channel: anything at all, so far as we know."""
     if not text:
         return {}
-    with contextlib.suppress(ValueError, RecursionError):
-        message = json.loads(str(text).encode("latin-1"))
+    with contextlib.suppress(ValueError):
+        message = values.read_json(str(text).encode("latin-1"))
         if isinstance(message, dict):
             return message
     return {}
@@ -527,7 +612,7 @@ def program_error(about: dict[str, Any]) -> ProgramError:
             frames.append((place[0], _text(place[1], 100)))
     line, column = about.get("line"), about.get("column")
     return ProgramError(
-        type=_text(about.get("type", "Error"), 100),
+        type=_text(about.get("type"), 100) or "Error",
         message=_text(about.get("message", ""), 2000),
         frames=tuple(frames[:20]),
         line=line if _is_line(line) else frames[-1][0] if frames else None,
@@ -536,8 +621,9 @@ def program_error(about: dict[str, Any]) -> ProgramError:
 
 
 def _text(value: Any, chars: int) -> str:
-    """Text that every encoder takes."""
-    return str(value)[:chars].encode("utf-8", "replace").decode()
+    """Text that every encoder takes; what is no text is none."""
+    text = value if isinstance(value, str) else ""
+    return text[:chars].encode("utf-8", "replace").decode()
 
 
 def _is_line(value: Any) -> bool:
