@@ -116,6 +116,8 @@ def test_shown_commands_and_their_options_exist(words):
     _add_plugin_commands()
     deep = 3 if words[1] in ("model", "sandbox") else 2
     shown = CliRunner().invoke(app, [*words[1:deep], "--help"], env={"COLUMNS": "300"})
+    if isinstance(shown.exception, rlrf.MissingDependencyError):
+        pytest.skip(str(shown.exception))
     assert shown.exit_code == 0, shown.output
     for word in words[deep:]:
         if word.startswith("--"):
@@ -138,7 +140,8 @@ def test_commands_named_in_the_code_exist():
     for words in named:
         deep = 2 if words[0] in ("model", "sandbox") else 1
         shown = CliRunner().invoke(app, [*words[:deep], "--help"])
-        assert shown.exit_code == 0, f"`rlrf {' '.join(words)}`: {shown.output}"
+        missing = isinstance(shown.exception, rlrf.MissingDependencyError)
+        assert missing or shown.exit_code == 0, f"`rlrf {' '.join(words)}`: {shown.output}"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
@@ -27,7 +28,9 @@ from rlrf.sandbox import (
     open_sandbox,
     start_sandbox,
 )
+from rlrf.sandbox import pool as pool_module
 from rlrf.sandbox.pool import _Slot, _Turns
+from rlrf_sandboxes import runner
 from tests.backends import BACKENDS, options
 
 CASE = [StdinCase("", "ok")]
@@ -261,6 +264,47 @@ def test_one_who_wanted_to_be_alone_and_left_keeps_nobody_waiting():
     asyncio.run(go())
 
 
+def test_who_runs_alone_is_alone_and_does_not_hold_up_those_who_wait():
+    async def go():
+        turns = _Turns(deque([_Slot(), _Slot()]), 2)
+
+        def asks(**how):
+            return asyncio.ensure_future(turns.take(None, **how))
+
+        async def settled():
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        first = asks(alone=True)
+        beside = asks()
+        await settled()
+        assert (first.done(), beside.done()) == (True, False)
+        turns.give(first.result())
+        await settled()
+        assert beside.done()
+        # It took its time; now those who wait have theirs, however many there are.
+        turns.rest_until = time.monotonic() + 1000
+        again, others = asks(alone=True), [asks() for _ in range(4)]
+        await settled()
+        assert [o.done() for o in others] == [True, False, False, False]
+        for task in (beside, *others):
+            assert not again.done()
+            turns.give(await task)
+            await settled()
+        assert again.done()  # nobody waits
+        third, other = asks(alone=True), asks()
+        turns.rest_until = 0.0
+        turns.give(again.result())
+        await settled()
+        assert other.done()  # as long as it had been held up before, and more
+        assert turns.rest_until > time.monotonic()
+        turns.give(other.result())
+        turns.give(await third)
+        assert len(turns.free) == 2
+
+    asyncio.run(go())
+
+
 def test_a_prelude_that_fails_is_its_authors_mistake():
     async def go():
         pool = await started(fakes := Fakes(), 1)
@@ -346,6 +390,89 @@ def test_closing_cuts_off_what_runs_and_refuses_what_waits():
     asyncio.run(go())
 
 
+class SlowFake(Fake):
+    """Takes its time to start, and more to undo a start that was cut off."""
+
+    async def start(self):
+        self.all.alive += 1
+        self.all.starting.set()
+        await self.all.hold.wait()
+
+    async def aclose(self):
+        for _ in range(20):
+            await asyncio.sleep(0)
+        self.all.alive -= 1
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_closing_waits_until_starts_that_were_cut_off_are_undone(cancelled):
+    async def go():
+        fakes = Fakes()
+        pool = await started(fakes, 3)
+        fakes.hold, fakes.starting = asyncio.Event(), asyncio.Event()
+        pool._make = lambda: SlowFake(fakes)
+        runs = [asyncio.ensure_future(pool.run(Program("x"), CASE)) for _ in range(3)]
+        await fakes.starting.wait()
+        await asyncio.sleep(0)
+        assert fakes.alive == 3  # the first runs, two start
+        if cancelled:
+            for run in runs:
+                run.cancel()
+            await asyncio.sleep(0)
+        await pool.aclose()
+        assert fakes.alive == 0
+        fakes.hold.set()
+        outcomes = await asyncio.gather(*runs, return_exceptions=True)
+        wanted = asyncio.CancelledError if cancelled else UsageError
+        assert {type(o) for o in outcomes[1:]} == {wanted}
+
+    asyncio.run(go())
+
+
+def test_a_start_that_is_cut_off_while_it_proves_itself_leaves_nothing():
+    async def go():
+        fakes = Fakes()
+        fakes.hold = asyncio.Event()
+        starting = asyncio.ensure_future(SandboxPool(fakes, 1).start())
+        while not fakes.running:
+            await asyncio.sleep(0)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert fakes.alive == 0
+
+    asyncio.run(go())
+
+
+def test_what_is_large_is_judged_off_the_event_loop():
+    class Threads:
+        def accepts(self, raw, case):
+            self.thread = threading.current_thread()
+            return True
+
+    async def go():
+        seen, here = [], threading.current_thread()
+        pool = await started(fakes := Fakes(), 1)
+        with pytest.MonkeyPatch.context() as patch:
+            real = pool_module._verdict
+            patch.setattr(
+                pool_module,
+                "_verdict",
+                lambda *a: seen.append(threading.current_thread() is here) or real(*a),
+            )
+            for raw in (OK, RawRun(stdout=b"1 " * 5000), OK):
+                fakes.outcomes = [raw]
+                await pool.run(Program("x"), CASE)
+            await pool.run(Program("x"), CASE, checker=Threads())
+            deep = RawRun(result=[[{1: "x" * 5000}]])
+            for raw in (RawRun(result=[1, [2], {3: {4, 5}}]), deep, RawRun(result=10**9999)):
+                fakes.outcomes = [raw]
+                await pool.run(Program("x", "f"), [CallCase((), 1)])
+        assert seen == [True, False, True, False, True, False, False]
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_closing_under_running_programs_leaves_nothing(backend):
     async def go():
@@ -414,8 +541,24 @@ def test_only_a_program_that_wanted_the_processor_gets_a_second_run(backend):
     asyncio.run(go())
 
 
+def test_processes_that_wait_for_each_other_are_not_starved(monkeypatch):
+    """Fifteen that wake together: each stands in line a little, and all of them a lot."""
+    waited = {str(pid): (30_000_000, 70_000_000) for pid in range(100, 115)}
+
+    def read(path, mode):
+        return io.BytesIO(b"%d %d 15\n" % waited[path.split("/")[-2]])
+
+    supervisor = runner.Supervisor.__new__(runner.Supervisor)
+    supervisor.descendants = lambda: [(int(pid), 1, "S", 0.03) for pid in waited]
+    monkeypatch.setattr(runner.os, "listdir", lambda path: [path.split("/")[-3]])
+    monkeypatch.setattr(runner, "open", read, raising=False)
+    assert supervisor.usage() == (pytest.approx(0.45), pytest.approx(0.1))
+    waited["114"] = (30_000_000, 970_000_000)  # one that could not run
+    assert supervisor.usage()[1] == pytest.approx(1.0)
+
+
 OWNER = """
-import asyncio, sys
+import asyncio, os, sys
 from rlrf.sandbox import *
 async def go():
     async with open_sandbox(sys.argv[1], slots=2, **eval(sys.argv[2])) as pool:
@@ -423,6 +566,11 @@ async def go():
         code = "import os\\nos.fork()\\nos.setsid() if os.fork() == 0 else 0\\nwhile True: pass"
         runs = [asyncio.ensure_future(pool.run(Program(code), [StdinCase("", "")], limits=limits))
                 for _ in range(2)]
+        if len(sys.argv) > 3:  # a child that shares all that is open
+            while pool._turns.free:
+                await asyncio.sleep(0)
+            if os.fork() == 0:
+                os.execv(sys.executable, [sys.executable, "-c", "input()"])
         await asyncio.gather(*runs)
 asyncio.run(go())
 """

@@ -408,10 +408,11 @@ class SandboxPool:
         try:
             await starting
         except asyncio.CancelledError:
-            self._spawn(self._end(sandbox))  # of the pool's: nobody waits for it here
-            if self._closed:
-                raise UsageError("the sandbox pool is closed") from None
-            raise
+            self._spawn(self._end(sandbox))  # nobody waits for it here
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise UsageError("the sandbox pool is closed") from None  # by which it was ended
         finally:
             self._background.remove(starting)
         self._stats.started += 1
