@@ -100,6 +100,7 @@ def _run(arguments: Sequence[str]) -> int:
     log = _ToStderr()
     logging.getLogger("rlrf").setLevel(logging.INFO)
     logging.getLogger("rlrf").addHandler(log)
+    logging.getLogger("stamina").setLevel(logging.ERROR)  # rlrf.transport says it once
     shown, warnings.showwarning = warnings.showwarning, _show_warning
     try:
         for argument in arguments:
