@@ -16,7 +16,7 @@ import functools
 import inspect
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, overload
 
@@ -25,8 +25,17 @@ import numpy as np
 
 from rlrf._async import call_hook, run_sync
 from rlrf.errors import OutcomeError, UnknownIdError, UsageError
-from rlrf.feedback import Feedback, Level
-from rlrf.messages import Action, Message, Messages, action_message, action_text, as_messages
+from rlrf.feedback import MAX_SEGMENTS, Feedback, Level, Segment
+from rlrf.messages import (
+    Action,
+    Message,
+    Messages,
+    action_message,
+    answer_range,
+    as_messages,
+    spoken,
+    thought_only,
+)
 from rlrf.spaces import Chat
 
 
@@ -55,6 +64,10 @@ class Task:
     def __post_init__(self) -> None:
         if not self.id or not isinstance(self.id, str):
             raise UsageError(f"Task.id is {self.id!r}; it must be a non-empty string")
+        if not isinstance(self.metadata, Mapping):
+            raise UsageError(
+                f"Task.metadata of {self.id!r} is {_brief(self.metadata)}; it must be a mapping"
+            )
         object.__setattr__(self, "messages", as_messages(self.messages))
 
     def public(self) -> Task:
@@ -70,10 +83,11 @@ class Outcome:
         reward: what the *policy* earned; finite. When the machinery failed, raise
             :class:`rlrf.InfraError` instead.
         feedback: why; empty when there is nothing to say.
-        metrics: named numbers beside the reward, e.g. the fraction of tests passed.
+        metrics: named finite numbers beside the reward, e.g. the fraction of tests passed.
 
     Raises:
-        UsageError: the reward is not a finite number, or the feedback no :class:`Feedback`.
+        OutcomeError: the reward is not a finite number, the feedback no :class:`Feedback`, or the
+            metrics are no mapping of names to finite numbers.
     """
 
     reward: float
@@ -81,8 +95,7 @@ class Outcome:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_answer(self.reward, self.feedback)
-        object.__setattr__(self, "reward", float(self.reward))
+        _check_answer(self)
 
     def __iter__(self) -> Iterator[Any]:
         yield self.reward
@@ -99,7 +112,11 @@ class Turn:
         feedback: why; belongs to this step, also when it is the last.
         terminated: the task has ended (solved, failed, given up).
         truncated: the episode was cut short (turn limit).
-        metrics: named numbers.
+        metrics: named finite numbers.
+
+    Raises:
+        OutcomeError: as for :class:`Outcome`; also messages that are none, and ends that are
+            neither true nor false.
     """
 
     messages: Messages = ()
@@ -110,22 +127,71 @@ class Turn:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_answer(self.reward, self.feedback)
-        object.__setattr__(self, "reward", float(self.reward))
-        object.__setattr__(self, "messages", as_messages(self.messages))
+        _check_answer(self)
+        for name in ("terminated", "truncated"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise OutcomeError(f"Turn.{name} is {_brief(value)}; it must be true or false")
+            object.__setattr__(self, name, bool(value))
+        try:
+            object.__setattr__(self, "messages", as_messages(self.messages))
+        except UsageError as error:
+            raise OutcomeError(f"Turn.messages: {error}") from None
 
 
-def _check_answer(reward: Any, feedback: Any) -> None:
-    if not isinstance(reward, (int, float, np.number)) or not math.isfinite(reward):
+def _check_answer(answer: Outcome | Turn) -> None:
+    """See that an answer is one, whole, and bring its numbers into plain form."""
+    what = type(answer).__name__
+    reward = _number(answer.reward)
+    if reward is None:
         raise OutcomeError(
-            f"reward is {reward!r}; it must be a finite number. If the grader could not decide, "
-            "raise rlrf.InfraError: the rollout is then retried or left unscored"
+            f"{what}.reward is {_brief(answer.reward)}; it must be a finite number. If the grader "
+            "could not decide, raise rlrf.InfraError: the rollout is then retried or left unscored"
         )
-    if not isinstance(feedback, Feedback):
+    if not isinstance(answer.feedback, Feedback):
         raise OutcomeError(
-            f"feedback is {feedback!r}; it must be a Feedback, e.g. "
+            f"{what}.feedback is {_brief(answer.feedback)}; it must be a Feedback, e.g. "
             "Feedback.of('wrong_answer', 'text')"
         )
+    if not isinstance(answer.metrics, Mapping):
+        raise OutcomeError(
+            f"{what}.metrics is {_brief(answer.metrics)}; it must be a mapping of names to numbers"
+        )
+    metrics: dict[str, float] = {}
+    for name, value in answer.metrics.items():
+        number = _number(value)
+        if not isinstance(name, str) or number is None:
+            raise OutcomeError(
+                f"{what}.metrics[{_brief(name)}] is {_brief(value)}; metrics are finite numbers by "
+                "name (a string). Leave out what is not known"
+            )
+        metrics[name] = number
+    object.__setattr__(answer, "reward", reward)
+    object.__setattr__(answer, "metrics", metrics)
+    if len(answer.feedback) > MAX_SEGMENTS:
+        object.__setattr__(answer, "feedback", answer.feedback.capped())
+
+
+def _number(value: Any) -> float | None:
+    """A finite number as a float; None for what is none. NumPy's scalars are numbers."""
+    if isinstance(value, np.complexfloating) or not isinstance(
+        value, (int, float, np.number, np.bool_)
+    ):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # 10**400
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _brief(value: Any) -> str:
+    """Any value for a message: short, even where its ``repr`` is long or raises."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"(its repr raised {type(error).__name__})"
+    return f"{text[:200]} ({type(value).__name__})"
 
 
 class StepResult(NamedTuple):
@@ -247,7 +313,7 @@ class Episode:
         """
         if self.done:
             raise UsageError(f"the episode of task {self.task.id!r} has ended; call reset() first")
-        action_message(action)  # rejects what is no action, before anything runs
+        spoken(action)  # rejects what is no action, before anything runs
         turn = await self._env._advance(self._task, self._state, action, self._rng)
         self.done = turn.terminated or turn.truncated
         return StepResult(
@@ -280,7 +346,11 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     ``default_feedback_level``, ``reward_range``
     (lowest and highest reward of a task), ``success_threshold`` (a reward at or above it counts
     as solved), ``concurrency`` (steps it can work on at once; the collector lets further ones
-    wait without charging their deadline; None for no limit).
+    wait without charging their deadline; None for no limit), ``tools`` (schemas of the tools a
+    policy may call, as on the OpenAI wire), ``reads_reasoning`` (whether the hooks are given a
+    reply whole. As a rule they get the answer: what a policy thinks before it is cut off and, in
+    an action that is a message, stands in ``reasoning_content``. A reply that ends within its
+    reasoning is an empty answer and gets a ``truncated_attempt`` beside its feedback).
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium's own attribute
@@ -292,6 +362,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     reward_range: tuple[float, float] = (0.0, 1.0)
     success_threshold: float = 1.0
     concurrency: int | None = None
+    reads_reasoning: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
     render_mode: str | None = None
 
     def __init__(
@@ -355,7 +427,22 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         return self._task_cache[split]
 
     def _load(self, split: str) -> Sequence[Task]:
-        tasks = self.load_tasks(split)
+        tasks: Any = self.load_tasks(split)
+        where = f"{type(self).__name__}.load_tasks({split!r})"
+        if isinstance(tasks, Iterable) and not isinstance(tasks, (Sequence, Mapping, Set, str)):
+            tasks = list(tasks)  # a generator gives its tasks once
+        if not isinstance(tasks, Sequence) or isinstance(tasks, (str, bytes)):
+            raise UsageError(
+                f"{where} returned {_brief(tasks)}; it must return the tasks in order, e.g. a list "
+                "of rlrf.Task"
+            )
+        if isinstance(tasks, (list, tuple)):  # another sequence may load them one by one
+            for i, task in enumerate(tasks):
+                if not isinstance(task, Task):
+                    raise UsageError(
+                        f"{where}: task {i} is {_brief(task)}; it must be a rlrf.Task, e.g. "
+                        "Task('my-id', 'the question', hidden='the answer')"
+                    )
         if not len(tasks):
             raise _EmptySplitError(
                 f"{type(self).__name__} has no task in split {split!r}; "
@@ -473,6 +560,26 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             info["feedback_tokens"] = feedback.tokenize(self.tokenizer, self.max_feedback_tokens)
         return info
 
+    def _heard(self, action: Action) -> Message:
+        """An action as the hooks get it."""
+        return spoken(action) if self.reads_reasoning else action_message(action)
+
+    def _told(self, feedback: Feedback, action: Action, heard: Message) -> Feedback:
+        """Feedback on what was heard, as feedback on the action: spans count in its own text."""
+        if self.reads_reasoning:
+            return feedback
+        if thought_only(heard):
+            # What the form of an answer should be is no news to one who never came to it.
+            rest = (s for s in feedback if s.kind != "format_error" or s.severity != "error")
+            return Feedback((_NO_ANSWER, *rest))
+        start, _ = answer_range(action)
+        if not start:
+            return feedback
+        return Feedback(
+            s if s.span is None else replace(s, span=(s.span[0] + start, s.span[1] + start))
+            for s in feedback
+        )
+
     # --- the end --------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -487,6 +594,15 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         return f"<{name} feedback={self.feedback_level.name} split={self.split}>"
 
     __str__ = __repr__
+
+
+_NO_ANSWER = Segment(
+    "truncated_attempt",
+    "There is no answer: the reply ended within its reasoning, or with it. Think less, end the "
+    "reasoning, and answer after it.",
+    source="rlrf",
+    priority=3,
+)
 
 
 class SingleTurnEnv(Env):
@@ -536,13 +652,14 @@ class SingleTurnEnv(Env):
         hook = getattr(self.grade, "hook", None)
         if hook is None:
             raise TypeError(f"{type(self).__name__} must define grade(self, task, completion)")
-        outcome = await call_hook(hook, task, action_text(action_message(completion)))
+        heard = self._heard(completion)
+        outcome = await call_hook(hook, task, heard["content"] or "")
         if not isinstance(outcome, Outcome):
-            raise UsageError(
-                f"{type(self).__name__}.grade returned {outcome!r}; return rlrf.Outcome(reward, "
-                "feedback)"
+            raise OutcomeError(
+                f"{type(self).__name__}.grade returned {_brief(outcome)}; return "
+                "rlrf.Outcome(reward, feedback)"
             )
-        return outcome
+        return replace(outcome, feedback=self._told(outcome.feedback, completion, heard))
 
     async def _start(self, task: Task, rng: np.random.Generator) -> Any:
         return None
@@ -578,7 +695,8 @@ class _two_faced:  # a descriptor, used like a function
 
         def grade(task: Any, completion: Any) -> Any:
             if isinstance(task, Task) and not task._stripped:
-                return hook(task, completion)
+                action = isinstance(completion, (str, Mapping))
+                return hook(task, env._heard(completion)["content"] or "" if action else completion)
             return run_sync(env.agrade(task, completion))
 
         grade.hook = hook  # type: ignore[attr-defined]  # read back by _grade
@@ -609,7 +727,11 @@ class MultiTurnEnv(Env):
         raise TypeError(f"{type(self).__name__} must define start(self, task)")
 
     def respond(self, state: Any, action: Message) -> Any:
-        """Answer an assistant message with a :class:`Turn`. May be ``async def``."""
+        """Answer an assistant message with a :class:`Turn`. May be ``async def``.
+
+        ``action["content"]`` is the answer; beside it may be ``tool_calls``, those of them that
+        could not be read (``invalid_tool_calls``), and ``reasoning_content``.
+        """
         raise TypeError(f"{type(self).__name__} must define respond(self, state, action)")
 
     async def _start(self, task: Task, rng: np.random.Generator) -> Any:
@@ -619,11 +741,13 @@ class MultiTurnEnv(Env):
     async def _advance(
         self, task: Task, state: Any, action: Action, rng: np.random.Generator
     ) -> Turn:
-        turn = await call_hook(self.respond, state.inner, action_message(action))
+        heard = self._heard(action)
+        turn = await call_hook(self.respond, state.inner, heard)
         if not isinstance(turn, Turn):
-            raise UsageError(
-                f"{type(self).__name__}.respond returned {turn!r}; return rlrf.Turn(...)"
+            raise OutcomeError(
+                f"{type(self).__name__}.respond returned {_brief(turn)}; return rlrf.Turn(...)"
             )
+        turn = replace(turn, feedback=self._told(turn.feedback, action, heard))
         state.turns += 1
         if self.max_turns is not None and state.turns >= self.max_turns and not turn.terminated:
             turn = replace(turn, truncated=True)

@@ -82,7 +82,11 @@ class MissingDependencyError(UsageError, ImportError):
         )
 
 
-class PromptTooLongError(UsageError):
+class PromptError(UsageError):
+    """One prompt cannot be completed; others may: its rollouts are unscored, the rest goes on."""
+
+
+class PromptTooLongError(PromptError):
     """A prompt leaves no room for a completion in the policy's context.
 
     Args:
@@ -122,3 +126,19 @@ class UnavailableError(InfraError):
 
     Every further attempt would fail alike, after as long a wait. What has been done is kept.
     """
+
+
+def describe(error: BaseException) -> str:
+    """An error as ``Type: text``, whatever it is: its ``str()`` may raise or be a megabyte."""
+    try:
+        text = str(error)
+    except Exception as inner:
+        text = f"(its text cannot be had: __str__ raised {type(inner).__name__})"
+    if not text.isascii():
+        text = text.encode("utf-8", "replace").decode("utf-8")  # no lone surrogates in a record
+    if len(text) > _DESCRIBED:
+        text = f"{text[:_DESCRIBED]} [... {len(text) - _DESCRIBED} characters cut ...]"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_DESCRIBED = 2000

@@ -15,6 +15,7 @@ more when it meets a tokenizer (special tokens are never produced).
 from __future__ import annotations
 
 import enum
+import operator
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args, overload
 
 from rlrf.errors import OutcomeError, UsageError
+from rlrf.messages import whole_text
 
 Kind = Literal[
     "compile_error",
@@ -49,6 +51,10 @@ REVEALS: tuple[str, ...] = get_args(Reveals)
 
 MAX_SEGMENT_CHARS = 8192
 """A segment longer than this keeps its head and tail; the middle becomes a truncation mark."""
+
+
+MAX_SEGMENTS = 256
+"""What an environment answers keeps so many segments; a note stands for the others."""
 
 
 class Level(enum.IntEnum):
@@ -181,17 +187,28 @@ def special_tokens(tokenizer: Any) -> tuple[str, ...]:
 def defuse(text: str, tokenizer: Any) -> str:
     """Break every special token of ``tokenizer`` that stands in ``text`` with a space.
 
-    ``<|im_end|>`` becomes ``< |im_end|>``: still readable, never a control token.
+    ``<|im_end|>`` becomes ``< |im_end|>``: still readable, never a control token. Lone surrogates
+    become U+FFFD.
     """
+    return defuser(tokenizer)(text)
+
+
+def defuser(tokenizer: Any) -> Callable[[str], str]:
+    """:func:`defuse` for one tokenizer, whose tokens are listed once: for many texts."""
     tokens = special_tokens(tokenizer)
-    if not any(t in text for t in tokens):
+    pattern = re.compile("|".join(re.escape(t) for t in tokens)) if tokens else None
+
+    def defused(text: str) -> str:
+        text = whole_text(text)
+        if pattern is None:
+            return text
+        previous = None
+        while previous != text:  # breaking one token may uncover a shorter one inside it
+            previous = text
+            text = pattern.sub(_broken, text)
         return text
-    pattern = re.compile("|".join(re.escape(t) for t in tokens))
-    previous = None
-    while previous != text:  # breaking one token may uncover a shorter one inside it
-        previous = text
-        text = pattern.sub(_broken, text)
-    return text
+
+    return defused
 
 
 def _broken(match: re.Match[str]) -> str:
@@ -216,7 +233,8 @@ class Segment:
         untrusted: the text quotes what the attempt produced (its output, its traceback).
 
     Raises:
-        UsageError: an unknown kind, severity or reveals; a span that is no range.
+        OutcomeError: an unknown kind, severity or reveals; a span that is no range; a field of
+            another type.
     """
 
     kind: Kind
@@ -238,15 +256,20 @@ class Segment:
                 raise OutcomeError(
                     f"Segment.{name} is {value!r}; it must be one of {', '.join(known)}"
                 )
-        if not isinstance(self.text, str):
-            raise OutcomeError(f"Segment.text is {self.text!r}; it must be a string")
-        if self.span is not None:
-            start, end = self.span
-            if not 0 <= start <= end:
+        for name in ("text", "source"):
+            if not isinstance(getattr(self, name), str):
                 raise OutcomeError(
-                    f"Segment.span is {self.span!r}; it must be (start, end) with 0 <= start <= end"
+                    f"Segment.{name} is {getattr(self, name)!r}; it must be a string"
                 )
-            object.__setattr__(self, "span", (int(start), int(end)))
+        if self.span is not None:
+            object.__setattr__(self, "span", _range(self.span))
+        try:
+            object.__setattr__(self, "priority", operator.index(self.priority))
+        except TypeError:
+            raise OutcomeError(
+                f"Segment.priority is {self.priority!r}; it must be a whole number"
+            ) from None
+        object.__setattr__(self, "untrusted", bool(self.untrusted))
         object.__setattr__(self, "text", clean_text(self.text))
 
     def to_dict(self) -> dict[str, Any]:
@@ -267,6 +290,19 @@ class Segment:
         """The segment that :meth:`to_dict` wrote."""
         span = data.get("span")
         return cls(**{**data, "span": tuple(span) if span else None})
+
+
+def _range(span: Any) -> tuple[int, int]:
+    try:
+        start, end = span
+        start, end = int(start), int(end)
+    except (TypeError, ValueError, OverflowError):
+        start, end = 0, -1
+    if not 0 <= start <= end:
+        raise OutcomeError(
+            f"Segment.span is {span!r}; it must be (start, end) with 0 <= start <= end"
+        )
+    return start, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +337,7 @@ class Feedback(Sequence[Segment]):
         items = (segments,) if isinstance(segments, Segment) else tuple(segments)
         for item in items:
             if not isinstance(item, Segment):
-                raise UsageError(
+                raise OutcomeError(
                     f"Feedback holds Segments, got {item!r}; "
                     "write Segment(kind, text) or Feedback.of(kind, text)"
                 )
@@ -382,6 +418,29 @@ class Feedback(Sequence[Segment]):
             shown += [_title(errors), *own] if own else [_located_title(errors)]
         return Feedback(shown)
 
+    def capped(self, most: int = MAX_SEGMENTS) -> Feedback:
+        """At most ``most`` segments: the first of each kind, then by priority; a note for the rest.
+
+        In their order, the note last.
+        """
+        if len(self.segments) <= most:
+            return self
+        ranked = _by_priority(range(len(self.segments)), self.segments)
+        firsts: dict[tuple[str, str], int] = {}
+        for i in ranked:
+            firsts.setdefault((self.segments[i].kind, self.segments[i].severity), i)
+        chosen = dict.fromkeys((*firsts.values(), *ranked))
+        kept = sorted(list(chosen)[: most - 1])
+        gone = len(self.segments) - len(kept)
+        note = Segment(
+            "hint",
+            f"[... {gone} further remarks are left out ...]",
+            severity="info",
+            source="rlrf",
+            priority=min(s.priority for s in self.segments),
+        )
+        return Feedback((*(self.segments[i] for i in kept), note))
+
     def render(self, max_chars: int | None = None) -> str:
         """The text, cut to ``max_chars`` at the cost of the segments that matter least.
 
@@ -416,7 +475,8 @@ class Feedback(Sequence[Segment]):
         """
         if max_tokens is not None and max_tokens < 0:
             raise UsageError(f"max_tokens is {max_tokens}; it must be >= 0 or None")
-        texts = {i: defuse(s.text, tokenizer) for i, s in enumerate(self.segments) if s.text}
+        defused = defuser(tokenizer)
+        texts = {i: defused(s.text) for i, s in enumerate(self.segments) if s.text}
         encoded, truncated = _fit(texts, self.segments, tokenizer, max_tokens)
         ids: list[int] = []
         segment_ids: list[int] = []

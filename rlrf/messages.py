@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
 from rlrf.errors import UsageError
+from rlrf.reasoning import Reply, split_reasoning
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -24,6 +27,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[list[dict[str, Any]]]
     tool_call_id: NotRequired[str]
     reasoning_content: NotRequired[str]
+    invalid_tool_calls: NotRequired[list[dict[str, Any]]]
 
 
 Messages = tuple[Message, ...]
@@ -46,32 +50,78 @@ def assistant(content: str) -> Message:
     return {"role": "assistant", "content": content}
 
 
+def whole_text(text: str) -> str:
+    """``text`` with U+FFFD for each lone surrogate: those no encoder takes. As long as before."""
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
 def is_message(value: object) -> bool:
     """Whether ``value`` is a well-formed chat message."""
+    return _fault(value) is None
+
+
+def _fault(value: object) -> str | None:
+    """What is wrong with a message; None if nothing is."""
     if not isinstance(value, Mapping):
-        return False
-    content = value.get("content")
-    return value.get("role") in ROLES and (
-        isinstance(content, str) or (content is None and value.get("role") == "assistant")
-    )
+        return "it is no mapping"
+    if value.get("role") not in ROLES:
+        return f"its role is {value.get('role')!r}, not one of {', '.join(ROLES)}"
+    if not isinstance(value.get("content"), str) and not (
+        value.get("content") is None and value["role"] == "assistant" and "content" in value
+    ):
+        return "its content is no string (None is only for an assistant that calls tools)"
+    if len(value) > 2:
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if not isinstance(value.get(name, ""), str):
+                return f"its {name!r} is {value[name]!r}, not a string"
+        for name in ("tool_calls", "invalid_tool_calls"):
+            calls = value.get(name, [])
+            if not isinstance(calls, (list, tuple)) or not all(
+                isinstance(call, Mapping) for call in calls
+            ):
+                return f"its {name!r} is no list of mappings"
+        try:
+            json.dumps(dict(value), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"it is no JSON data ({error})"
+    return None
 
 
-def as_messages(value: str | Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Messages:
+def as_messages(value: str | Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Messages:
     """Turn a string (a user message), one message or several into a tuple of messages.
 
+    Lone surrogates become U+FFFD: no tokenizer and no wire takes them.
+
     Raises:
-        UsageError: a message has no known role or no text.
+        UsageError: a message has no known role or no text, or holds what is no JSON data.
     """
     if isinstance(value, str):
-        return (user(value),)
+        return (user(whole_text(value)),)
+    if not isinstance(value, Iterable):
+        raise UsageError(f"messages are {value!r}; give a string, a chat message or several")
     items = (value,) if isinstance(value, Mapping) else tuple(value)
     for i, item in enumerate(items):
-        if not is_message(item):
+        fault = _fault(item)
+        if fault is not None:
             raise UsageError(
-                f"message {i} is {item!r}, not a chat message: it needs a 'role' out of {ROLES} "
-                "and a 'content' string (None only for an assistant that calls tools)"
+                f"message {i} is {item!r}, not a chat message: {fault}. It needs a 'role' out of "
+                f"{ROLES} and a 'content' string"
             )
-    return tuple(dict(m) for m in items)  # type: ignore[misc]  # checked by is_message above
+    return tuple(_whole(m) for m in items)
+
+
+def _whole(value: Any) -> Any:
+    """Plain data without lone surrogates, in its keys neither."""
+    if isinstance(value, str):
+        return whole_text(value)
+    if isinstance(value, Mapping):
+        return {_whole(key): _whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_whole(item) for item in value]
+    return value
 
 
 def action_text(action: Action) -> str:
@@ -80,13 +130,24 @@ def action_text(action: Action) -> str:
 
 
 def action_message(action: Action) -> Message:
-    """The action as an assistant message.
+    """The action as an assistant message, its reasoning beside its content.
+
+    Raises:
+        UsageError: the action is neither text nor an assistant message.
+    """
+    message = spoken(action)
+    reply = _reply(message)
+    return message if reply.reasoning is None else _answered(message, reply)
+
+
+def spoken(action: Action) -> Message:
+    """The action as an assistant message, as it was given: reasoning stays in the content.
 
     Raises:
         UsageError: the action is neither text nor an assistant message.
     """
     if isinstance(action, str):
-        return assistant(action)
+        return assistant(whole_text(action))
     if (
         not isinstance(action, Mapping)
         or action.get("role", "assistant") != "assistant"
@@ -98,9 +159,43 @@ def action_message(action: Action) -> Message:
         )
     message: Message = {"role": "assistant", "content": action.get("content")}
     if action.get("tool_calls"):
-        message["tool_calls"] = list(action["tool_calls"])
-    if action.get("reasoning_content"):
+        message["tool_calls"] = action["tool_calls"]
+    if action.get("invalid_tool_calls"):
+        message["invalid_tool_calls"] = action["invalid_tool_calls"]
+    if action.get("reasoning_content") is not None:
         message["reasoning_content"] = action["reasoning_content"]
     if message["content"] is None and "tool_calls" not in message:
         message["content"] = ""
-    return message
+    fault = _fault(message)
+    if fault is not None:
+        raise UsageError(f"an action is {action!r}: {fault}")
+    return _whole(message)  # type: ignore[no-any-return]  # a message again
+
+
+def answer_range(action: Action) -> tuple[int, int]:
+    """The characters of :func:`action_text` that are the content of :func:`action_message`."""
+    _, start, end = _reply(spoken(action))
+    return start, end
+
+
+def _reply(message: Message) -> Reply:
+    # Taken apart already, a mark that nothing opens is the answer's own.
+    return split_reasoning(
+        message["content"] or "", strays=message.get("reasoning_content") is None
+    )
+
+
+def _answered(message: Message, reply: Reply) -> Message:
+    text = message["content"] or ""
+    thought = "\n\n".join(filter(None, (message.get("reasoning_content"), reply.reasoning)))
+    return {**message, "content": text[reply.start : reply.end], "reasoning_content": thought}
+
+
+def thought_only(message: Message) -> bool:
+    """Whether an assistant message has reasoning and neither an answer nor a call of a tool."""
+    return (
+        bool(message.get("reasoning_content"))
+        and not (message["content"] or "").strip()
+        and not message.get("tool_calls")
+        and not message.get("invalid_tool_calls")
+    )

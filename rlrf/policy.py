@@ -7,12 +7,24 @@ trainer sees is what was sampled.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import math
+import numbers
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rlrf.errors import UsageError
-from rlrf.messages import Message, Messages, assistant
+from rlrf.errors import InfraError, UsageError
+from rlrf.messages import (
+    Message,
+    Messages,
+    action_message,
+    action_text,
+    answer_range,
+    spoken,
+    whole_text,
+)
 from rlrf.plugins import Registry
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -87,10 +99,13 @@ class Completion:
         logprobs: log-probability of each sampled token under the distribution it was sampled
             from (after temperature, top_p and top_k), nats; same length as ``token_ids``; empty
             when a server does not return them.
-        text: the decoded reply without special tokens.
+        text: the decoded reply without special tokens, reasoning included.
         finish_reason: ``stop`` (an end token or stop text) or ``length`` (cut off).
-        message: the assistant message, with parsed ``tool_calls`` if there are any.
+        message: the assistant message, with parsed ``tool_calls`` if there are any; None to have
+            it made of ``text``. Its content is the answer, without the reasoning.
         offsets: characters of ``text`` that each token stands for, or empty if unknown.
+        ranges: characters of ``text`` that the content of ``message`` is made of, in order; None
+            to have them found.
     """
 
     prompt_ids: tuple[int, ...]
@@ -100,11 +115,116 @@ class Completion:
     finish_reason: FinishReason = "stop"
     message: Message | None = None
     offsets: tuple[tuple[int, int], ...] = ()
+    ranges: tuple[tuple[int, int], ...] | None = None
 
     @property
     def assistant_message(self) -> Message:
-        """:attr:`message`, or the text as one."""
-        return self.message if self.message is not None else assistant(self.text)
+        """:attr:`message`, or one made of the text; its reasoning is beside the content."""
+        return action_message(self.text if self.message is None else self.message)
+
+    @property
+    def whole_message(self) -> Message:
+        """The same with the whole text for content, reasoning and all."""
+        if self.message is None:
+            return spoken(self.text)
+        message: Message = {**self.message, "content": self.text}
+        message.pop("reasoning_content", None)
+        return spoken(message)
+
+    @property
+    def content_offsets(self) -> tuple[tuple[int, int], ...]:
+        """Characters of the message's content that each token stands for; empty if unknown.
+
+        A token of the reasoning stands for none of it: ``(-1, -1)``.
+        """
+        if not self.offsets:
+            return ()
+        ranges = self._content_ranges()
+        if ranges == ((0, len(self.text)),):
+            return self.offsets
+        if not ranges:
+            return ()
+        starts = [a for a, _ in ranges]
+        before = [0, *itertools.accumulate(b - a for a, b in ranges)]
+
+        def within(position: int) -> int:
+            i = bisect_right(starts, position) - 1
+            return before[i] + min(position, ranges[i][1]) - starts[i] if i >= 0 else 0
+
+        def mapped(a: int, b: int) -> tuple[int, int]:
+            i = bisect_right(starts, a) - 1
+            begins = i >= 0 and a < ranges[i][1]
+            c, d = within(a), within(b)
+            return (c, d) if begins or c < d else (-1, -1)
+
+        return tuple(mapped(a, b) for a, b in self.offsets)
+
+    def _content_ranges(self) -> tuple[tuple[int, int], ...]:
+        if self.ranges is not None:
+            return self.ranges
+        content = action_text(self.assistant_message)
+        start, end = answer_range(self.text)
+        if self.text[start:end] != content:  # a policy's own reading of its text
+            start = self.text.rfind(content) if content else -1
+            end = start + len(content)
+        return ((start, end),) if start >= 0 else ()
+
+
+def check_completion(completion: Any) -> None:
+    """See that what a policy gave is a completion.
+
+    Raises:
+        InfraError: it is not: ids that are none, log-probabilities that are no finite number <= 0,
+            texts that are none. No reward may be drawn from it.
+    """
+    fault = _fault(completion)
+    if fault is not None:
+        raise InfraError(f"the policy gave a completion that is none: {fault}", kind="policy_error")
+
+
+_MAX_ID = 2**31
+_MAX_LOGPROB = 1e-4  # rounding may take a sure token a little above 0
+
+
+def _fault(completion: Any) -> str | None:
+    if not isinstance(completion, Completion):
+        return f"{type(completion).__name__} is no rlrf.Completion"
+    for name in ("prompt_ids", "token_ids"):
+        ids: Any = getattr(completion, name)
+        if not isinstance(ids, (tuple, list)):
+            return f"{name} is a {type(ids).__name__}, not a tuple"
+        bad: Any = next((i for i in ids if not _is_id(i)), None)
+        if bad is not None:
+            return f"{name} has {bad!r}, which is no token id"
+    if completion.logprobs:
+        if len(completion.logprobs) != len(completion.token_ids):
+            return f"{len(completion.logprobs)} logprobs for {len(completion.token_ids)} token_ids"
+        bad = next((x for x in completion.logprobs if not _is_logprob(x)), None)
+        if bad is not None:
+            return f"logprobs has {bad!r}; it must be a finite number <= 0"
+    if not isinstance(completion.text, str):
+        return f"text is a {type(completion.text).__name__}, not a string"
+    if completion.finish_reason not in ("stop", "length", "abort"):
+        return f"finish_reason is {completion.finish_reason!r}"
+    if completion.offsets and len(completion.offsets) != len(completion.token_ids):
+        return f"{len(completion.offsets)} offsets for {len(completion.token_ids)} token_ids"
+    try:
+        completion.assistant_message  # noqa: B018  # reads the message
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+def _is_id(value: Any) -> bool:
+    return (
+        isinstance(value, numbers.Integral)
+        and not isinstance(value, bool)
+        and 0 <= int(value) < _MAX_ID
+    )
+
+
+def _is_logprob(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and -math.inf < float(value) <= _MAX_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +294,7 @@ class ScriptedPolicy:
     Tokens are the UTF-8 bytes of the text, with 256 as the end token; every log-probability is 0.
 
     Args:
-        reply: ``(messages) -> text``.
+        reply: ``(messages) -> text``, or an assistant message, for calls of tools.
     """
 
     reply: Any
@@ -184,22 +304,25 @@ class ScriptedPolicy:
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """See :class:`Policy`."""
         self.calls += 1
-        out = []
-        for prompt in prompts:
-            text = str(self.reply(prompt.messages))
-            before = b"".join((m["content"] or "").encode() for m in prompt.messages)
-            if prompt.prefix_ids is None:
-                ids = tuple(before)
-            else:
-                new = b"".join((m["content"] or "").encode() for m in prompt.new_messages)
-                ids = prompt.prefix_ids + tuple(new)
-            sampled = (*text.encode(), 256)[: params.max_tokens]
-            cut = sampled[-1] != 256
-            text = bytes(b for b in sampled if b < 256).decode(errors="replace")
-            out.append(
-                Completion(ids, sampled, (0.0,) * len(sampled), text, "length" if cut else "stop")
-            )
-        return out
+        return [self._complete(prompt, params) for prompt in prompts]
+
+    def _complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
+        reply = self.reply(prompt.messages)
+        message = spoken(reply) if isinstance(reply, Mapping) else None
+        new = prompt.messages if prompt.prefix_ids is None else prompt.new_messages
+        before = b"".join(_bytes(m["content"] or "") for m in new)
+        text = whole_text(str(reply) if message is None else message["content"] or "")
+        sampled = (*_bytes(text), 256)[: params.max_tokens]
+        cut = sampled[-1] != 256
+        text = bytes(b for b in sampled if b < 256).decode(errors="replace")
+        return Completion(
+            (prompt.prefix_ids or ()) + tuple(before),
+            sampled,
+            (0.0,) * len(sampled),
+            text,
+            "length" if cut else "stop",
+            None if message is None else action_message({**message, "content": text}),
+        )
 
     def score(
         self,
@@ -212,3 +335,23 @@ class ScriptedPolicy:
 
     def update_weights(self, weights: Iterable[tuple[str, Any]], version: int = 0) -> None:
         """A script has no weights."""
+
+
+def _bytes(text: str) -> bytes:
+    return whole_text(text).encode()
+
+
+def as_policy(policy: Any) -> Policy:
+    """``policy``, or one that replies from the function ``(messages) -> text``.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if hasattr(policy, "generate"):
+        return policy  # type: ignore[no-any-return]  # by its protocol
+    if callable(policy):
+        return ScriptedPolicy(policy)
+    raise UsageError(
+        f"a policy has generate(), or is a function (messages) -> text; got {policy!r}. "
+        'rlrf.make_policy("hf", model=...) makes one'
+    )

@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,15 +25,18 @@ from rlrf._async import call_hook, call_in_turn, run_sync
 from rlrf.env import Env, Episode, StepResult, Task
 from rlrf.errors import (
     InfraError,
+    MissingDependencyError,
     OutcomeError,
+    PromptError,
     PromptTooLongError,
     RlrfError,
     UnavailableError,
     UsageError,
+    describe,
 )
 from rlrf.feedback import Feedback, span_to_tokens
 from rlrf.messages import Message, Messages
-from rlrf.policy import Completion, Policy, Prompt, SamplingParams
+from rlrf.policy import Completion, Policy, Prompt, SamplingParams, as_policy, check_completion
 
 log = logging.getLogger("rlrf.rollout")
 
@@ -49,7 +54,8 @@ class Rollout:
         completion_mask: 1 where the policy sampled the token, 0 where the environment put it.
         logprobs: sampled log-probability of each completion token (0.0 where the mask is 0), or
             empty when the policy does not report them.
-        messages: the whole chat, replies included.
+        messages: the whole chat, replies included; what the policy thought before a reply is in
+            that message's ``reasoning_content``, unless the environment reads it.
         reward: sum of the step rewards; None when unscored.
         feedback: one :class:`Feedback` per step, the last step included.
         metrics: the environment's named numbers (of the last step that has each).
@@ -85,7 +91,7 @@ class Rollout:
 
     @property
     def text(self) -> str:
-        """The last reply of the policy."""
+        """The last reply of the policy: its answer, without the reasoning."""
         for message in reversed(self.messages):
             if message["role"] == "assistant":
                 return message["content"] or ""
@@ -167,9 +173,11 @@ async def arollout(
     unfinished = len(wanted) - len(kept)
     params = params or SamplingParams()
     of_calls = seed if isinstance(seed, int) else seed[0]
+    policy = as_policy(policy)
     batcher = _Batcher(policy, params, of_calls, max_concurrency, unfinished)
     slots = asyncio.Semaphore(max_concurrency)
     collector = _Collector(env, batcher, deadline_s, retries)
+    collector.check_tools(policy)
 
     async def one(position: int, task: Task, sample: int) -> Rollout:
         number, group = position * group_size + sample, groups[position]
@@ -194,7 +202,9 @@ async def arollout(
         for k in range(group_size)
     ]
     try:
-        return list(await asyncio.gather(*jobs))
+        rollouts = list(await asyncio.gather(*jobs))
+        collector.check_refusals(len({task.id for task in found}))
+        return rollouts
     except BaseException:
         for job in jobs:
             job.cancel()
@@ -262,6 +272,12 @@ def rollout(
     )
 
 
+_proven: weakref.WeakSet[Env] = weakref.WeakSet()
+"""Environments that have scored a rollout: what one refuses after that is the one task's."""
+
+_STRIKES = 3
+
+
 class _Collector:
     """Runs one episode to its end, again after infrastructure failures."""
 
@@ -275,36 +291,90 @@ class _Collector:
             if env.concurrency is None
             else asyncio.Semaphore(env.concurrency)
         )
+        self.refused: dict[str, tuple[UsageError, str]] = {}  # per task: what, and in which words
+        self.anything_else = False  # whether a rollout ended otherwise than by being refused
+
+    def check_tools(self, policy: Policy) -> None:
+        """Refuse a policy that cannot call the environment's tools, if it says so."""
+        check = getattr(policy, "check_tools", None)
+        if check is None:
+            return
+        try:
+            tools = _tools(self.env)
+        except Exception:
+            return  # each rollout says so
+        if tools:
+            check(tools)
 
     async def collect(
         self, task: Task, group_id: str, number: int, seed: int, sample_seed: int
     ) -> Rollout:
+        failure = ""
         for attempt in range(self.retries + 1):
             draft = _Draft(task.id, group_id)
             try:
-                return await self._run(task, number, seed, sample_seed, draft)
+                rollout = await self._run(task, number, seed, sample_seed, draft, attempt > 0)
             except UnavailableError:
                 raise
             except InfraError as error:
-                failure = f"{error.kind}: {error}"
+                failure = f"{error.kind}: {describe(error).partition(': ')[2]}"
                 if not error.retryable or attempt == self.retries:
                     break
                 log.info("retrying %s after %s", task.id, failure)
-            except PromptTooLongError as error:
-                warnings.warn(f"task {task.id!r} is left unscored: {error}", stacklevel=2)
-                failure = f"prompt_too_long: {error}"
+            except PromptError as error:
+                kind = (
+                    "prompt_too_long" if isinstance(error, PromptTooLongError) else "prompt_refused"
+                )
+                failure = f"{kind}: {describe(error).partition(': ')[2]}"
+                warnings.warn(f"task {task.id!r} is left unscored: {failure}", stacklevel=2)
+                if not isinstance(error, PromptTooLongError):
+                    self._note_refusal(task, error)
+                    return draft.failed(failure)
                 break
+            except _PolicyMisuse as misuse:
+                raise misuse.error from None
+            except MissingDependencyError:
+                raise
             except Exception as error:
-                if isinstance(error, RlrfError) and not isinstance(error, OutcomeError):
-                    raise  # the caller's mistake, and the same for every rollout: say so at once
                 # A bug in the environment: this rollout's, not the batch's.
-                failure = f"env_error: {type(error).__name__}: {error}"
+                failure = f"env_error: {describe(error)}"
                 log.warning("task %s: the environment raised", task.id, exc_info=True)
+                if isinstance(error, UsageError) and not isinstance(error, OutcomeError):
+                    self._note_refusal(task, error)
+                    return draft.failed(failure)
                 break
+            else:
+                self.anything_else = True
+                if rollout.scored:
+                    _proven.add(self.env)
+                return rollout
+        self.anything_else = True
         return draft.failed(failure)
 
+    def _note_refusal(self, task: Task, error: UsageError) -> None:
+        """A task was refused. Is it this task's fault, or the caller's and so every task's?
+
+        Raises:
+            UsageError: the latter: the same words for several tasks, and no task that works.
+        """
+        words = describe(error)
+        self.refused[task.id] = error, words
+        if self.anything_else or self.env in _proven:
+            return
+        if sum(said == words for _, said in self.refused.values()) >= _STRIKES:
+            raise error
+
+    def check_refusals(self, tasks: int) -> None:
+        """See that not every task was refused: then the caller has to hear of it.
+
+        Raises:
+            UsageError: every one was.
+        """
+        if not self.anything_else and self.env not in _proven and len(self.refused) == tasks > 0:
+            raise next(iter(self.refused.values()))[0]
+
     async def _run(
-        self, task: Task, number: int, seed: int, sample_seed: int, draft: _Draft
+        self, task: Task, number: int, seed: int, sample_seed: int, draft: _Draft, alone: bool
     ) -> Rollout:
         clock = _Clock(self.deadline_s, task.id)
         episode: Episode = await clock.run(self.env.aepisode(task, seed=seed))
@@ -320,23 +390,44 @@ class _Collector:
                 seed=_mix(sample_seed, len(draft.steps)),
             )
             try:
-                completion = await self.batcher.generate(prompt, number)
+                completion = await self.batcher.generate(prompt, number, alone)
             except PromptTooLongError:
                 if not draft.steps:
                     raise
                 return draft.out_of_context(self.env)
+            except PromptError:
+                raise
+            except UsageError as error:
+                raise _PolicyMisuse(error) from error
             if completion.finish_reason == "abort":  # the engine gave up, not the policy
                 raise InfraError("the engine aborted the completion", kind="policy_aborted")
-            draft.add_completion(completion)
+            whole = self.env.reads_reasoning
+            said = completion.whole_message if whole else completion.assistant_message
+            draft.add_completion(completion, said)
             async with self.turn:
-                result: StepResult = await clock.run(episode.astep(completion.assistant_message))
-            draft.add_step(result, completion)
+                result: StepResult = await clock.run(episode.astep(said))
+            draft.add_step(result, completion.offsets if whole else completion.content_offsets)
             new = result.observation
         return draft.scored(self.env)
 
 
+class _PolicyMisuse(Exception):
+    """The policy was used wrongly: the same for every rollout, so it is said at once."""
+
+    def __init__(self, error: UsageError) -> None:
+        self.error = error
+
+
 def _tools(env: Env) -> tuple[dict[str, Any], ...]:
-    return tuple(getattr(env, "tools", ()) or ())
+    tools = []
+    for tool in env.tools or ():
+        if not isinstance(tool, Mapping):
+            raise OutcomeError(
+                f"{type(env).__name__}.tools has {tool!r}; each tool is a mapping, as on the "
+                "OpenAI wire"
+            )
+        tools.append(dict(tool))
+    return tuple(tools)
 
 
 class _Clock:
@@ -394,43 +485,48 @@ class _Draft:
     def prefix_ids(self) -> tuple[int, ...] | None:
         return (*self.prompt_ids, *self.ids) if self.steps else None
 
-    def add_completion(self, completion: Completion) -> None:
+    def add_completion(self, completion: Completion, said: Message) -> None:
         before = self.prefix_ids()
         if before is None:
-            self.prompt_ids = tuple(completion.prompt_ids)
+            self.prompt_ids = tuple(map(int, completion.prompt_ids))
         else:
             if tuple(completion.prompt_ids[: len(before)]) != before:
-                raise UsageError(
-                    "the policy rewrote earlier tokens: Completion.prompt_ids must start with "
-                    "Prompt.prefix_ids, or training would see tokens that were never sampled"
+                raise _PolicyMisuse(
+                    UsageError(
+                        "the policy rewrote earlier tokens: Completion.prompt_ids must start with "
+                        "Prompt.prefix_ids, or training would see tokens that were never sampled"
+                    )
                 )
             self._append(completion.prompt_ids[len(before) :], 0, ())
         self._turn_start = len(self.ids)
         self._append(completion.token_ids, 1, completion.logprobs)
-        self.messages.append(completion.assistant_message)
+        self.messages.append(said)
         self.finish_reason = completion.finish_reason
 
     def _append(self, ids: Sequence[int], mask: int, logprobs: Sequence[float]) -> None:
-        self.ids += ids
+        self.ids += map(int, ids)
         self.mask += [mask] * len(ids)
         if mask and len(logprobs) != len(ids):
             self.has_logprobs = False
-        self.logprobs += logprobs if mask and self.has_logprobs else [0.0] * len(ids)
+        self.logprobs += map(float, logprobs) if mask and self.has_logprobs else [0.0] * len(ids)
 
-    def add_step(self, result: StepResult, completion: Completion) -> None:
+    def add_step(self, result: StepResult, offsets: Sequence[tuple[int, int]]) -> None:
+        """``offsets``: characters of what the environment was told that each token stands for."""
         self.steps.append(result)
         self.messages += result.observation
         spans: list[tuple[int, int] | None] = []
         for segment in result.info["feedback"]:
-            if segment.span is None or not completion.offsets:
+            if segment.span is None or not offsets:
                 spans.append(None)
                 continue
-            start, end = span_to_tokens(segment.span, completion.offsets)
+            start, end = span_to_tokens(segment.span, offsets)
             spans.append((self._turn_start + start, self._turn_start + end))
         self.spans.append(tuple(spans))
 
     def scored(self, env: Env) -> Rollout:
         reward = sum(s.reward for s in self.steps)
+        if not math.isfinite(reward):
+            raise OutcomeError(f"the rewards of the steps sum to {reward}; keep them finite")
         metrics: dict[str, float] = {}
         for step in self.steps:
             metrics.update(step.info["metrics"])
@@ -501,7 +597,7 @@ class _Batcher:
         self.seed = params.seed if params.seed is not None else seed
         self.limit: int | None = getattr(policy, "max_batch_size", None)
         self.concurrency, self.unfinished = concurrency, unfinished
-        self.waiting: list[tuple[int, Prompt, asyncio.Future[Completion]]] = []
+        self.waiting: list[tuple[bool, int, Prompt, asyncio.Future[Completion]]] = []
         self.calls = 0
         self.busy = False
         self.timer: asyncio.TimerHandle | None = None
@@ -519,14 +615,23 @@ class _Batcher:
             task.cancel()
         self._disarm()
 
-    async def generate(self, prompt: Prompt, number: int) -> Completion:
-        """The reply to ``prompt`` of the rollout ``number``."""
+    async def generate(self, prompt: Prompt, number: int, alone: bool = False) -> Completion:
+        """The reply to ``prompt`` of the rollout ``number``.
+
+        Args:
+            prompt: what to complete.
+            number: the rollout's place among all.
+            alone: in a call of its own: it has failed before, and may be why others failed.
+        """
         if self.limit is None:
-            return (await self._call([prompt], number))[0]
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self.waiting.append((number, prompt, future))
-        self._consider()
-        return await future
+            (completion,) = await self._call([prompt], number)
+        else:
+            future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+            self.waiting.append((alone, number, prompt, future))
+            self._consider()
+            completion = await future
+        check_completion(completion)
+        return completion
 
     def _consider(self, late: bool = False) -> None:
         if late:
@@ -540,9 +645,11 @@ class _Batcher:
                 self.timer = loop.call_later(self.linger_s, self._consider, True)
             return
         self._disarm()
-        self.waiting.sort(key=lambda w: w[0])
-        batch = [(prompt, future) for _, prompt, future in self.waiting[: self.limit]]
-        self.waiting = self.waiting[self.limit :]
+        self.waiting.sort(key=lambda w: w[:2])  # those that go alone last
+        together = sum(not alone for alone, *_ in self.waiting[: self.limit])
+        taken = together or 1
+        batch = [(prompt, future) for *_, prompt, future in self.waiting[:taken]]
+        self.waiting = self.waiting[taken:]
         self.busy = True
         task = asyncio.ensure_future(self._serve(batch))
         self.work.add(task)
@@ -561,12 +668,13 @@ class _Batcher:
     async def _deliver(self, batch: list[tuple[Prompt, asyncio.Future[Completion]]]) -> None:
         try:
             completions = await self._call([p for p, _ in batch], self.calls)
-        except PromptTooLongError as error:
+        except (PromptError, _PolicyRaised) as error:
             if len(batch) == 1:
                 self._fail(batch, error)
-            else:  # one prompt is at fault; the others must not suffer for it
-                for item in batch:
-                    await self._deliver([item])
+            else:  # one prompt may be at fault; the others must not suffer for it
+                half = len(batch) // 2
+                await self._deliver(batch[:half])
+                await self._deliver(batch[half:])
         except Exception as error:
             self._fail(batch, error)
         else:
@@ -589,15 +697,25 @@ class _Batcher:
         except RlrfError:
             raise
         except Exception as error:
-            raise InfraError(
-                f"the policy failed: {type(error).__name__}: {error}", kind="policy_error"
+            raise _PolicyRaised(
+                f"the policy failed: {describe(error)}", kind="policy_error"
             ) from error
-        if len(completions) != len(prompts):
+        if not isinstance(completions, (list, tuple)) or len(completions) != len(prompts):
             raise UsageError(
-                f"the policy gave {len(completions)} completions for {len(prompts)} prompts; "
-                "generate() must return one per prompt, in order"
+                f"the policy gave {_counted(completions)} for {len(prompts)} prompts; generate() "
+                "must return one per prompt, in order"
             )
-        return completions
+        return list(completions)
+
+
+class _PolicyRaised(InfraError):
+    """A policy raised what is no error of rlrf's: over one prompt, or over all."""
+
+
+def _counted(completions: Any) -> str:
+    if isinstance(completions, (list, tuple)):
+        return f"{len(completions)} completions"
+    return f"a {type(completions).__name__}"
 
 
 def _mix(seed: int, key: int) -> int:

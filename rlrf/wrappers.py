@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,17 @@ class FeedbackWrapper(Env):
         self.env = env
         self.splits = env.splits  # type: ignore[misc]  # a class's constant, but an inner env's here
         self.split = env.split
-        self.tools = getattr(env, "tools", ())
+        self.reads_reasoning = env.reads_reasoning
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.reward_range = env.reward_range
         self.success_threshold = env.success_threshold
         self.concurrency = env.concurrency
         self.spec = env.spec
+
+    @property
+    def tools(self) -> Sequence[Mapping[str, Any]]:  # type: ignore[override]  # an attribute there
+        """The inner environment's."""
+        return self.env.tools
 
     @abc.abstractmethod
     async def transform(

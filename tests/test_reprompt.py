@@ -21,7 +21,6 @@ from rlrf_trainers.reprompt import (
     build_reprompt,
     choose_hints,
     prompt_messages,
-    strip_thinking,
 )
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
@@ -157,11 +156,11 @@ def test_unscored_rollouts_neither_teach_nor_learn():
         ("<think>hm</think>\n\n42", "42"),
         ("hm, so</think>\n42", "42"),  # the template opened the block in the prompt
         ("42", "42"),
-        ("<think>a</think>4<think>b</think>2", "42"),
+        ("<think>a</think>4<think>b</think>2", "2"),
+        ("[THINK]a[/THINK] 42", "42"),
     ],
 )
 def test_thinking_is_stripped_from_demonstrations(text, rest):
-    assert strip_thinking(text) == rest
     rollouts = [attempt("g", "wrong", 0.0), attempt("g", text, 1.0)]
     assert hints(rollouts)[0].demonstration == rest
     kept = hints(rollouts, remove_thinking_from_demonstration=False)[0]

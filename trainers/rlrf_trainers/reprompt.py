@@ -11,21 +11,19 @@ from __future__ import annotations
 import itertools
 import json
 import random
-import re
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlrf import Env, Feedback, Rollout, user
-from rlrf.errors import UsageError
+from rlrf.errors import PromptError, UsageError
 from rlrf.feedback import defuse
-from rlrf.messages import Message, Messages
+from rlrf.messages import Message, Messages, action_message
 from rlrf_trainers.config import SDPOConfig
 from rlrf_trainers.forward import Layout
 from rlrf_trainers.policies.hf import HFPolicy
-
-_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,11 @@ def demonstrated(rollout: Rollout, config: SDPOConfig) -> str:
     texts = []
     for turn in turns:
         said = turn["content"] or ""
-        if turn["role"] == "assistant" and config.remove_thinking_from_demonstration:
-            said = strip_thinking(said)
+        if turn["role"] == "assistant":
+            if config.remove_thinking_from_demonstration:
+                said = action_message(turn)["content"] or ""
+            elif turn.get("reasoning_content"):
+                said = f"<think>{turn['reasoning_content']}</think>\n\n{said}"
         calls = [_call(call) for call in turn.get("tool_calls") or ()]
         text = "\n".join(part for part in (said, *calls) if part.strip())
         texts.append(f"{turn['role']}: {text}" if len(turns) > 1 and text else text)
@@ -149,13 +150,6 @@ def _shown(rollout: Rollout, config: SDPOConfig) -> tuple[Feedback, ...]:
     return tuple(
         Feedback(s for s in f if kinds is None or s.kind in kinds) for f in rollout.feedback
     )
-
-
-def strip_thinking(text: str) -> str:
-    """Drop ``<think>`` blocks, also one that the chat template opened in the prompt."""
-    text = _THINKING.sub("", text)
-    _, closed, after = text.rpartition("</think>")
-    return after.lstrip() if closed else text
 
 
 def prompt_messages(rollout: Rollout) -> Messages:
@@ -204,7 +198,7 @@ class Reprompter:
 
     def __init__(self, config: SDPOConfig, policy: HFPolicy, env: Env) -> None:
         self.config, self.policy = config, policy
-        self.tools = tuple(getattr(env, "tools", ()) or ())
+        self.tools = tuple(env.tools or ())
 
     def encode(self, messages: Messages) -> list[int]:
         """Ids of a chat up to where the assistant's next reply begins."""
@@ -215,9 +209,18 @@ class Reprompter:
 
         The room is ``max_reprompt_len``, or what the reply leaves of the model's context.
 
+        Also where the chat template refuses it: then a warning says so.
+
         Raises:
             UsageError: the message before the first reply is not from the user.
         """
+        try:
+            return self._build(rollout, hint)
+        except PromptError as error:
+            warnings.warn(f"task {rollout.task_id!r} is not distilled: {error}", stacklevel=2)
+            return None
+
+    def _build(self, rollout: Rollout, hint: Hint) -> Reprompt | None:
         room = self.config.max_reprompt_len
         if self.policy.context is not None:
             room = min(room, self.policy.context - len(rollout.completion_ids))
@@ -349,6 +352,7 @@ def build_reprompt(
     # two does not need goes to the other.
     frame = len(encode(chat("" if demonstration is not None else None, ".")))
     room = max(0, budget - frame)
+    step = 1
     needs = {
         "demonstration": len(_ids(tokenizer, demonstration)) if demonstration else 0,
         "feedback": len(feedback.tokenize(tokenizer)),
@@ -368,7 +372,10 @@ def build_reprompt(
             return None
         if over <= 0:
             return Reprompt(shown, tuple(ids), True)
-        room = max(0, room - over)  # joining texts can cost a token or two more than their sum
+        # Joining texts can cost a token or two more than their sum; a feedback of thousands of
+        # segments as many: growing steps come to an end.
+        room = max(0, room - max(over, step))
+        step *= 2
 
 
 def _share(needs: Mapping[str, int], room: int) -> dict[str, int]:

@@ -106,6 +106,8 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
             renderer=renderer,
             take=self._take(renderer),
         )
+        # The official harnesses take what they find in the whole reply, reasoning included.
+        self.reads_reasoning = renderer == "sdpo-compat" or self.style.take == "last"
         self.memory = Memory(remember)
         self._sandbox, self._allow_unsafe = sandbox, allow_unsafe
         self._slots = slots or os.cpu_count() or 1

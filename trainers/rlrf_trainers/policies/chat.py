@@ -10,18 +10,22 @@ What a policy with its own tokenizer needs around a sampler. Three things hold:
 from __future__ import annotations
 
 import codecs
+import functools
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from jinja2 import TemplateError
 
-from rlrf.errors import UsageError
-from rlrf.feedback import defuse, token_offsets
+from rlrf.errors import PromptError, UsageError
+from rlrf.feedback import defuser, token_offsets
 from rlrf.messages import Message, Messages, assistant, user
 from rlrf.policy import Prompt
+from rlrf.reasoning import opened_by, split_reasoning
+from rlrf.tools import parse_hermes, wire_calls
 
 _END_TOKENS = (
     "<|im_end|>",
@@ -54,8 +58,10 @@ class ChatTokenizer:
         )
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         special = {i: str(token) for i, token in added.items() if token.special}
+        self._guard = defuser(tokenizer)
         # What an assistant turn may not contain; its <think> and <tool_call> are its own.
-        self._special = SimpleNamespace(all_special_tokens=list(special.values()))
+        self._own_guard = defuser(SimpleNamespace(all_special_tokens=list(special.values())))
+        self._special = special
         self._invisible = set(special) | set(tokenizer.all_special_ids)
         self._bytes: dict[int, bytes] = {}
         named = {i for i, text in special.items() if text in _END_TOKENS}
@@ -75,7 +81,8 @@ class ChatTokenizer:
         """Ids of a chat up to where the assistant's next reply begins.
 
         Raises:
-            UsageError: the tokenizer has no chat template, or the template refuses the messages.
+            UsageError: the tokenizer has no chat template.
+            PromptError: the template refuses the messages.
         """
         return self._ids(self._render(messages, tools, reply_next=True))
 
@@ -129,14 +136,14 @@ class ChatTokenizer:
         try:
             text: str = self.tokenizer.apply_chat_template(
                 [self._safe_message(m) for m in messages],
-                tools=[self._safe(t, self.tokenizer) for t in tools] or None,
+                tools=[_plain(t, self._guard) for t in tools] or None,
                 add_generation_prompt=reply_next,
                 tokenize=False,
                 **self._template_options,
             )
-        except (TemplateError, TypeError, ValueError) as error:
-            roles = ", ".join(m["role"] for m in messages)
-            raise UsageError(
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = ", ".join(str(m.get("role")) for m in messages)
+            raise PromptError(
                 f"the chat template of {self._name!r} refuses "
                 f"messages with the roles [{roles}]: {error}; give the environment's messages "
                 "roles this model knows, or another chat template"
@@ -145,28 +152,20 @@ class ChatTokenizer:
 
     def _safe_message(self, message: Message) -> dict[str, Any]:
         """The message without control tokens in its text, in the form templates expect."""
-        guard = self._special if message["role"] == "assistant" else self.tokenizer
-        safe: dict[str, Any] = self._safe(message, guard)
+        guard = self._own_guard if message["role"] == "assistant" else self._guard
+        safe: dict[str, Any] = _plain(message, guard)
+        safe.pop("invalid_tool_calls", None)
         for call in safe.get("tool_calls") or ():
             function = call.get("function", call)
             if isinstance(function.get("arguments"), str):
                 # A string on the OpenAI wire, an object in chat templates.
                 try:
                     arguments = json.loads(function["arguments"])
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue
                 if isinstance(arguments, dict):  # decoding may have uncovered escaped tokens
-                    function["arguments"] = self._safe(arguments, guard)
+                    function["arguments"] = _plain(arguments, guard)
         return safe
-
-    def _safe(self, value: Any, guard: Any) -> Any:
-        if isinstance(value, str):
-            return defuse(value, guard)
-        if isinstance(value, Mapping):
-            return {key: self._safe(item, guard) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [self._safe(item, guard) for item in value]
-        return value
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -216,40 +215,170 @@ class ChatTokenizer:
             self._bytes[token_id] = piece
         return self._bytes[token_id]
 
-    def parse(
+    # -- reading --------------------------------------------------------------------------------
+
+    def read(
         self,
         prompt_ids: Sequence[int],
         token_ids: Sequence[int],
+        text: str,
+        offsets: Sequence[tuple[int, int]],
         tools: Sequence[Mapping[str, Any]] = (),
-    ) -> Message | None:
-        """The assistant message with its tool calls and reasoning, if the tokenizer can tell.
+    ) -> tuple[Message, tuple[tuple[int, int], ...]]:
+        """The assistant message in sampled ids, and the characters of ``text`` its content is.
 
-        None when the tokenizer declares no ``response_template``, when there is nothing but text,
-        or when the markup is malformed: then the text itself is the reply.
+        The reasoning is beside the content; a section that the prompt has opened counts, and so do
+        marks that are special tokens. Calls of tools are read as the tokenizer says
+        (``response_template``), else in the format that its chat template writes.
+
+        Args:
+            prompt_ids: what was completed.
+            token_ids: what was sampled.
+            text: its text, as from :meth:`decode`, or the head of it.
+            offsets: as from :meth:`offsets`, within ``text``.
+            tools: the tools that could be called.
         """
-        if getattr(self.tokenizer, "response_template", None) is None:
-            return None
-        try:
-            parsed = self.tokenizer.parse_response(
-                list(token_ids), prefix=list(prompt_ids), tools=list(tools) or None
-            )
-            calls = [
-                _wire_call(call, f"call_{len(prompt_ids)}_{i}")
-                for i, call in enumerate(parsed.get("tool_calls") or ())
-            ]
-        except Exception:  # whatever a model wrote must not end the batch
-            return None
-        reasoning = parsed.get("reasoning_content") or parsed.get("thinking")
-        if not calls and not reasoning:
-            return None
-        message: Message = {"role": "assistant", "content": parsed.get("content")}
+        start, end, reasoning = self._answer(prompt_ids, token_ids, text, offsets)
+        message = assistant(text[start:end])
+        ranges: tuple[tuple[int, int], ...] = ((start, end),)
+        calls: list[dict[str, Any]] = []
+        invalid: tuple[dict[str, Any], ...] = ()
+        if self._has_response_template:
+            try:
+                parsed = self._parsed(prompt_ids, token_ids, tools)
+                calls = [
+                    _wire_call(call, f"call_{len(prompt_ids)}_{i}")
+                    for i, call in enumerate(parsed.get("tool_calls") or ())
+                ]
+            except Exception as error:  # whatever a model wrote must not end the batch
+                parsed, calls = {}, []
+                if tools and start < end:
+                    why = f"the markup of the reply cannot be read: {type(error).__name__}"
+                    invalid = (_invalid(text[start:end], why),)
+            content = parsed.get("content") or ""
+            if start == end and reasoning is not None:
+                calls = []  # what it thought of calling
+            elif calls or (reasoning is None and _thought(parsed)):
+                at = text.rfind(content) if content else -1
+                ranges = ((at, at + len(content)),) if at >= 0 else ()
+                message["content"] = content
+                reasoning = _thought(parsed) if reasoning is None else reasoning
+        elif tools and self._writes_hermes:
+            found = parse_hermes(text[start:end])
+            calls = wire_calls(found.calls, f"call_{len(prompt_ids)}")
+            ranges = tuple((a + start, b + start) for a, b in found.ranges)
+            invalid = found.invalid
+            message["content"] = "".join(text[a:b] for a, b in ranges)
         if calls:
             message["tool_calls"] = calls
-        elif message["content"] is None:
-            message["content"] = ""
-        if reasoning:
+            message["content"] = message["content"] or None
+        if invalid:
+            message["invalid_tool_calls"] = list(invalid)
+        if reasoning is not None:
             message["reasoning_content"] = reasoning
-        return message
+        return message, ranges
+
+    def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """See that this model can be told of tools and that its calls can be read.
+
+        Raises:
+            UsageError: it cannot, or they cannot.
+        """
+        question = (user("Hello."),)
+        if self._render(question, tools, reply_next=True) == self._render(
+            question, (), reply_next=True
+        ):
+            raise UsageError(
+                f"the chat template of {self._name!r} does not show tools, which the environment "
+                "has; use a model that was trained to call tools, or another chat template"
+            )
+        if not self._has_response_template and not self._writes_hermes:
+            raise UsageError(
+                f"the environment has tools, but calls of {self._name!r} cannot be read: its "
+                "tokenizer has no response_template and its chat template does not write calls as "
+                "<tool_call>{...}</tool_call>; set tokenizer.response_template"
+            )
+
+    @property
+    def _has_response_template(self) -> bool:
+        return getattr(self.tokenizer, "response_template", None) is not None
+
+    @functools.cached_property
+    def _writes_hermes(self) -> bool:
+        """Whether the chat template writes a call so that :func:`parse_hermes` reads it back."""
+        call = {"name": "rlrf_stand_in", "arguments": {"x": "y"}}
+        reply: Message = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": wire_calls((call,), "call"),
+        }
+        try:
+            written = self._render((user("Hello."), reply), (), reply_next=False)
+        except UsageError:
+            return False
+        return parse_hermes(written).calls == (call,)
+
+    def _answer(
+        self,
+        prompt_ids: Sequence[int],
+        token_ids: Sequence[int],
+        text: str,
+        offsets: Sequence[tuple[int, int]],
+    ) -> tuple[int, int, str | None]:
+        """Where in ``text`` the answer stands, and the reasoning if there is any."""
+        marks = [
+            "" if i in self.end_ids else self._special.get(i, text[a:b])
+            for i, (a, b) in zip(token_ids, offsets, strict=True)
+        ]
+        marked = "".join(marks)  # with the special tokens, which some families think between
+        reply = split_reasoning(marked, self._opened(prompt_ids))
+        if marked == text:
+            return reply.start, reply.end, reply.reasoning
+        starts = [0, *itertools.accumulate(map(len, marks))]
+
+        def plain(position: int) -> int:
+            i = bisect_right(starts, position) - 1
+            if i >= len(offsets):
+                return len(text)
+            inside = 0 if token_ids[i] in self._special else position - starts[i]
+            return offsets[i][0] + inside
+
+        return plain(reply.start), plain(reply.end), reply.reasoning
+
+    def _opened(self, prompt_ids: Sequence[int]) -> str:
+        """The mark of reasoning with which the prompt ends, if it does."""
+        return opened_by(self.tokenizer.decode(list(prompt_ids[-32:])))
+
+    def _parsed(
+        self,
+        prompt_ids: Sequence[int],
+        token_ids: Sequence[int],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        parsed: dict[str, Any] = self.tokenizer.parse_response(
+            list(token_ids), prefix=list(prompt_ids), tools=list(tools) or None
+        )
+        return parsed
+
+
+def _plain(value: Any, guard: Callable[[str], str]) -> Any:
+    """Plain data without control tokens: in its strings, and in the keys of its mappings."""
+    if isinstance(value, str):
+        return guard(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, guard): _plain(item, guard) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, guard) for item in value]
+    return value
+
+
+def _thought(parsed: Mapping[str, Any]) -> str | None:
+    """The reasoning in what a response template has read; None if there is none."""
+    return parsed.get("reasoning_content") or parsed.get("thinking") or None
+
+
+def _invalid(text: str, why: str) -> dict[str, Any]:
+    return {"text": text, "span": [0, len(text)], "status": "malformed", "why": why}
 
 
 def _stand_in(mark: str, new_messages: Messages) -> Message:

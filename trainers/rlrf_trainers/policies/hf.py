@@ -16,7 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlrf import progress
-from rlrf.errors import MissingDependencyError, PromptTooLongError, RlrfError, UsageError
+from rlrf.errors import (
+    MissingDependencyError,
+    PromptError,
+    PromptTooLongError,
+    RlrfError,
+    UsageError,
+)
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
 from rlrf_trainers.policies import sampler
@@ -122,6 +128,15 @@ class HFPolicy:
         with self._lock:
             return self.chat.encode(messages, tools)
 
+    def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """See that this model can call tools: see :meth:`ChatTokenizer.check_tools`.
+
+        Raises:
+            UsageError: its chat template shows none, or nobody can read its calls.
+        """
+        with self._lock:
+            self.chat.check_tools(tools)
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """One completion per prompt, in order; see :func:`rlrf_trainers.policies.sampler.sample`.
 
@@ -133,12 +148,18 @@ class HFPolicy:
 
         Raises:
             PromptTooLongError: a prompt fills the context.
-            UsageError: no chat template, or one that refuses the messages.
+            PromptError: the chat template refuses a prompt's messages, or leaves nothing of them.
+            UsageError: no chat template.
             RlrfError: the model's logits are not finite.
         """
         with self._lock:
             prompt_ids = [self.chat.prompt_ids(p) for p in prompts]
             for ids in prompt_ids:
+                if not ids:
+                    raise PromptError(
+                        "the chat template makes no token of the prompt; the first token of a "
+                        "completion needs one before it"
+                    )
                 if self.context is not None and len(ids) >= self.context:
                     raise PromptTooLongError(len(ids), params.max_tokens, self.context)
             of_all = params.seed
@@ -235,14 +256,18 @@ class HFPolicy:
         text = self.chat.decode(out.token_ids)
         offsets = self.chat.offsets(out.token_ids, text)
         cut = min((text.find(s) for s in stop if s in text), default=len(text))
+        text = text[:cut]
+        offsets = tuple((min(a, cut), min(b, cut)) for a, b in offsets)
+        message, ranges = self.chat.read(ids, out.token_ids, text, offsets, prompt.tools)
         return Completion(
             prompt_ids=tuple(ids),
             token_ids=tuple(out.token_ids),
             logprobs=tuple(out.logprobs),
-            text=text[:cut],
+            text=text,
             finish_reason=out.finish_reason,
-            message=self.chat.parse(ids, out.token_ids, prompt.tools),
-            offsets=tuple((min(a, cut), min(b, cut)) for a, b in offsets),
+            message=message,
+            offsets=offsets,
+            ranges=ranges,
         )
 
     def _stop_check(self, stop: Sequence[str]) -> Callable[[list[int]], bool] | None:

@@ -15,8 +15,16 @@ from typing import Any
 
 from rlrf import run_sync
 from rlrf.errors import InfraError, PromptTooLongError, UsageError
-from rlrf.messages import Message
-from rlrf.policy import Completion, FinishReason, Prompt, SamplingParams, TokenScores
+from rlrf.messages import Message, action_message
+from rlrf.policy import (
+    Completion,
+    FinishReason,
+    Prompt,
+    SamplingParams,
+    TokenScores,
+    check_completion,
+)
+from rlrf.tools import parse_hermes, wire_calls
 from rlrf.transport import JsonClient, RefusedError
 
 DEFAULT_URL = "https://api.openai.com/v1"
@@ -132,7 +140,10 @@ class OpenAIPolicy:
     def _body(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
-            "messages": [dict(m) for m in prompt.messages],
+            # What could not be read of a call is in the content, too; no server knows the field.
+            "messages": [
+                {k: v for k, v in m.items() if k != "invalid_tool_calls"} for m in prompt.messages
+            ],
             "temperature": params.temperature,
             "top_p": params.top_p,
             self.max_tokens_field: params.max_tokens,
@@ -158,7 +169,7 @@ class OpenAIPolicy:
             )
         except RefusedError as error:
             raise self._refusal(error, params) from None
-        return self._read(answer)
+        return self._read(answer, prompt)
 
     def _refusal(self, error: RefusedError, params: SamplingParams) -> Exception:
         """Whose fault it is: this prompt's alone, or the caller's, which every prompt will meet."""
@@ -182,18 +193,18 @@ class OpenAIPolicy:
             return UsageError(f"{error}; so were the {self._refused - 1} requests before it")
         return error
 
-    def _read(self, data: Any) -> Completion:
+    def _read(self, data: Any, prompt: Prompt) -> Completion:
         self._refused = 0
         try:
             choice = data["choices"][0]
             raw = choice["message"]
-            text = _text(raw.get("content"))
+            text, thought = _text(raw.get("content")), _thought(raw)
             message: Message = {"role": "assistant", "content": text}
             if raw.get("tool_calls"):
                 message["tool_calls"] = list(raw["tool_calls"])
-            thought = raw.get("reasoning_content") or raw.get("reasoning")
-            if thought:
-                message["reasoning_content"] = str(thought)
+            if thought is not None:
+                message["reasoning_content"] = thought
+            message = _with_calls(action_message(message), prompt)
             sampled, prompt_ids, logprobs = self._tokens(data, choice)
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -202,14 +213,9 @@ class OpenAIPolicy:
                 kind="policy_error",
             ) from error
         finish: FinishReason = reason if reason in ("length", "abort") else "stop"
-        return Completion(
-            prompt_ids,
-            sampled,
-            logprobs,
-            text,
-            finish,
-            message,
-        )
+        completion = Completion(prompt_ids, sampled, logprobs, text, finish, message)
+        check_completion(completion)
+        return completion
 
     def _tokens(
         self, data: Mapping[str, Any], choice: Mapping[str, Any]
@@ -217,13 +223,13 @@ class OpenAIPolicy:
         """Sampled ids, prompt ids and log-probabilities, as far as they were asked for."""
         if not self.token_ids:
             return (), (), ()
-        sampled = tuple(int(i) for i in choice.get("token_ids") or ())
+        sampled = tuple(choice.get("token_ids") or ())
         prompt = data.get("prompt_token_ids") or choice.get("prompt_token_ids") or ()
         listed = (choice.get("logprobs") or {}).get("content") or ()
         logprobs = tuple(float(item["logprob"]) for item in listed)
         if len(logprobs) != len(sampled):
             logprobs = ()
-        return sampled, tuple(int(i) for i in prompt), logprobs
+        return sampled, tuple(prompt), logprobs
 
 
 def _text(content: Any) -> str:
@@ -233,3 +239,30 @@ def _text(content: Any) -> str:
     if isinstance(content, str):
         return content
     return "".join(str(part["text"]) for part in content if part.get("type") == "text")
+
+
+def _thought(message: Mapping[str, Any]) -> str | None:
+    """The reasoning that a server has taken out of a reply; None if it has taken none."""
+    for name in ("reasoning_content", "reasoning"):
+        if isinstance(message.get(name), str) and message[name]:
+            return str(message[name])
+    parts = message.get("content")
+    if not isinstance(parts, list):
+        return None
+    thinking = (part["thinking"] for part in parts if part.get("type") == "thinking")
+    return "".join(map(_text, thinking)) or None
+
+
+def _with_calls(message: Message, prompt: Prompt) -> Message:
+    """The message with the calls that a server has left in its text, in the format of Hermes."""
+    content = message["content"] or ""
+    if not prompt.tools or message.get("tool_calls") or "<tool_call>" not in content:
+        return message
+    found = parse_hermes(content)
+    message = {**message, "content": "".join(content[a:b] for a, b in found.ranges)}
+    if found.calls:
+        message["tool_calls"] = wire_calls(found.calls, f"call_{len(prompt.messages)}")
+        message["content"] = message["content"] or None
+    if found.invalid:
+        message["invalid_tool_calls"] = list(found.invalid)
+    return message
