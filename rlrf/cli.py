@@ -35,7 +35,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import rlrf
-from rlrf import _interrupt, _streams, runs
+from rlrf import _interrupt, _streams, notices, runs
 from rlrf._async import run_sync
 from rlrf.config import (
     TrainConfig,
@@ -535,7 +535,7 @@ def eval_(
                 f"to go on: {_interrupt.same_command()}",
             ]
 
-        with results, _interrupt.keeping(kept):
+        with notices.collected() as slow, results, _interrupt.keeping(kept):
 
             def finished(rollout: Rollout) -> None:
                 results.add(rollout)
@@ -560,7 +560,7 @@ def eval_(
                 "tokens; raise --max-tokens",
                 file=sys.stderr,
             )
-        results.finish(report, {"lock": runs.environment_lock(found)})
+        results.finish(report, {"lock": runs.environment_lock(found), "warnings": slow})
         print(f"written to {results.path}")
         if report.n_unscored:
             print(

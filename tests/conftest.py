@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+import logging
+import re
+
 import gymnasium
 import pytest
 
 import rlrf
+from rlrf import notices
 from tests import code_data
 from tests.environments_for_tests import Echo, Guess
+
+_LIBRARIES = ("transformers", "peft", "torch", "accelerate", "huggingface_hub", "tokenizers")
+_DEPRECATED = re.compile(r"deprecated|will be removed|will be renamed|no longer supported", re.I)
+
+
+class _Heard(logging.Handler):
+    """Keeps what a library's logger says of deprecated things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if _DEPRECATED.search(message):
+            self.messages.append(f"{record.name}: {message}")
+
+
+@pytest.fixture(autouse=True)
+def _deprecations():
+    """What a library has deprecated is not used by us, also where only its logger says so.
+
+    pyproject.toml makes errors of warnings; transformers tells of some things through its logger.
+    """
+    heard = _Heard()
+    for name in _LIBRARIES:
+        logging.getLogger(name).addHandler(heard)
+    yield
+    for name in _LIBRARIES:
+        logging.getLogger(name).removeHandler(heard)
+    assert not heard.messages, "a library says that something used here is deprecated"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_noticed_yet():
+    """What earlier tests were told of slow paths does not silence later ones."""
+    notices._said.clear()
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from rlrf._async import background_loop, call_hook
 from rlrf.errors import InfraError, RlrfError, UsageError
+from rlrf.notices import notice
 from rlrf.plugins import Registry
 from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens, accepted
 from rlrf.sandbox.program import (
@@ -190,6 +191,7 @@ class SandboxPool:
         self._background: list[asyncio.Task[None]] = []  # those that end when the pool is closed
         self._closed = False
         self._info: SandboxInfo | None = None
+        self.instead_of = ""  # why nothing stronger was taken, where `auto` would have preferred it
 
     @property
     def info(self) -> SandboxInfo:
@@ -290,6 +292,7 @@ class SandboxPool:
         group: Hashable = None,
     ) -> RunReport:
         job, check = _job(program, cases, limits or Limits(), checker)
+        self._say_weaker()
         if program.prelude and program.prelude not in self._preludes:
             await self._check_prelude(program.prelude, job.limits)
         alone, failed = False, 0
@@ -312,6 +315,19 @@ class SandboxPool:
             self._stats.programs += 1
             self._stats.cases += sum(c.raw is not None for c in report.cases)
             return report
+
+    def _say_weaker(self) -> None:
+        """Notice what is weaker here than it should be."""
+        name = self.info.backend
+        if self.instead_of:
+            notice(
+                f"sandbox/{name}",
+                f"sandbox 'auto' runs programs in {name}, and not in what it prefers "
+                f"({self.instead_of}). `rlrf sandbox doctor` says how to mend that; "
+                f"RLRF_SANDBOX={name} chooses it, without this warning",
+            )
+        for weaker in self.info.warnings:
+            notice(f"sandbox/{name}/{weaker}", f"sandbox {name}: {weaker}")
 
     async def _check_prelude(self, prelude: str, limits: Limits) -> None:
         """Run a prelude alone, once: its faults are its author's, not those of the programs."""
@@ -669,6 +685,7 @@ async def start_sandbox(
         except RlrfError as why:
             reasons.append(f"{name}: {why}")
             continue
+        pool.instead_of = "; ".join(reasons)
         return pool
     return await _started("process", slots, {**allowed, "instead_of": "; ".join(reasons)})
 

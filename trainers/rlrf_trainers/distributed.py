@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlrf.errors import UsageError
-from rlrf_trainers.policies.sampler import base_model
+from rlrf_trainers.backbone import base_model
 
 BUCKET = 2**25
 """Numbers that travel in one message of :func:`sum_gradients`."""
@@ -273,10 +274,14 @@ def shard(model: Any) -> None:
             f"FSDP needs trainable parameters of one dtype, found {sorted(map(str, dtypes))}; "
             "convert the model with model.to(...)"
         )
-    kinds = set(base._no_split_modules or ())
+    # Private, but what accelerate and transformers shard by too; test_backbone.py holds them to it.
+    kinds = set(getattr(base, "_no_split_modules", None) or ())
     layers = [m for m in base.modules() if type(m).__name__ in kinds]
     if not layers:
-        raise UsageError(f"{type(base).__name__} does not name its layers in _no_split_modules")
+        raise UsageError(
+            f"{type(base).__name__} does not name its layers in _no_split_modules, so FSDP would "
+            "gather all of it at once; train it without fsdp"
+        )
     mesh = init_device_mesh(_device().type, (dist.get_world_size(),))
     half = any(d.itemsize == 2 for d in dtypes)
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
@@ -302,6 +307,9 @@ def reshard(model: Any) -> None:
         unit.reshard()
 
 
+_whole: WeakSet[Any] = WeakSet()  # models that are inside
+
+
 @contextlib.contextmanager
 def whole(model: Any) -> Iterator[None]:
     """All parameters on every rank: forwards inside are no collective operations.
@@ -311,17 +319,17 @@ def whole(model: Any) -> Iterator[None]:
     do nothing.
     """
     base, units = base_model(model), _units(model)
-    if not units or getattr(base, "_rlrf_whole", False):
+    if not units or base in _whole:
         yield
         return
-    base._rlrf_whole = True
+    _whole.add(base)
     try:
         for unit in units:
             unit.unshard()
             unit.set_reshard_after_forward(False, recurse=False)
         yield
     finally:
-        base._rlrf_whole = False
+        _whole.discard(base)
         for unit in units:
             unit.set_reshard_after_forward(unit is not base, recurse=False)
             unit.reshard()
@@ -335,7 +343,7 @@ def decoder_forward(model: Any, **kwargs: Any) -> Tensor:
 
     Args:
         model: a causal LM of transformers, PEFT-wrapped or not.
-        kwargs: of its decoder: ``input_ids``, ``attention_mask``, ``past_key_values`` ...
+        kwargs: of its decoder: ``input_ids``, ``attention_mask`` ...
     """
     base = base_model(model)
     decoder = base.get_decoder()

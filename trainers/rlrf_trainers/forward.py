@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from rlrf_trainers import backbone
+from rlrf_trainers.backbone import Arguments, base_model
 from rlrf_trainers.distributed import decoder_forward, is_sharded
-from rlrf_trainers.policies.sampler import base_model
 
 Ids = Sequence[int]
 
@@ -167,45 +164,62 @@ class _Decoder:
 
     def __init__(self, model: Any, logits: bool) -> None:
         self.model, self.logits = model, logits
-        self.config, self.device = model.config, next(model.parameters()).device
+        self.base = base_model(model)
+        self.device = next(model.parameters()).device
+        self._arguments = Arguments.of(self.base if logits else self.base.get_decoder())
 
-    def __call__(self, **inputs: Any) -> tuple[Tensor, Any]:
-        """Hidden states (or logits) ``[B, T, ...]`` and the cache."""
+    def __call__(self, ids: Tensor, **wanted: Any) -> Tensor:
+        """Hidden states (or logits) ``[B, T, ...]``; see :class:`Arguments` for the others."""
+        inputs = {"input_ids": ids, **self._arguments(**wanted)}
         if self.logits:
-            out = self.model(**inputs)
-            return out.logits, getattr(out, "past_key_values", None)
-        if is_sharded(self.model):
-            return decoder_forward(self.model, **inputs), None
-        out = base_model(self.model).get_decoder()(**inputs)
-        return out.last_hidden_state, getattr(out, "past_key_values", None)
+            logits: Tensor = self.model(**inputs).logits
+            return logits
+        return decoder_forward(self.model, **inputs)
 
 
 def can_share(model: Any) -> bool:
-    """Whether prompts that begin alike can run through the model once."""
-    # Sharded weights want the same number of forwards on every process. Activation checkpointing
-    # recomputes layers without the cache, and only a plain growing cache can be repeated.
+    """Whether prompts that begin alike can run through the model once; says so if not."""
+    remedy = ""
     if is_sharded(model):
-        return False
-    if any(m.training for m in model.modules() if isinstance(m, GradientCheckpointingLayer)) and (
-        _checkpoints_activations(model)
-    ):
-        return False
-    base = base_model(model)
-    names = set(inspect.signature(base.forward).parameters)
-    if not {"attention_mask", "position_ids", "past_key_values"} <= names:
-        return False
-    # The cache knows its model best: sliding windows, recurrent states and the like have layers
-    # of other classes, subclasses included.
-    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=base.config).layers)
+        why: str | None = "under FSDP every process must run as many forward passes as the others"
+        remedy = "fsdp=False shares, where the model fits on one device"
+    elif backbone.checkpoints_activations(model):
+        why = "activation checkpointing takes no cache"
+        remedy = "gradient_checkpointing=False shares, if memory allows it"
+    else:
+        why = backbone.fault(model, "prefix", lambda: _prefix_agrees(model), sliding=False)
+    if why is not None:
+        slow = "training runs the whole prompt of every rollout, also what rollouts have in common"
+        backbone.say(model, "prefix", slow, why, remedy)
+    return why is None
 
 
-def _checkpoints_activations(model: Any) -> bool:
-    # Renamed in transformers 5.23; the old name warns there.
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):
-        found = getattr(model, name, None)
-        if found is not None:
-            return bool(found)
-    return False
+@torch.enable_grad()
+def _prefix_agrees(model: Any) -> bool:
+    """Whether rows after a shared prompt are what they are alone, and so is its gradient."""
+    prompts = [(1, 2, 3, 4), (5,), (1, 2, 3, 4)]
+    layout = Layout([(6, 7, 2), (3, 5, 1, 2), (2, 6)])
+    decoder = _Decoder(model, logits=False)
+    embeddings = decoder.base.get_input_embeddings()
+    found = []
+    for forward in (_shared_prefix, _plain):
+        leaves: list[Tensor] = []  # [rows, T, H], of each pass
+
+        def cut(_: Any, __: Any, out: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
+            leaves.append(out.detach().requires_grad_())
+            return leaves[-1]
+
+        handle = embeddings.register_forward_hook(cut)
+        try:
+            hidden = forward(decoder, prompts, layout)  # [N, H]
+        finally:
+            handle.remove()
+        slope = torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device).to(hidden)
+        gradients = torch.autograd.grad((hidden * slope).sum(), leaves)
+        # Of the prompt that two rows share: in one place, or in two.
+        shared = gradients[0][0, :4] if forward is _shared_prefix else gradients[0][::2, :4].sum(0)
+        found.append((hidden.detach(), shared))
+    return all(backbone.agree(*pair) for pair in zip(*found, strict=True))
 
 
 def _shared_prefix(decoder: _Decoder, prompts: Sequence[Ids], layout: Layout) -> Tensor:
@@ -213,30 +227,25 @@ def _shared_prefix(decoder: _Decoder, prompts: Sequence[Ids], layout: Layout) ->
     index: dict[tuple[int, ...], int] = {}
     owner = torch.tensor([index.setdefault(tuple(p), len(index)) for p in prompts])  # [B]
     ids, attention = pad_left(list(index), device)  # [U, P]
-    hidden, prefix = decoder(
-        input_ids=ids,
-        attention_mask=attention,
-        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        past_key_values=DynamicCache(config=decoder.config),
-        use_cache=True,
-    )
+    prefix = backbone.new_cache(decoder.base)
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    hidden = decoder(ids, attention_mask=attention, position_ids=positions, cache=prefix)
     # The first token of each row is predicted by its prompt; later ones, bucket by bucket.
     pieces = [hidden[:, -1].index_select(0, owner.to(device))]  # [B, H]
     places = {(i, 0): i for i in range(len(prompts))}
     for rows in _buckets(layout.lengths):
         width = layout.lengths[rows[0]] - 1
         owners = owner[rows].to(device)
-        cache = DynamicCache(config=decoder.config)
+        cache = backbone.new_cache(decoder.base)
         for i, layer in enumerate(prefix.layers):
             cache.update(layer.keys[owners], layer.values[owners], i)
         fed, mask = pad_right([layout.completions[i][:-1] for i in rows], device, width)
         seen = attention[owners]
-        hidden, _ = decoder(
-            input_ids=fed,
+        hidden = decoder(
+            fed,
             attention_mask=torch.cat([seen, mask], 1),
             position_ids=seen.sum(1, keepdim=True) + torch.arange(width, device=device),
-            past_key_values=cache,
-            use_cache=True,
+            cache=cache,
         )  # [rows, width, H]
         for k, i in enumerate(rows):
             places |= {
@@ -265,18 +274,14 @@ def _buckets(lengths: Sequence[int]) -> list[list[int]]:
 
 
 def _plain(decoder: _Decoder, prompts: Sequence[Ids], layout: Layout) -> Tensor:
-    device, longest = decoder.device, max(layout.lengths)
-    prompt_ids, prompt_mask = pad_left(prompts, device)
-    fed, fed_mask = pad_right([c[:-1] for c in layout.completions], device, longest - 1)
-    attention = torch.cat([prompt_mask, fed_mask], 1)
-    hidden, _ = decoder(
-        input_ids=torch.cat([prompt_ids, fed], 1),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        use_cache=False,
-    )
-    start = hidden.shape[1] - longest  # the last prompt token predicts the first sampled one
-    return hidden[layout.rows.to(device), start + layout.positions.to(device)]
+    rows = [(*p, *c[:-1]) for p, c in zip(prompts, layout.completions, strict=True)]
+    # Padded on the right, where no causal model can see it: on the left it would enter the state
+    # of recurrent ones, whatever the mask says.
+    ids, _ = pad_right(rows, decoder.device, max(map(len, rows)))
+    hidden = decoder(ids)
+    # The last prompt token predicts the first sampled one.
+    before = torch.tensor([len(p) - 1 for p in prompts])[layout.rows]
+    return hidden[layout.rows.to(decoder.device), (before + layout.positions).to(decoder.device)]
 
 
 def pad_left(rows: Sequence[Ids], device: torch.device) -> tuple[Tensor, Tensor]:

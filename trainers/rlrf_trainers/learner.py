@@ -27,8 +27,10 @@ from torch import Tensor
 import rlrf
 from rlrf import Env, Rollout, Task, progress
 from rlrf.errors import RlrfError, UsageError
+from rlrf.notices import notice
 from rlrf.runs import Run
 from rlrf_trainers import distributed
+from rlrf_trainers.backbone import base_model
 from rlrf_trainers.batch import Batch, S, Sample
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
@@ -42,7 +44,6 @@ from rlrf_trainers.losses import (
 from rlrf_trainers.models import IN_MEMORY
 from rlrf_trainers.optimizer import MasterAdamW, trainable
 from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
-from rlrf_trainers.policies.sampler import base_model
 from rlrf_trainers.record import Clock, Record
 from rlrf_trainers.trackers import check_trackers
 from rlrf_trainers.vocabulary import (
@@ -153,12 +154,6 @@ class Learner:
             run = self._open_run(run_dir, resume)
         self.record = Record(self.world, config, run, self.tokenizer.decode, on_step)
         self.resume_from: Path | None = Path(run_dir) if run_dir is not None and resume else None
-        if self.head.module is None:
-            self.record.warn(
-                "head",
-                f"{type(base_model(self.model)).__name__} makes its logits in a way "
-                "that rlrf does not know, so the loss holds them all: loss_chunk_mb has no effect",
-            )
 
     @property
     def run(self) -> Run | None:
@@ -315,6 +310,14 @@ class Learner:
         no activations; in one where the weights are sharded.
         """
         naive = self.head.module is None
+        if naive:
+            name = type(base_model(self.model)).__name__
+            notice(
+                f"head/{name}",
+                f"{name} makes its logits in a way that rlrf does not know, so the loss holds them "
+                "all at once: loss_chunk_mb has no effect. Lower micro_batch_tokens if memory runs "
+                "out",
+            )
         if torch.is_grad_enabled() or distributed.is_sharded(self.model):
             return completion_hidden(self.model, prompts, layout, logits=naive)
         budget, parts, start = 4 * self.config.micro_batch_tokens, [], 0
@@ -790,6 +793,7 @@ class Learner:
             if step != self.step:
                 self._load_best()
         model_dir = self._save_model()
+        self.optimizer.release()
         self.record.stop_trackers()
         if self.run is None:
             return rlrf.TrainResult(self.record.history)
@@ -829,6 +833,7 @@ class Learner:
         try:
             yield
         except BaseException as error:
+            self.optimizer.release()
             self.record.stop_trackers(failed=True)
             if self.run is None:
                 raise

@@ -406,20 +406,21 @@ def convert_gguf(entry: CatalogueEntry, gguf: Path, out: Path) -> None:
             GenerationConfig,
             GgufConfig,
         )
-        from transformers.utils import logging
+
+        from rlrf_trainers.policies.hf import quiet_transformers
     except ModuleNotFoundError as error:
         missing = error.name or "torch"
         raise MissingDependencyError("converting a model", missing, "train") from error
     folder, name = str(gguf.parent), gguf.name
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=name,
-        dtype=getattr(torch, entry.dtype),
-        # Without it transformers keeps calling the model quantized, and refuses to save it.
-        quantization_config=GgufConfig(dequantize=True),
-    )
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=name,
+            dtype=getattr(torch, entry.dtype),
+            # Without it transformers keeps calling the model quantized, and refuses to save it.
+            quantization_config=GgufConfig(dequantize=True),
+        )
     if not model.config.tie_word_embeddings:
         # The file holds two quantizations of one tied matrix; the output's is the finer.
         model.get_input_embeddings().weight.data.copy_(model.get_output_embeddings().weight.data)
@@ -428,7 +429,8 @@ def convert_gguf(entry: CatalogueEntry, gguf: Path, out: Path) -> None:
     if entry.end_ids:
         made: Any = GenerationConfig
         model.generation_config = made(eos_token_id=list(entry.end_ids))
-    model.save_pretrained(out)
+    with quiet_transformers():
+        model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rlrf.errors import MissingDependencyError, UsageError
-from rlrf_trainers import distributed
+from rlrf.notices import notice
+from rlrf_trainers import backbone, distributed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.policies.hf import quiet_transformers
 
@@ -42,19 +43,10 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
         model.requires_grad_(True)
     else:
         _check_adapter(model.active_peft_config, config)
-    if config.gradient_checkpointing:
-        # Renamed in transformers 5.23; the old name warns there.
-        name = "activation_checkpointing_enable"
-        getattr(model, name, model.gradient_checkpointing_enable)()
-    # Dropout would make the scored distribution another one than the sampled. Activation
-    # checkpointing asks the layer itself, and it alone, whether it trains.
+    # Dropout would make the scored distribution another one than the sampled.
     model.eval()
-    for module in model.modules() if config.gradient_checkpointing else ():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            for name, value in vars(module).items():
-                if "drop" in name and isinstance(value, float):  # some layers drop by themselves
-                    setattr(module, name, 0.0)
+    if config.gradient_checkpointing:
+        backbone.checkpoint_activations(model)
     return model
 
 
@@ -121,6 +113,11 @@ class MasterAdamW:
                 "the model has no trainable parameter; set lora_r, or unfreeze some weights"
             )
         self.masters: dict[str, Tensor] = {}
+        # On whichever way we leave, the user's parameters keep none of our hooks.
+        self._hooks: list[Any] = []
+        self.release = weakref.finalize(self, _remove, self._hooks)
+        self.release.atexit = False
+        collect = weakref.WeakMethod(self._collect)
         for name, parameter in self.parameters.items():
             if parameter.dtype.itemsize >= 4:
                 self.masters[name] = parameter
@@ -129,16 +126,19 @@ class MasterAdamW:
                 # Of an earlier trainer of this model, which would take the gradients away.
                 if (stale := getattr(parameter, "_rlrf_hook", None)) is not None:
                     stale.remove()
-                hook: Any = partial(lambda n, _: self._collect(n), name)
+                hook: Any = partial(_collected, collect, name)
                 handle = parameter.register_post_accumulate_grad_hook(hook)
+                self._hooks.append((weakref.ref(parameter), handle))
                 parameter._rlrf_hook = handle
+        # One pass over the numbers, without temporaries of the size of a parameter.
+        kinds = {m.device.type for m in self.masters.values()}
+        self._not_fused = sorted(kinds - {"cpu", "cuda"})
         self.adamw = torch.optim.AdamW(
             self.masters.values(),
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
-            # One pass over the numbers, without temporaries of the size of a parameter.
-            fused=all(m.device.type in ("cpu", "cuda") for m in self.masters.values()),
+            fused=not self._not_fused,
         )
 
     @torch.no_grad()
@@ -170,6 +170,12 @@ class MasterAdamW:
         """One AdamW step at ``learning_rate``."""
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
+        if self._not_fused:
+            notice(
+                "adamw",
+                f"AdamW is not fused on {', '.join(self._not_fused)}, so each step makes several "
+                "copies of every parameter; on cpu and cuda it is fused",
+            )
         self.adamw.step()
         self.publish()
 
@@ -214,3 +220,18 @@ class MasterAdamW:
             distributed.load_full(own.items(), {k: state[f"{k}.{name}"] for k in kinds})
             if own:
                 self.adamw.state[master] = own
+
+
+def _collected(collect: Callable[[], Callable[[str], None] | None], name: str, _: Tensor) -> None:
+    method = collect()  # of an optimizer that lives: a hook must not keep it
+    if method is not None:
+        method(name)
+
+
+def _remove(hooks: list[tuple[Callable[[], Any], Any]]) -> None:
+    for parameter, handle in hooks:
+        handle.remove()
+        owner = parameter()
+        if owner is not None and getattr(owner, "_rlrf_hook", None) is handle:
+            del owner._rlrf_hook
+    hooks.clear()

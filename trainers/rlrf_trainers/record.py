@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrf import Env, Rollout, progress
+from rlrf import Env, Rollout, notices, progress
 from rlrf.runs import Run
 from rlrf_trainers.batch import Batch
 from rlrf_trainers.config import TrainerConfig
@@ -61,6 +61,8 @@ class Record:
         self._how: dict[str, Callable[[Sequence[float]], float]] = {}
         self._unsaid: list[tuple[str, str]] = []
         self._noted: set[str] = set()  # topics of this step
+        self._slow: set[str] = set()  # topics of notices
+        self.stop_listening = notices.listen(self._notice)
 
     # --- of a step ------------------------------------------------------------------------
 
@@ -225,6 +227,14 @@ class Record:
             self.warned.add(topic)
             warnings.warn(message, RuntimeWarning, stacklevel=3)
 
+    def _notice(self, topic: str, message: str) -> bool:
+        """Of a slow path, which is told of at each use: once per run."""
+        if topic not in self._slow:
+            self._slow.add(topic)
+            self.warned.discard(topic)  # a resumed run says it on the console again
+            self.warn(topic, message)
+        return True
+
     def note(self, message: str) -> None:
         """Keep a note in the run's record."""
         if self.run is not None:
@@ -252,7 +262,8 @@ class Record:
         )
 
     def stop_trackers(self, *, failed: bool = False) -> None:
-        """Close them."""
+        """Close them, and write down no more notices."""
+        self.stop_listening()
         if self._trackers is not None:
             self._trackers.close(failed=failed)
 
@@ -261,6 +272,7 @@ class Record:
         if self.run is None:
             return
         self.run.rewind(position)
+        self._slow.clear()  # what is rewound is to be noticed again
         self.run.describe(description, env)
         self.history = [
             {k: math.nan if v is None else v for k, v in line.items()} for line in self.run.metrics

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlrf_trainers.backbone import base_model
 from rlrf_trainers.distributed import full_state, gathered, load_full, swapped
-from rlrf_trainers.policies.sampler import base_model
 from rlrf_trainers.vocabulary import Head, Logits
 
 Kind = Literal["ema", "trust_region", "frozen", "live"]

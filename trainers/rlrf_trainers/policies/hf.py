@@ -25,6 +25,7 @@ from rlrf.errors import (
 )
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
+from rlrf_trainers.backbone import base_model
 from rlrf_trainers.policies import sampler
 from rlrf_trainers.policies.chat import ChatTokenizer
 
@@ -95,7 +96,7 @@ class HFPolicy:
                 "HFPolicy was given a loaded model but no tokenizer; pass tokenizer=..., or the "
                 "model's folder instead of the model"
             )
-        base = sampler.base_model(model)
+        base = base_model(model)
         if not isinstance(base, PreTrainedModel) or not base.can_generate():
             raise UsageError(
                 f"HFPolicy needs a causal language model of transformers, got "
@@ -108,7 +109,6 @@ class HFPolicy:
             )
         if device is not None or dtype is not None:
             model.to(device=device, dtype=dtype)
-        _keep_head_input_contiguous(base)
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size = max_batch_size
         self.context: int | None = max_context or getattr(
@@ -286,31 +286,21 @@ class HFPolicy:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own in ours, nor warnings for its developers."""
+    """No progress bars of transformers' own in ours, nor what other libraries use of it."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
     try:
         with warnings.catch_warnings():
-            # peft asks transformers >= 5.23 by a name that is deprecated there.
-            warnings.simplefilter("ignore", FutureWarning)
+            # peft (0.21) asks transformers >= 5.23 by a name that is deprecated there.
+            warnings.filterwarnings(
+                "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning
+            )
             yield
     finally:
         if shown:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
-
-
-def _keep_head_input_contiguous(model: PreTrainedModel) -> None:
-    """Keep the output layer off a path of ``torch.matmul`` that copies its weight per row.
-
-    The last position's hidden states are a strided slice ``[B, 1, H]``. For such an input and a
-    weight that needs no gradient (LoRA) matmul expands and copies ``[V, H]`` B times: measured on
-    a 0.5B model, a prefill of 8 prompts takes 9 CPU-seconds instead of 1.4.
-    """
-    head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # untyped there
-    if head is not None:
-        head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 def _folder(model: str | Path) -> Path:

@@ -14,11 +14,9 @@ see :mod:`rlrf_trainers.policies.chat` for that.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +24,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from rlrf import progress
 from rlrf.errors import RlrfError
 from rlrf.policy import FinishReason, SamplingParams, TokenScores
+from rlrf_trainers import backbone
+from rlrf_trainers.backbone import Arguments, base_model
 
 PREFILL_TOKENS = 32_768
 """Prompt tokens, padding included, in one forward pass of a prefill."""
@@ -94,8 +92,13 @@ def sample(
     streams = [np.random.default_rng(seed) for seed in seeds]
     limits = [min(params.max_tokens, (context or math.inf) - len(p)) for p in prompts]
     tokens_to_come = progress.phase("", int(sum(limits)), "tokens", at_most=True)
-    with evaluating(model), tokens_to_come as shown:
-        cached = _new_cache(model) is not None
+    with (
+        backbone.evaluating(model),
+        backbone.contiguous_head_input(model),
+        tokens_to_come as shown,
+    ):
+        backbone.say_kernels(model)
+        cached = can_cache(model)
         for live in _batches(prompts, max_batch_size, equal_lengths=not cached):
             start = _CachedRows if cached else _RecomputedRows
             rows = start(model, [tuple(prompts[i]) for i in live])
@@ -214,7 +217,8 @@ class _CachedRows:
     logits: Tensor  # [B, V], of each row's next token
 
     def __init__(self, model: Any, prompts: Sequence[tuple[int, ...]]) -> None:
-        self.model, self.cache = model, _new_cache(model)
+        self.model, self.cache = model, backbone.new_cache(model)
+        self._arguments = Arguments.of(base_model(model))
         distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
         width = max(map(len, distinct))
         device = _device(model)
@@ -238,7 +242,6 @@ class _CachedRows:
 
     def keep(self, rows: Tensor) -> None:
         """Take these rows, in this order; a row may be taken several times."""
-        assert self.cache is not None
         self.cache.batch_select_indices(rows)
         self.lengths = self.lengths[rows]
         if self.mask is not None:
@@ -252,15 +255,46 @@ class _CachedRows:
         self.lengths = self.lengths + 1
 
     def _forward(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> None:
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
+        given = self._arguments(
+            cache=self.cache, attention_mask=mask, position_ids=positions, logits_to_keep=1
         )
-        self.logits = out.logits[:, -1]  # [B, V]
+        self.logits = self.model(input_ids=ids, **given).logits[:, -1]  # [B, V]
+
+
+def can_cache(model: Any) -> bool:
+    """Whether rows of this model may continue from a cache; says so where they may not."""
+    why = backbone.fault(model, "sampling", lambda: _cache_agrees(model), sliding=True)
+    if why is not None:
+        slow = "the sampler computes the whole of every reply again for each of its tokens"
+        backbone.say(model, "sampler", slow, why)
+    return why is None
+
+
+@torch.inference_mode()
+def _cache_agrees(model: Any) -> bool:
+    """Whether cached rows have the logits of plain forward passes, through all they do."""
+    prompts = [(1, 2, 3, 4), (5,), (1, 2, 3, 4)]  # padded, and one prefill for two rows
+    device = _device(model)
+    found, rows = [], _CachedRows(model, prompts)
+    found.append(rows.logits)
+    rows.append(torch.tensor([6, 7, 2], device=device))
+    rows.keep(torch.tensor([2, 1], device=device))  # the first row has ended
+    rows.append(torch.tensor([3, 4], device=device))
+    found.append(rows.logits)
+    lengths = {layer.get_seq_length() for layer in rows.cache.layers}
+    expected = [
+        _plain_logits(model, torch.tensor([list(ids)], device=device))
+        for ids in (*prompts, (*prompts[2], 2, 3), (*prompts[1], 7, 4))
+    ]
+    # An argument that was swallowed leaves the cache empty.
+    return 0 not in lengths and backbone.agree(torch.cat(found), torch.cat(expected))
+
+
+def _plain_logits(model: Any, ids: Tensor) -> Tensor:
+    """``[B, V]`` of the token after each of ``ids`` ``[B, T]``, without cache or padding."""
+    given = Arguments.of(base_model(model))(logits_to_keep=1)
+    logits: Tensor = model(input_ids=ids, **given).logits[:, -1]
+    return logits
 
 
 class _RecomputedRows:
@@ -287,9 +321,7 @@ class _RecomputedRows:
         self._forward()
 
     def _forward(self) -> None:
-        last = {"logits_to_keep": 1} if _accepts(self.model, "logits_to_keep") else {}
-        out = self.model(input_ids=self.ids, use_cache=False, **last)
-        self.logits = out.logits[:, -1]  # [B, V]
+        self.logits = _plain_logits(self.model, self.ids)
 
 
 @torch.inference_mode()
@@ -311,7 +343,8 @@ def score(
         top_k: most likely tokens to return beside each position; 0 for none.
     """
     scores = [TokenScores(()) for _ in prompts]
-    with evaluating(model):
+    arguments = Arguments.of(base_model(model))
+    with backbone.evaluating(model):
         for batch in _score_batches(model, prompts, completions):
             rows = [[*prompts[i], *completions[i]] for i in batch]
             width = max(map(len, rows))
@@ -319,10 +352,9 @@ def score(
             # The logits at position t are about token t + 1.
             first = min(len(prompts[i]) for i in batch) - 1
             wanted = torch.arange(first, width - 1, device=ids.device)
-            if _accepts(model, "logits_to_keep"):
-                logits = model(input_ids=ids, use_cache=False, logits_to_keep=wanted).logits
-            else:
-                logits = model(input_ids=ids, use_cache=False).logits[:, first : width - 1]
+            logits = model(input_ids=ids, **arguments(logits_to_keep=wanted)).logits
+            if "logits_to_keep" not in arguments.names:
+                logits = logits[:, first : width - 1]
             for row, i in enumerate(batch):
                 start = len(prompts[i]) - 1 - first
                 of_row = logits[row, start : start + len(completions[i])]  # [n, V]
@@ -381,40 +413,7 @@ def _score_batches(
         yield batch
 
 
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Dropout off inside; each module's own training flag as it was afterwards."""
-    training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def base_model(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def _device(model: Any) -> torch.device:
     """Where token ids must be."""
     device: torch.device = model.get_input_embeddings().weight.device
     return device
-
-
-def _accepts(model: Any, *names: str) -> bool:
-    """Whether the model's forward pass takes these arguments."""
-    return set(names) <= set(inspect.signature(base_model(model).forward).parameters)
-
-
-def _new_cache(model: Any) -> DynamicCache | None:
-    """An empty cache whose rows can be selected, or None for a model that has no such cache."""
-    base = base_model(model)
-    if not _accepts(base, "attention_mask", "position_ids", "past_key_values", "logits_to_keep"):
-        return None
-    cache = DynamicCache(config=base.config)
-    plain = (DynamicLayer, DynamicSlidingWindowLayer)
-    # Exactly these classes: their subclasses keep more state than batch_select_indices moves.
-    return cache if all(type(layer) in plain for layer in cache.layers) else None
