@@ -67,7 +67,7 @@ class RunSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    dir: str | None = None
+    dir: str | None = Field(None, min_length=1)
 
 
 class TrainConfig(BaseModel):
@@ -91,7 +91,11 @@ class TrainConfig(BaseModel):
     run: RunSection = Field(default_factory=RunSection)
 
     def held_out(self) -> EnvSection:
-        """The held-out environment: ``[eval_env]`` over ``[env]`` with ``split = "eval"``."""
+        """The held-out environment: ``[eval_env]`` over ``[env]`` with ``split = "eval"``.
+
+        Raises:
+            ConfigError: its id is none.
+        """
         given = self.eval_env or {}
         base: dict[str, Any] = {"id": self.env.id}
         if given.get("id", self.env.id) == self.env.id:

@@ -11,8 +11,9 @@ import itertools
 import math
 import numbers
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from rlrf.errors import InfraError, UsageError
@@ -29,21 +30,53 @@ from rlrf.plugins import Registry
 
 FinishReason = Literal["stop", "length", "abort"]
 
+# Beyond these a softmax in fp32 is greedy or uniform, or not a number.
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
+MIN_TOP_P = 1e-6
+MAX_COUNT = 2**31 - 1
+"""Of tokens, whether sampled or kept."""
+
+# Field, types, condition, and the condition in words.
+_ACCEPTED: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
+    (
+        "temperature",
+        Real,
+        lambda x: x == 0 or MIN_TEMPERATURE <= x <= MAX_TEMPERATURE,
+        f">= 0: 0 (greedy), or from {MIN_TEMPERATURE:g} to {MAX_TEMPERATURE:g}",
+    ),
+    ("top_p", Real, lambda x: MIN_TOP_P <= x <= 1, f"in (0, 1], and at least {MIN_TOP_P:g}"),
+    ("top_k", Integral, lambda x: -1 <= x <= MAX_COUNT, ">= 0 (0 keeps every token), below 2**31"),
+    ("max_tokens", Integral, lambda x: 1 <= x <= MAX_COUNT, ">= 1 and below 2**31"),
+    (
+        "stop",
+        tuple,
+        lambda x: all(isinstance(text, str) and text for text in x),
+        "a tuple of texts, none of them empty",
+    ),
+    (
+        "seed",
+        (Integral, type(None)),
+        lambda x: x is None or 0 <= x < 2**63,
+        "None, or a whole number >= 0 and below 2**63",
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to sample. The defaults sample the model's own distribution, as on-policy RL needs.
 
     Attributes:
-        temperature: softmax temperature; 0 is greedy.
-        top_p: nucleus mass kept; 1.0 keeps all.
+        temperature: softmax temperature, from 1e-3 to 1e3; 0 is greedy.
+        top_p: nucleus mass kept, from 1e-6; 1.0 keeps all.
         top_k: tokens kept; 0 keeps all (also -1, vLLM's spelling).
         max_tokens: sampled tokens per completion, end token included.
-        stop: texts that end a completion, besides the model's own end tokens.
-        seed: seed of the call; the same prompts, weights and seed give the same completions.
+        stop: texts that end a completion, besides the model's own end tokens; none is empty.
+        seed: seed of the call, below 2**63; the same prompts, weights and seed give the same
+            completions.
 
     Raises:
-        UsageError: a value out of range.
+        UsageError: a value out of range, or of another type.
     """
 
     temperature: float = 1.0
@@ -54,16 +87,10 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name, ok, accepted in (
-            ("temperature", self.temperature >= 0, ">= 0"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("top_k", self.top_k >= -1, ">= 0 (0 keeps every token)"),
-            ("max_tokens", self.max_tokens >= 1, ">= 1"),
-        ):
-            if not ok:
-                raise UsageError(
-                    f"SamplingParams.{name} is {getattr(self, name)}; must be {accepted}"
-                )
+        for name, types, ok, accepted in _ACCEPTED:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, types) or not ok(value):
+                raise UsageError(f"SamplingParams.{name} is {value!r}; must be {accepted}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -40,7 +39,7 @@ def attempt(group: str, text: str, reward: float | None, feedback: Feedback = WH
 
 
 def hints(rollouts, **config):
-    return choose_hints(rollouts, SDPOConfig(**config), random.Random(0))
+    return choose_hints(rollouts, SDPOConfig(**config))
 
 
 def test_the_official_rules():
@@ -139,8 +138,7 @@ def test_a_demonstration_of_which_nothing_is_left_does_not_displace_feedback():
 def test_random_demonstrations_use_every_sibling():
     rollouts = [attempt("g", "wrong", 0.0), *(attempt("g", f"r{i}", 1.0) for i in range(4))]
     config = SDPOConfig(demonstration="random")
-    rng = random.Random(0)
-    shown = {choose_hints(rollouts, config, rng)[0].demonstration for _ in range(60)}
+    shown = {choose_hints(rollouts, config, seed)[0].demonstration for seed in range(60)}
     assert shown == {"r0", "r1", "r2", "r3"}
 
 

@@ -355,7 +355,7 @@ def test_what_the_control_says_too_is_not_taught(rollouts, monkeypatch):
 
 def test_the_control_is_another_tasks_hint(rollouts):
     config = SDPOConfig(use_successful_as_teacher=False)
-    hints = choose_hints(rollouts, config, random.Random(0))
+    hints = choose_hints(rollouts, config)
     for rollout, hint in zip(rollouts, hints, strict=True):
         if not hint:
             continue

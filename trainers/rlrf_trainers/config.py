@@ -9,18 +9,54 @@ nothing.
 from __future__ import annotations
 
 import string
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 from rlrf.feedback import KINDS
-from rlrf.policy import SamplingParams
+from rlrf.policy import MAX_COUNT, MAX_TEMPERATURE, MIN_TEMPERATURE, MIN_TOP_P, SamplingParams
 
 REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
 FEEDBACK_TEMPLATE = (
     "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
 )
+
+
+# Bounds. Where a number makes no sense a run would hang, learn nothing or end in a traceback; each
+# leaves room for whatever has been done, and for a few powers of ten more.
+MOST_STEPS = 10_000_000
+MOST_ROLLOUTS = 65_536  # of a batch in one dimension: tasks, or samples of a task
+MOST_TOKENS = 10_000_000
+
+
+def _switch(low: float, high: float) -> AfterValidator:
+    """0, which is off, or from ``low`` (below which there is no effect in fp32) to ``high``."""
+
+    def check(value: float | None) -> float | None:
+        if value and not low <= value <= high:
+            raise ValueError(f"must be 0, or from {low:g} to {high:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _share(low: float = 1e-6) -> AfterValidator:
+    """From 0 to 1, and if it is neither not so near to one of them that it means the same."""
+
+    def check(value: float) -> float:
+        if value not in (0, 1) and not low <= value <= 1 - low:
+            raise ValueError(f"must be 0, 1, or from {low:g} to {1 - low:g}")
+        return value
+
+    return AfterValidator(check)
 
 
 class TrainerConfig(BaseModel):
@@ -36,52 +72,74 @@ class TrainerConfig(BaseModel):
     )
 
     # --- how long, how much
-    max_steps: int = Field(100, ge=1, description="generation batches to train on; [own]")
-    prompts_per_step: int = Field(8, ge=1, description="tasks per generation batch; [P] 32")
-    num_generations: int = Field(8, ge=1, description="rollouts per task; [P], [TRL] 8")
-    num_iterations: int = Field(1, ge=1, description="passes over a generation batch; [TRL] 1")
+    max_steps: int = Field(
+        100, ge=1, le=MOST_STEPS, description="generation batches to train on; [own]"
+    )
+    prompts_per_step: int = Field(
+        8, ge=1, le=MOST_ROLLOUTS, description="tasks per generation batch; [P] 32"
+    )
+    num_generations: int = Field(
+        8, ge=1, le=MOST_ROLLOUTS, description="rollouts per task; [P], [TRL] 8"
+    )
+    num_iterations: int = Field(
+        1, ge=1, le=1000, description="passes over a generation batch; [TRL] 1"
+    )
     mini_batch_prompts: int = Field(
-        0, ge=0, description="tasks per optimizer step; 0: the whole batch ([P] §3; §4 uses 1)"
+        0,
+        ge=0,
+        le=MOST_ROLLOUTS,
+        description="tasks per optimizer step; 0: the whole batch ([P] §3; §4 uses 1)",
     )
     micro_batch_tokens: int = Field(
         2048,
         ge=1,
+        le=2**31 - 1,
         description="tokens per forward, a group's prompt counted once; bounds memory only; [own]",
     )
     loss_chunk_mb: int = Field(
         256,
         ge=1,
+        le=2**20,
         description="megabytes for the logits of a chunk of the loss; bounds memory only; [own]",
     )
 
     # --- sampling; the defaults sample the policy itself, as on-policy training needs
-    temperature: float = Field(1.0, gt=0, description="[P], [TRL] 1.0; used on both logit sets")
-    top_p: float = Field(1.0, gt=0, le=1, description="[P] 1.0")
-    top_k: int = Field(0, ge=-1, description="0 keeps all tokens; [P] -1, the same")
-    max_completion_length: int = Field(256, ge=1, description="[TRL] 256; [P] 8192")
-    rollout_deadline_s: float = Field(
-        120.0, gt=0, description="environment seconds per episode; [own]"
+    temperature: float = Field(
+        1.0,
+        ge=MIN_TEMPERATURE,
+        le=MAX_TEMPERATURE,
+        description="[P], [TRL] 1.0; used on both logit sets",
     )
-    max_concurrency: int = Field(256, ge=1, description="episodes under way at once; [own]")
+    top_p: float = Field(1.0, ge=MIN_TOP_P, le=1, description="[P] 1.0")
+    top_k: int = Field(0, ge=-1, le=MAX_COUNT, description="0 keeps all tokens; [P] -1, the same")
+    max_completion_length: int = Field(256, ge=1, le=MOST_TOKENS, description="[TRL] 256; [P] 8192")
+    rollout_deadline_s: float = Field(
+        120.0, ge=0.01, le=1e7, description="environment seconds per episode; [own]"
+    )
+    max_concurrency: int = Field(
+        256, ge=1, le=MOST_ROLLOUTS, description="episodes under way at once; [own]"
+    )
 
     # --- optimizer
-    learning_rate: float = Field(1e-6, gt=0, description="[P] §4, [TRL] 1e-6; LoRA wants ~1e-4")
+    learning_rate: float = Field(
+        1e-6, ge=1e-12, le=10, description="[P] §4, [TRL] 1e-6; LoRA wants ~1e-4"
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="[P] constant"
     )
-    warmup_steps: int = Field(0, ge=0, description="[P] §4: 0; §3: 10")
-    weight_decay: float = Field(0.01, ge=0, description="[P] 0.01")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="torch, [TRL] 0.9")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="torch, [TRL] 0.999")
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="[P] §4: 0; §3: 10")
+    weight_decay: float = Field(0.01, ge=0, le=10, description="[P] 0.01")
+    adam_beta1: float = Field(0.9, ge=0, le=0.999999, description="torch, [TRL] 0.9")
+    adam_beta2: float = Field(0.999, ge=0, le=0.999999, description="torch, [TRL] 0.999")
     max_grad_norm: float = Field(
-        1.0, gt=0, allow_inf_nan=True, description="[P] 1.0; inf: no clipping"
+        1.0, ge=1e-6, allow_inf_nan=True, description="[P] 1.0; inf: no clipping"
     )
 
     # --- what is trained
     lora_r: int = Field(
-        0, ge=0, description="rank of a LoRA adapter; 0 trains all weights, as [P] does"
+        0, ge=0, le=8192, description="rank of a LoRA adapter; 0 trains all weights, as [P] does"
     )
-    lora_alpha: int = Field(0, ge=0, description="0: 2 * lora_r; [own]")
+    lora_alpha: int = Field(0, ge=0, le=1_000_000, description="0: 2 * lora_r; [own]")
     lora_target_modules: list[str] | Literal["all-linear"] = Field(
         "all-linear",
         description="names of modules, or every linear layer but the output's; [own]",
@@ -101,35 +159,47 @@ class TrainerConfig(BaseModel):
         "probabilities, of each token or of the whole reply, cut at rollout_is_threshold "
         "(truncate) or 0 above it (mask); [C] token, truncated; [TRL] sequence_mask",
     )
-    rollout_is_threshold: float = Field(2.0, gt=0, description="[C] 2.0")
+    rollout_is_threshold: float = Field(2.0, ge=1, le=1e6, description="[C] 2.0")
 
     epsilon: float = Field(
         0.2,
-        gt=0,
+        ge=1e-6,
         lt=1,
         description="clip of the policy gradient: of GRPO, and of SDPO where rewards have weight; "
         "[TRL] 0.2",
     )
     epsilon_high: float | None = Field(
-        None, gt=0, description="its upper clip; None: epsilon; [P]'s GRPO baseline 0.28"
+        None, ge=1e-6, le=1e6, description="its upper clip; None: epsilon; [P]'s GRPO baseline 0.28"
     )
 
     # --- evaluation, bookkeeping
     eval_steps: int = Field(
-        0, ge=0, description="evaluate every so many steps; 0: at start and end only; [own]"
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="evaluate every so many steps; 0: at start and end only; [own]",
     )
     eval_on_start: bool = Field(
         True, description="evaluate before the first step, too; [TRL] False"
     )
-    eval_tasks: int = Field(64, ge=0, description="held-out tasks; 0: the whole split; [own]")
-    eval_samples: int = Field(1, ge=1, description="rollouts per held-out task; [own]; [P] 16, 4")
-    eval_temperature: float = Field(0.6, ge=0, description="[P] validation: 0.6")
-    eval_top_p: float = Field(0.95, gt=0, le=1, description="[P] validation: 0.95")
-    early_stopping_patience: int = Field(
-        0, ge=0, description="stop after so many evaluations without a new best; 0: never; [own]"
+    eval_tasks: int = Field(
+        64, ge=0, le=MOST_STEPS, description="held-out tasks; 0: the whole split; [own]"
     )
-    metric_for_best_model: str = Field(
-        "eval/reward", pattern="^eval/", description="what the best checkpoint has most of; [own]"
+    eval_samples: int = Field(
+        1, ge=1, le=MOST_ROLLOUTS, description="rollouts per held-out task; [own]; [P] 16, 4"
+    )
+    eval_temperature: Annotated[float, _switch(MIN_TEMPERATURE, MAX_TEMPERATURE)] = Field(
+        0.6, ge=0, description="[P] validation: 0.6"
+    )
+    eval_top_p: float = Field(0.95, ge=MIN_TOP_P, le=1, description="[P] validation: 0.95")
+    early_stopping_patience: int = Field(
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="stop after so many evaluations without a new best; 0: never; [own]",
+    )
+    metric_for_best_model: Literal["eval/reward", "eval/pass_rate"] = Field(
+        "eval/reward", description="what the best checkpoint has most of; [own]"
     )
     load_best_model_at_end: bool = Field(
         False,
@@ -137,10 +207,13 @@ class TrainerConfig(BaseModel):
         "best is chosen on the evaluation tasks, so report results on others",
     )
     save_steps: int = Field(
-        0, ge=0, description="write a checkpoint every so many steps; 0: none but the best; [own]"
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="write a checkpoint every so many steps; 0: none but the best; [own]",
     )
     save_total_limit: int = Field(
-        2, ge=1, description="checkpoints to keep, besides the best; [own]"
+        2, ge=1, le=MOST_STEPS, description="checkpoints to keep, besides the best; [own]"
     )
     log_rollouts: bool = Field(True, description="write rollouts.jsonl; [own]")
     save_model: bool = Field(True, description="write model/ at the end; [own]")
@@ -148,14 +221,19 @@ class TrainerConfig(BaseModel):
         [], description="trackers beside metrics.jsonl; [own]"
     )
     project: str = Field(
-        "rlrf", min_length=1, description="name of the project in the trackers; [own]"
+        "rlrf",
+        min_length=1,
+        max_length=200,
+        description="name of the project in the trackers; [own]",
     )
     fsdp: bool = Field(
         False,
         description="with several processes: shard weights, gradients and optimizer (FSDP2) "
         "instead of keeping a copy in each; [own]",
     )
-    seed: int = Field(0, ge=0, description="of sampling, task order and adapter weights; [own]")
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="of sampling, task order and adapter weights; [own]"
+    )
 
     @property
     def sampling_params(self) -> SamplingParams:
@@ -192,6 +270,11 @@ class TrainerConfig(BaseModel):
             raise ValueError(
                 f"warmup_steps={self.warmup_steps} leaves nothing of max_steps={self.max_steps}"
             )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"weight_decay={self.weight_decay} at learning_rate={self.learning_rate} takes "
+                "more off a weight than there is; their product must be below 1"
+            )
         return self
 
 
@@ -203,7 +286,7 @@ class SDPOConfig(TrainerConfig):
     """
 
     # --- divergence
-    distillation_alpha: float = Field(
+    distillation_alpha: Annotated[float, _share(1e-3)] = Field(
         1.0, ge=0, le=1, description="0 forward KL, 1 reverse KL, else JSD; [P] §4: 1, §3: 0.5"
     )
     distillation_level: Literal["logit", "token", "sequence"] = Field(
@@ -213,16 +296,21 @@ class SDPOConfig(TrainerConfig):
         "alike, their mean. The last two are policy gradients with alpha 1, for ablation ([P] 4.4)",
     )
     distillation_topk: int = Field(
-        20, ge=0, description="the student's K likeliest tokens; 0: all; [P] §4: 20, §3: 100"
+        20,
+        ge=0,
+        le=MAX_COUNT,
+        description="the student's K likeliest tokens; 0: all; [P] §4: 20, §3: 100",
     )
     distillation_add_tail: bool = Field(
         True, description="one bucket for the rest; [C] True. Off is biased (see docs)"
     )
-    distillation_is_clip: float = Field(2.0, ge=0, description="0: off; [P], [C] 2.0")
-    distillation_kl_clip: float = Field(
+    distillation_is_clip: Annotated[float, _switch(0.01, 1e6)] = Field(
+        2.0, ge=0, description="0: off; [P], [C] 2.0"
+    )
+    distillation_kl_clip: Annotated[float, _switch(1e-6, 1e6)] = Field(
         0.0, ge=0, description="cap of a token's divergence, nats; 0: off, as in [P]"
     )
-    distillation_advantage_clip: float = Field(
+    distillation_advantage_clip: Annotated[float, _switch(1e-6, 1e6)] = Field(
         0.0,
         ge=0,
         description="bound of |log q - log p| in the gradient, nats; 0: off; alpha must be 1. "
@@ -242,7 +330,7 @@ class SDPOConfig(TrainerConfig):
     )
 
     # --- reward beside feedback
-    distillation_weight: float = Field(
+    distillation_weight: Annotated[float, _share()] = Field(
         1.0,
         ge=0,
         le=1,
@@ -257,6 +345,7 @@ class SDPOConfig(TrainerConfig):
     teacher_entropy_beta: float = Field(
         0.0,
         ge=0,
+        le=1000,
         description="weight a token's divergence by exp(-beta * the teacher's entropy there); "
         "0: off; SRPO 1",
     )
@@ -265,7 +354,7 @@ class SDPOConfig(TrainerConfig):
     teacher_regularization: Literal["ema", "trust_region", "frozen", "live"] = Field(
         "ema", description="[P] ema; live diverges ([P] table 4)"
     )
-    teacher_update_rate: float = Field(
+    teacher_update_rate: Annotated[float, _switch(1e-6, 1)] = Field(
         0.01, ge=0, le=1, description="weight of the NEW weights; [P] §4: 0.01, §3: 0.05"
     )
 
@@ -307,10 +396,13 @@ class SDPOConfig(TrainerConfig):
     probe_tasks: int = Field(
         8,
         ge=0,
+        le=MOST_ROLLOUTS,
         description="training tasks on which the teacher gap (how much more often the policy is "
         "right when shown the hint) is measured before the first step; 0: none; [own]",
     )
-    max_reprompt_len: int = Field(10240, ge=1, description="tokens; [P], [TRL] 10240")
+    max_reprompt_len: int = Field(
+        10240, ge=1, le=MOST_TOKENS, description="tokens; [P], [TRL] 10240"
+    )
     reprompt_template: str = Field(
         REPROMPT_TEMPLATE, description="the teacher's user turn; [P], [C]"
     )
@@ -374,24 +466,35 @@ class SDPOConfig(TrainerConfig):
                 "include_environment_feedback and use_successful_as_teacher are both false: "
                 "the teacher would see nothing the student does not"
             )
+        alone = self.num_generations < 2 and self.dont_reprompt_on_self_success
+        if alone and not self.include_environment_feedback:
+            raise ValueError(
+                "num_generations=1 leaves a rollout no sibling to be shown, and "
+                "include_environment_feedback is false: the teacher would see nothing the student "
+                "does not; set num_generations to at least 2"
+            )
         return self
 
 
 class GRPOConfig(TrainerConfig):
     """GRPO, with TRL's knobs and TRL's defaults."""
 
-    beta: float = Field(0.0, ge=0, description="weight of the KL to the reference; [TRL] 0.0")
+    beta: Annotated[float, _switch(1e-9, 1e6)] = Field(
+        0.0, ge=0, description="weight of the KL to the reference; [TRL] 0.0"
+    )
     sync_ref_model: bool = Field(
         False,
         description="let the reference follow the policy; [TRL] False. With ref_model_sync_steps=1 "
         "and a small ref_model_mixup_alpha it is the moving average that SDPO's teacher is",
     )
-    ref_model_mixup_alpha: float = Field(
+    ref_model_mixup_alpha: Annotated[float, _switch(1e-6, 1)] = Field(
         0.6, ge=0, le=1, description="weight of the policy in the new reference; [TRL] 0.6"
     )
-    ref_model_sync_steps: int = Field(512, ge=1, description="steps between; [TRL] 512")
+    ref_model_sync_steps: int = Field(
+        512, ge=1, le=MOST_STEPS, description="steps between; [TRL] 512"
+    )
     delta: float | None = Field(
-        None, gt=1, description="dual clip of negative advantages; [TRL] None; [P] 3"
+        None, gt=1, le=1e6, description="dual clip of negative advantages; [TRL] None; [P] 3"
     )
     loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo"] = Field(
         "dapo",

@@ -63,6 +63,8 @@ WITHOUT_EFFECT = (
 CONFIDENCE = 0.9
 """Of every interval here; [P] section 5: 90 %."""
 REPLICATES = 2000
+MOST_ATTEMPTS = 1_000_000
+"""Of a run: a curve has a number for each. [P]'s baselines take 2944."""
 
 _Array = NDArray[np.float64]
 
@@ -396,8 +398,8 @@ def discover(
     chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not chosen_seeds:
         raise UsageError(f"seeds is {seeds!r}; it must be at least 1, or name one")
-    if budget < 1:
-        raise UsageError(f"budget is {budget}; it must be at least 1 attempt")
+    if not 1 <= budget <= MOST_ATTEMPTS:
+        raise UsageError(f"budget is {budget}; it must be from 1 to {MOST_ATTEMPTS} attempts")
     given: Iterable[str | Task] = env.tasks() if tasks is None else tasks
     found = [env._find_task(t) for t in ([given] if isinstance(given, str) else given)]
     if not found:
@@ -528,7 +530,7 @@ class _Searcher:
             posed = [self._question(search, rules) for search in searches]
             for search, rollouts in zip(searches, self.sample(searches, 1, posed), strict=True):
                 scored = [r for r in rollouts if r.scored]
-                hints = choose_hints(scored, rules, random.Random(0))
+                hints = choose_hints(scored, rules)
                 search.told += [hint.feedback for hint in hints if hint]
                 if search.solved or not search.left:
                     yield search.run
@@ -743,8 +745,8 @@ def _discover(
     for name, value in (
         ("limit", limit), ("budget", budget), ("seeds", seeds), ("max-prompt-len", max_prompt_len)
     ):  # fmt: skip
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+        if value is not None and not 1 <= value <= MOST_ATTEMPTS:
+            raise UsageError(f"--{name} is {value}; it must be from 1 to {MOST_ATTEMPTS}")
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
     methods = _methods(name.strip() for name in method.split(",") if name.strip())

@@ -111,7 +111,7 @@ class GRPOTrainer:
         """Group-relative advantages; unscored rollouts are in no baseline and in no loss."""
         learner, config = self.learner, self.config
         scored = [r for r in rollouts if r.scored]
-        rewards = torch.tensor([float(r.reward or 0.0) for r in scored])
+        rewards = torch.tensor([float(r.reward or 0.0) for r in scored], dtype=torch.float64)
         groups = [r.group_id for r in scored]
         values = group_advantages(
             rewards,

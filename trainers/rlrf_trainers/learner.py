@@ -16,6 +16,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,11 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 import rlrf
-from rlrf import Env, Rollout, Task, progress
+from rlrf import Env, Rollout, SamplingParams, Task, progress
 from rlrf.errors import RlrfError, UsageError
 from rlrf.notices import notice
-from rlrf.runs import Run
-from rlrf_trainers import distributed
+from rlrf.runs import Run, environment_lock
+from rlrf_trainers import distributed, preflight
 from rlrf_trainers.backbone import base_model
 from rlrf_trainers.batch import Batch, S, Sample
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
@@ -39,6 +40,7 @@ from rlrf_trainers.forward import Layout, can_share, completion_hidden, micro_ba
 from rlrf_trainers.losses import (
     BatchCounts,
     Divergence,
+    reward_deviation,
     rollout_importance_weights,
 )
 from rlrf_trainers.models import IN_MEMORY
@@ -79,9 +81,12 @@ class Learner:
         eval_env: the held-out environment; None: ``env``'s ``eval`` split if it has one.
         on_step: called with every line of metrics.
         resume: go on with the run in ``run_dir`` from its last checkpoint.
+        answers: from whom the last message of a prompt may be.
 
     Raises:
-        UsageError: an empty task set, a model without a chat template, no run to resume.
+        UsageError: an empty task set, a prompt with nothing to answer, a model without a chat
+            template or too short a context, processes that were not started alike, no run to
+            resume.
     """
 
     def __init__(
@@ -94,12 +99,28 @@ class Learner:
         eval_env: Env | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
         resume: bool = False,
+        answers: Sequence[str] = ("user", "tool"),
     ) -> None:
         self.world = World.start()
         torch.manual_seed(config.seed)
         self.config, self.env = config, env
         self.tasks = env.tasks()
         len(self.tasks)  # an empty task set is an error before the model is loaded
+        self.eval_env = eval_env if eval_env is not None else env
+        self.eval_split = (
+            self.eval_env.split if eval_env is not None or "eval" not in env.splits else "eval"
+        )
+        try:
+            if run_dir is not None:  # before anything is written
+                len(self.eval_env.tasks(self.eval_split))
+        except UsageError as error:
+            raise UsageError(
+                f"no evaluation is possible: {error} (eval_env.split; or eval_env.id, for another "
+                "environment)"
+            ) from error
+        self._check_alike(model, run_dir, resume)
+        preflight.check_questions(self.tasks, answers, "tasks")
+        self._answers = answers
         if config.prompts_per_step < self.world.size:
             raise UsageError(
                 f"prompts_per_step={config.prompts_per_step} leaves some of the "
@@ -116,25 +137,20 @@ class Learner:
                 "give run_dir=..."
             )
         check_trackers(config.report_to, None if run_dir is None else Path(run_dir))
-        self.eval_env = eval_env if eval_env is not None else env
-        self.eval_split = (
-            self.eval_env.split if eval_env is not None or "eval" not in env.splits else "eval"
-        )
-        try:
-            if run_dir is not None:  # before anything is written
-                len(self.eval_env.tasks(self.eval_split))
-        except UsageError as error:
-            raise UsageError(
-                f"no evaluation is possible: {error} (eval_env.split; or eval_env.id, for another "
-                "environment)"
-            ) from error
         self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
         # What could be loaded again: not a model with an adapter whose folder we do not know.
         known = "" if hasattr(self.policy.model, "peft_config") else self.policy.model.name_or_path
         self._model_name = str(self.policy.source or known or IN_MEMORY)
+        self._check_prompts(env, self.tasks)
+        as_given = self._digest(self.policy.model) if run_dir is not None else None
         self.model: Any = trainable(self.policy.model, config)
         self.policy.model = self.model
+        preflight.check_alike(
+            self.world,
+            {n: f"{p.dtype} {list(p.shape)}" for n, p in self.model.named_parameters()},
+        )
         distributed.sync_weights(self.model)
+        self._identity = self._identify(as_given)
         if config.fsdp:
             distributed.shard(self.model)
         self.device = next(self.model.parameters()).device
@@ -145,6 +161,9 @@ class Learner:
         self.step = 0
         self.best: dict[str, float] | None = None
         self.evaluations_since_best = 0
+        self._scores: dict[str, float] = {}  # of the last evaluation, by rollout
+        self._best_scores: dict[str, float] = {}
+        self._compared: dict[str, Any] = {}  # what evaluations must share to be compared
         self.clock = Clock()
         self._order: list[int] = []
         self._loss = 0.0
@@ -166,7 +185,61 @@ class Learner:
         return {
             "trainer": self.config.model_dump(),
             "model": self._model_name,
+            **({"model_digest": self._identity} if self._identity else {}),
         }
+
+    # --- what is checked at the start -------------------------------------------------------
+
+    def _check_alike(self, model: Any, run_dir: str | Path | None, resume: bool) -> None:
+        if self.world.size == 1:
+            return
+        facts = {f"trainer.{key}": value for key, value in self.config.model_dump().items()}
+        path = model.source if isinstance(model, HFPolicy) else model
+        facts |= {
+            "trainer": type(self.config).__name__,
+            "model": str(path) if isinstance(path, (str, Path)) else IN_MEMORY,
+            "a run directory": run_dir is not None,
+            "resume": resume,
+            "tasks": self._task_set,
+            "their prompts": preflight.digest_of_tasks(self.tasks),
+        }
+        for name, env in (("env", self.env), ("eval_env", self.eval_env)):
+            facts |= {f"{name}.{key}": value for key, value in _about(env).items()}
+        preflight.check_alike(self.world, facts)
+
+    def _check_prompts(self, env: Env, tasks: Sequence[Task]) -> None:
+        tools = tuple(getattr(env, "tools", ()) or ())
+        encode = partial(self.policy.encode, tools=tools)
+        preflight.check_prompts(tasks, encode, self.policy.context)
+
+    def _check_evaluation(self) -> None:
+        """That it can be made; not before a run begins, as others use a trainer without one."""
+        tasks = self._eval_tasks()
+        preflight.check_alike(self.world, {"evaluation tasks": preflight.digest_of_tasks(tasks)})
+        preflight.check_questions(tasks, self._answers, "tasks of the evaluation")
+        self._check_prompts(self.eval_env, tasks)
+        keys = ("metric_for_best_model", "eval_samples", "eval_temperature", "eval_top_p")
+        settings = {k: getattr(self.config, k) for k in (*keys, "max_completion_length")}
+        self._compared = settings | {"eval_tasks": preflight.digest_of_tasks(tasks)}
+
+    def _digest(self, model: Any) -> str:
+        return preflight.digest_of_weights(model.named_parameters()) if self.world.is_main else ""
+
+    def _identify(self, as_given: str | None) -> dict[str, str] | None:
+        """Digests of what the model was, and of what of it training leaves as it is."""
+        if as_given is None:
+            return None
+        mine = None
+        if self.world.is_main:
+            mine = {
+                "given": as_given,
+                "kept": preflight.digest_of_weights(preflight.kept_weights(self.model)),
+                "dtype": str(next(self.model.parameters()).dtype),
+                "tokenizer": preflight.digest_of_tokenizer(self.policy.tokenizer),
+            }
+        return self.world.broadcast(mine)
+
+    # --- the run ------------------------------------------------------------------------------
 
     def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
         source, target = Path(self.description["model"]), Path(run_dir) / "model"
@@ -221,30 +294,55 @@ class Learner:
 
         Of several processes each collects the groups of its share of the tasks.
         """
-        tasks = self.next_tasks(self.config.prompts_per_step)
-        rollouts = self.sample(tasks[self.world.rank :: self.world.size])
+        rollouts = self.sample(self.next_tasks(self.config.prompts_per_step))
         self.record.collected(rollouts, self.step)
         return rollouts
 
     def sample(self, tasks: Sequence[Task], group_size: int | None = None) -> list[Rollout]:
-        """Rollouts of some tasks by the policy as it is, at the training temperature."""
+        """Rollouts of some tasks by the policy as it is, at the training temperature.
+
+        Of several processes each gets the groups of its share of them. What is sampled for a task
+        depends on the configured seed, the step and its place among the tasks, not on how many
+        processes there are.
+        """
         c = self.config
+        mine = range(self.world.rank, len(tasks), self.world.size)
         with self.clock("rollout"), distributed.whole(self.model):
-            return rlrf.rollout(
+            rollouts = self._rollouts(
                 self.env,
-                self.policy,
-                tasks,
-                group_size=group_size or c.num_generations,
-                max_concurrency=c.max_concurrency,
-                deadline_s=c.rollout_deadline_s,
-                params=c.sampling_params,
-                seed=c.seed * 1_000_003 + self.step * 65_537 + self.world.rank * 257,
+                [tasks[i] for i in mine],
+                group_size or c.num_generations,
+                c.sampling_params,
+                [f"{c.seed} {self.step} {i}" for i in mine],
             )
+        groups = dict(zip(dict.fromkeys(r.group_id for r in rollouts), mine, strict=True))
+        return [replace(r, group_id=f"{groups[r.group_id]}:{r.task_id}") for r in rollouts]
+
+    def _rollouts(
+        self,
+        env: Env,
+        tasks: Sequence[Task],
+        group_size: int,
+        params: SamplingParams,
+        seeds: Sequence[str],
+    ) -> list[Rollout]:
+        if not tasks:  # of this process
+            return []
+        return rlrf.rollout(
+            env,
+            self.policy,
+            tasks,
+            group_size=group_size,
+            max_concurrency=self.config.max_concurrency,
+            deadline_s=self.config.rollout_deadline_s,
+            params=params,
+            seed=[seed_of(text) for text in seeds],
+        )
 
     def standard_deviation(self, rewards: Tensor) -> float:
         """The unbiased deviation of all processes' rewards; 0 for fewer than two."""
-        everyone = torch.tensor([r for part in self.world.gather(rewards.tolist()) for r in part])
-        return everyone.std().item() if len(everyone) > 1 else 0.0
+        everyone = [r for part in self.world.gather(rewards.tolist()) for r in part]
+        return reward_deviation(torch.tensor(everyone, dtype=torch.float64))
 
     # --- the shape of an update -------------------------------------------------------------
 
@@ -462,7 +560,7 @@ class Learner:
             self.optimizer.zero_grad()
             raise RlrfError(
                 f"the loss of step {self.step} is {loss}; the weights are those of the step "
-                "before. Lower learning_rate or max_grad_norm"
+                "before. Lower learning_rate or max_grad_norm, or the size of the rewards"
             )
         norm = self.optimizer.clip(self.config.max_grad_norm)
         rate = self.learning_rate()
@@ -504,24 +602,14 @@ class Learner:
         if not due:
             return
         with self.clock("eval"), distributed.whole(self.model):
-            tasks = self.eval_env.tasks(self.eval_split)
-            n = min(c.eval_tasks or len(tasks), len(tasks))
-            # A fixed draw, the same at every evaluation and in every run of any seed.
-            chosen = random.Random(0).sample(range(len(tasks)), n)
-            mine = chosen[self.world.rank :: self.world.size]
-            rollouts = (
-                []
-                if not mine
-                else rlrf.rollout(
-                    self.eval_env,
-                    self.policy,
-                    [tasks[i] for i in mine],
-                    group_size=c.eval_samples,
-                    max_concurrency=c.max_concurrency,
-                    deadline_s=c.rollout_deadline_s,
-                    params=c.eval_sampling_params,
-                    seed=self.step + 7_919 * self.world.rank,
-                )
+            mine = self._eval_tasks()[self.world.rank :: self.world.size]
+            rollouts = self._rollouts(
+                self.eval_env,
+                mine,
+                c.eval_samples,
+                c.eval_sampling_params,
+                # The same random numbers at every evaluation: what changes is the policy.
+                [f"eval {task.id}" for task in mine],
             )
         unscored = [r for r in rollouts if not r.scored]
         if unscored:
@@ -537,34 +625,53 @@ class Learner:
                 self.record("eval/reward", rollout.reward)
                 self.record("eval/mean_length", sum(rollout.completion_mask))
         self.record.rollouts(rollouts, self.step, split="eval")
+        self._scores = {}
+        passes = c.metric_for_best_model == "eval/pass_rate"
+        scores = {
+            f"{r.task_id}/{r.sample}": float(r.solved) if passes else r.reward
+            for r in rollouts
+            if r.reward is not None
+        }
+        for part in self.world.gather(scores):
+            self._scores |= part
+
+    def _eval_tasks(self) -> list[Task]:
+        """A fixed draw, the same at every evaluation and in every run of any seed."""
+        tasks = self.eval_env.tasks(self.eval_split)
+        n = min(self.config.eval_tasks or len(tasks), len(tasks))
+        return [tasks[i] for i in random.Random(0).sample(range(len(tasks)), n)]
+
+    def _better(self, value: float) -> bool:
+        """Whether the last evaluation is better than the best.
+
+        Compared rollout by rollout, over those that both could score: without a few hard tasks,
+        whose sandbox failed, a mean is higher and the policy no better. As much is not better.
+        """
+        if self.best is None:
+            return True
+        both = self._scores.keys() & self._best_scores.keys()
+        if not both:
+            return value > self.best["value"]
+        gain = math.fsum(self._scores[k] - self._best_scores[k] for k in both)
+        most = max(max(abs(self._scores[k]), abs(self._best_scores[k])) for k in both)
+        return gain > 1e-12 * len(both) * most
 
     def _note_evaluation(self, line: Mapping[str, float]) -> None:
         """Keep the weights of the best evaluation, and count how long ago it was."""
-        c = self.config
-        value = line.get(c.metric_for_best_model)
-        if not any(name.startswith("eval/") for name in line):
+        value = line.get(self.config.metric_for_best_model)
+        if value is None or not math.isfinite(value):  # no evaluation, or nothing could be scored
             return
-        if value is None:
-            known = sorted(n for n in line if n.startswith("eval/"))
-            nothing = line["eval/unscored_fraction"] == 1  # which has been told
-            if c.eval_steps and not self.step and not nothing:
-                self.record.warn(
-                    "best",
-                    f"metric_for_best_model={c.metric_for_best_model!r} is no metric of an "
-                    f"evaluation, so no best weights are kept; there are {', '.join(known)}",
-                )
-            return
-        if not self.step or not math.isfinite(value):  # nothing is trained yet, or all is lost
-            return
-        if self.best is not None and value <= self.best["value"]:
+        if not self._better(value):
             self.evaluations_since_best += 1
             return
         self.best = {"step": float(self.step), "value": value}
+        self._best_scores = dict(self._scores)
         self.evaluations_since_best = 0
-        if c.eval_steps:
+        if self.config.eval_steps:
             weights = distributed.full_state(self.optimizer.masters.items(), copy=False)
             if self.run is not None:
-                Checkpoints(self.run.path).save(BEST, State(weights, dict(self.best)))
+                data = {**self.best, "model_digest": self._identity}
+                Checkpoints(self.run.path).save(BEST, State(weights, data))
 
     @property
     def stops_early(self) -> bool:
@@ -580,6 +687,7 @@ class Learner:
         Before the first come ``first`` and an evaluation; after each, what is due: evaluation,
         the line of metrics, a checkpoint.
         """
+        self._check_evaluation()
         if not self.resumed(trainer):
             if first is not None:
                 first()
@@ -625,6 +733,7 @@ class Learner:
         written = self.run.metrics if self.run is not None else []
         last = int(written[-1]["step"]) if written else 0
         finished = self.run is not None and self.run.status == "done"
+        changed = self._changed(state)
         # Nothing of the run is touched before all that may fail has not.
         if state is not None:
             try:
@@ -658,6 +767,14 @@ class Learner:
             was, here = state.data["model"], self.description["model"]
             if was != here:  # or _check_same had refused
                 self.record.note(f"the model has moved from {was!r} to {here!r}")
+        for key, before, now in changed:
+            self.record.note(f"{key} was {before!r} before, and is {now!r} from here on")
+        if state is not None and state.data.get("compared", self._compared) != self._compared:
+            self.best, self.evaluations_since_best, self._best_scores = None, 0, {}
+            self.record.note(
+                "the evaluation is another one than before, so what was best is not compared with "
+                "what comes: the next evaluation is the first candidate"
+            )
         if finished and last > self.step:
             self.record.warn(
                 "taken_anew",
@@ -665,6 +782,33 @@ class Learner:
                 "those after it are taken anew. With save_steps > 0 none would be",
             )
         return state is not None
+
+    def _changed(self, state: State | None) -> list[tuple[str, Any, Any]]:
+        """The settings that are not those of the checkpoint, or of the run: key, then, now."""
+        if self.run is None:
+            return []
+        then = {"trainer": self.run.config.get("trainer"), "env": self.run.lock.get("env")}
+        if state is not None:
+            then = state.data.get("settings", {})
+        return [
+            (f"{part}.{key}", before[key], value)
+            for part, settings in self._settings.items()
+            if isinstance(before := then.get(part), dict)
+            for key, value in settings.items()
+            if key in before and before[key] != value
+        ]
+
+    @property
+    def _settings(self) -> dict[str, dict[str, Any]]:
+        """What a resumed run may have otherwise than before; JSON data."""
+        found: dict[str, dict[str, Any]] = preflight.plain(
+            {
+                "trainer": self.config.model_dump(),
+                "env": _about(self.env),
+                "eval_env": _about(self.eval_env),
+            }
+        )
+        return found
 
     def _check_same(self, state: State, trainer: Stateful) -> None:
         """What a checkpoint's tensors depend on must be as it was; its model may have moved.
@@ -682,15 +826,29 @@ class Learner:
         for key in ("trainer", "model", "tasks"):
             then[key] = state.data[key]
         now |= {"model": self.description["model"], "tasks": self._task_set}
-        was, here = Path(str(then["model"])), Path(now["model"])
-        if here != was and here.is_dir() and was.is_absolute() and not was.exists():
-            del now["model"]  # were it another, its tensors would hardly fit
+        before = state.data.get("model_digest")
+        # The content tells: a folder may have moved, or hold other weights than it did.
+        if before and self._identity and before["given"] == self._identity["given"]:
+            del now["model"]
+        now |= {"prompts": preflight.digest_of_tasks(self.tasks)[:12]}
+        then["prompts"] = state.data.get("prompts", now["prompts"])
         for key, value in now.items():
             if then.get(key) != value:
                 raise UsageError(
                     f"the checkpoint was written with {key}={then.get(key)!r}, and now it is "
                     f"{value!r}: the run cannot be resumed so; leave it as it was, or train anew"
                 )
+        if before and self._identity:
+            for part, what in (
+                ("kept", "the weights that are not trained, to which what is trained is added,"),
+                ("tokenizer", "the vocabulary or the chat template"),
+            ):
+                if before[part] != self._identity[part]:
+                    raise UsageError(
+                        f"{what} of the model {self._model_name!r} are not those that the run "
+                        "began with, so it cannot be resumed: put back the model as it was, or "
+                        "train anew"
+                    )
 
     @staticmethod
     def _fixed(trainer: Stateful, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -733,11 +891,16 @@ class Learner:
             "order": list(self._order),
             "trained_s": self.clock.trained,
             "best": dict(self.best) if self.best else None,
+            "best_scores": dict(self._best_scores),
             "evaluations_since_best": self.evaluations_since_best,
             "record": self.record.state_dict(),
             "config": self.config.model_dump(),
-            "model": self.description["model"],
+            "model": self._model_name,
+            "model_digest": self._identity,
             "tasks": self._task_set,
+            "prompts": preflight.digest_of_tasks(self.tasks)[:12],
+            "settings": self._settings,
+            "compared": self._compared,
             "adamw": len(self.optimizer.state()),
         }
         return State(tensors, data)
@@ -764,6 +927,7 @@ class Learner:
         self._order = list(data["order"])
         self.clock.trained = data["trained_s"]
         self.best = data["best"]
+        self._best_scores = data.get("best_scores", {})
         self.evaluations_since_best = data["evaluations_since_best"]
         self.record.load_state_dict(data["record"])
 
@@ -884,6 +1048,17 @@ try:
     _libc: Any = ctypes.CDLL("libc.so.6")
 except OSError:  # not a Linux with glibc
     _libc = None
+
+
+def seed_of(text: str) -> int:
+    """A seed for what ``text`` names; far apart for texts that are alike."""
+    return random.Random(text).getrandbits(31)
+
+
+def _about(env: Env) -> dict[str, Any]:
+    """Which environment it is, with its options."""
+    found: dict[str, Any] = environment_lock(env)["env"]
+    return found
 
 
 def as_rng_state(data: Any) -> Any:

@@ -527,6 +527,7 @@ def export_model(
     from rlrf_trainers.config import GRPOConfig, SDPOConfig
     from rlrf_trainers.optimizer import trainable
     from rlrf_trainers.policies.hf import HFPolicy
+    from rlrf_trainers.preflight import digest_of_weights, kept_weights
 
     run, out = Run.open(run_dir), Path(out)
     if out.exists():
@@ -540,6 +541,7 @@ def export_model(
         "export; leave out --adapter"
     )
     final, tensors = run.path / "model", {}
+    digest = run.config.get("model_digest") or {}
     if checkpoint == "final":
         if not (final.is_dir() and run.info.get("model")):
             raise UsageError(
@@ -554,6 +556,7 @@ def export_model(
     else:
         state = Checkpoints(run.path).load(int(checkpoint) if checkpoint.isdigit() else checkpoint)
         tensors = state.part("master") or state.tensors
+        digest = state.data.get("model_digest") or {}
     if base == IN_MEMORY:
         raise UsageError(
             f"the run {str(run.path)!r} began with a model that was loaded in memory, which cannot "
@@ -564,6 +567,9 @@ def export_model(
         policy = HFPolicy(base, device="cpu")
         model = trainable(policy.model, build_config(cls, written))
         parameters = dict(model.named_parameters())
+        if "kept" in digest:  # else of an older version: all that can be trained was
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(name in tensors)
         trained = {n for n, p in parameters.items() if p.requires_grad}
         for name in sorted(trained | tensors.keys()):
             here, there = parameters.get(name), tensors.get(name)
@@ -576,6 +582,12 @@ def export_model(
     else:
         policy = HFPolicy(final, device="cpu")
         model = policy.model
+    same_dtype = digest.get("dtype") == str(next(model.parameters()).dtype)
+    if same_dtype and digest_of_weights(kept_weights(model)) != digest.get("kept"):
+        raise UsageError(
+            f"the model {base!r} is not the one the run began with: the weights that were not "
+            "trained, to which the trained ones belong, are others; put it back as it was"
+        )
     if hasattr(model, "merge_and_unload"):
         model = model.merge_and_unload() if merge else model
     elif not merge:

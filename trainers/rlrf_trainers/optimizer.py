@@ -19,7 +19,11 @@ from rlrf_trainers.policies.hf import quiet_transformers
 
 
 def trainable(model: Any, config: TrainerConfig) -> Any:
-    """The model with what is to be trained set to require gradients: an adapter, or everything."""
+    """The model, ready to be trained: with an adapter, if one is asked for, else as it is.
+
+    Without an adapter of its own what requires gradients is trained: all of a model that was
+    loaded from a folder, and of one that its owner has frozen in part, the rest.
+    """
     if config.lora_r and not hasattr(model, "peft_config"):
         try:
             from peft import LoraConfig, get_peft_model
@@ -40,7 +44,12 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
                     f"lora_target_modules={config.lora_target_modules!r} cannot be adapted: {error}"
                 ) from error
     elif not hasattr(model, "peft_config"):
-        model.requires_grad_(True)
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(config, name) != type(config).model_fields[name].default:
+                raise UsageError(
+                    f"{name}={getattr(config, name)!r} shapes an adapter, and there is none: "
+                    "lora_r is 0 and the model has none of its own; set lora_r, or leave it out"
+                )
     else:
         _check_adapter(model.active_peft_config, config)
     # Dropout would make the scored distribution another one than the sampled.
@@ -110,7 +119,8 @@ class MasterAdamW:
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise UsageError(
-                "the model has no trainable parameter; set lora_r, or unfreeze some weights"
+                "no weight of the model requires a gradient, so there is nothing to train; set "
+                "lora_r, or unfreeze some: model.requires_grad_(True) for all"
             )
         self.masters: dict[str, Tensor] = {}
         # On whichever way we leave, the user's parameters keep none of our hooks.
@@ -206,20 +216,29 @@ class MasterAdamW:
         Raises:
             UsageError: they are of another model.
         """
+        extra = sorted(masters.keys() - self.masters.keys())
+        if extra:
+            raise UsageError(
+                f"the checkpoint has trained weights of {extra[0]!r}, which is frozen now; freeze "
+                "what was frozen when it was written, no more"
+            )
         distributed.load_full(self.masters.items(), masters)
         self.publish()
-        self.adamw.state.clear()
-        for name, master in self.masters.items():
+        found: dict[int, dict[str, Tensor]] = {}
+        for number, (name, master) in enumerate(self.masters.items()):
             kinds = [k for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}.{name}" in state]
             own = {
-                k: torch.zeros_like(master.detach())
-                if k != "step"
-                else torch.zeros((), dtype=torch.float32)
+                k: torch.zeros((), dtype=torch.float32)
+                if k == "step"
+                else torch.zeros_like(master.detach())
                 for k in kinds
             }
             distributed.load_full(own.items(), {k: state[f"{k}.{name}"] for k in kinds})
             if own:
-                self.adamw.state[master] = own
+                found[number] = own
+        # AdamW knows where it keeps what: a fused one has its step count on the device.
+        groups = self.adamw.state_dict()["param_groups"]
+        self.adamw.load_state_dict({"state": found, "param_groups": groups})
 
 
 def _collected(collect: Callable[[], Callable[[str], None] | None], name: str, _: Tensor) -> None:

@@ -11,12 +11,13 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import mean
 
 import rlrf
 from rlrf import Completion, Prompt, SamplingParams
 from rlrf_trainers import distributed
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.learner import Learner
+from rlrf_trainers.learner import Learner, seed_of
 from rlrf_trainers.policies.hf import HFPolicy
 from rlrf_trainers.reprompt import Reprompt, Reprompter, choose_hints
 
@@ -53,17 +54,17 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
     # Of its own seed: whether there is a probe must not change what is trained on.
     rng = random.Random(config.seed)
     chosen = rng.sample(range(len(tasks)), min(config.probe_tasks, len(tasks)))
-    mine = [tasks[i] for i in chosen[learner.world.rank :: learner.world.size]]
+    probed = [tasks[i] for i in chosen]
     group_size = max(2, min(4, config.num_generations))
     with distributed.whole(learner.model):
-        rollouts = learner.sample(mine, group_size) if mine else []
+        rollouts = learner.sample(probed, group_size)
         scored = [r for r in rollouts if r.scored]
         rewards: dict[str, list[float]] = defaultdict(list)
         for r in scored:
             rewards[r.group_id].append(r.reward or 0.0)
         hinted = [
             (r, hint)
-            for r, hint in zip(scored, choose_hints(scored, config, rng), strict=True)
+            for r, hint in zip(scored, choose_hints(scored, config, config.seed), strict=True)
             if hint and not r.solved and len(rewards[r.group_id]) > 1
         ]
         if not hinted:
@@ -72,7 +73,7 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
         shown = [(r, reprompt) for r, reprompt in built if reprompt is not None]
         if not shown:
             return
-        by_id = {task.id: task for task in mine}
+        by_id = {task.id: task for task in probed}
         again = [by_id[r.task_id] for r, _ in shown]
         reprompts = {f"{i}:{r.task_id}": reprompt for i, (r, reprompt) in enumerate(shown)}
         retries = rlrf.rollout(
@@ -82,13 +83,14 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
             max_concurrency=config.max_concurrency,
             deadline_s=config.rollout_deadline_s,
             params=config.sampling_params,
-            seed=config.seed + 31,
+            seed=[seed_of(f"retry {config.seed} {r.task_id} {r.sample}") for r, _ in shown],
         )
     for (failed, _), retry in zip(shown, retries, strict=True):
         if retry.reward is None:
             continue
-        siblings = rewards[failed.group_id]
-        without = (sum(siblings) - (failed.reward or 0.0)) / (len(siblings) - 1)
+        siblings = rewards[failed.group_id].copy()
+        siblings.remove(failed.reward or 0.0)
+        without = mean(siblings)  # of equal numbers it is that number, to the last bit
         learner.record("self_distillation/probe_teacher_reward", retry.reward)
         learner.record("self_distillation/probe_student_reward", without)
         learner.record("self_distillation/teacher_gap", retry.reward - without)

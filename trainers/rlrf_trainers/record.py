@@ -125,7 +125,7 @@ class Record:
         if not scored:
             return
         groups = [r.group_id for r in scored]
-        rewards = torch.tensor([float(r.reward or 0.0) for r in scored])
+        rewards = torch.tensor([float(r.reward or 0.0) for r in scored], dtype=torch.float64)
         for name, value in reward_statistics(rewards, groups).items():
             self(name, value, len(scored) if name == "reward" else len(set(groups)))
 
@@ -181,6 +181,8 @@ class Record:
         if name in self._how:
             return self._how[name](values)
         total = sum(weights)
+        if total and min(values) == max(values):  # their mean, which rounding could make another
+            return float(values[0])
         return sum(v * w for v, w in found) / total if total else math.nan
 
     # --- rollouts and words -----------------------------------------------------------------

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlrf import Env, Feedback, Rollout, user
-from rlrf.errors import PromptError, UsageError
+from rlrf.errors import PromptError, RlrfError, UsageError
 from rlrf.feedback import defuse
 from rlrf.messages import Message, Messages, action_message
 from rlrf_trainers.config import SDPOConfig
@@ -44,7 +44,9 @@ class Hint:
         return self.demonstration is not None or bool(self.feedback)
 
 
-def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Random) -> list[Hint]:
+def choose_hints(
+    rollouts: Sequence[Rollout], config: SDPOConfig, seed: int | str = 0
+) -> list[Hint]:
     """What each rollout's teacher is shown; an empty :class:`Hint` means no distillation.
 
     Unscored rollouts neither get a hint nor give a demonstration.
@@ -53,7 +55,8 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
         rollouts: ``[B]`` any number of groups. Of them count ``reward``, ``solved``, ``messages``
             and ``feedback``, which has one entry for each reply, empty ones included.
         config: the reprompt rules.
-        rng: used when ``demonstration="random"``.
+        seed: used when ``demonstration="random"``; what is drawn for a rollout depends on it, the
+            group and the sample, not on the other groups.
     """
     solvers: dict[str, dict[int, str]] = defaultdict(dict)
     for i, rollout in enumerate(rollouts if config.use_successful_as_teacher else ()):
@@ -72,7 +75,11 @@ def choose_hints(rollouts: Sequence[Rollout], config: SDPOConfig, rng: random.Ra
         ]
         demonstration = None
         if siblings:
-            demonstration = siblings[0] if config.demonstration == "first" else rng.choice(siblings)
+            drawn = 0
+            if config.demonstration == "random":
+                rng = random.Random(f"{seed} {rollout.group_id} {rollout.sample}")
+                drawn = rng.randrange(len(siblings))
+            demonstration = siblings[drawn]
         by_step: tuple[Feedback, ...] = ()
         shows_feedback = config.include_environment_feedback and not (
             demonstration is not None and config.environment_feedback_only_without_solution
@@ -242,6 +249,21 @@ class Reprompter:
             ids, mask, cut = self._with_feedback(rollout, hint, reprompt.prompt_ids, left)
             truncated |= cut
         return replace(reprompt, completion_ids=ids, completion_mask=mask, truncated=truncated)
+
+    def has_room(self, messages: Messages, hint: Hint) -> bool:
+        """Whether a question leaves room for a hint, or cannot be rendered, which is its own fault.
+
+        Room for the reply is not reckoned with: it is not there yet.
+        """
+        room = self.config.max_reprompt_len
+        if self.policy.context is not None:
+            room = min(room, self.policy.context)
+        encode, tokenizer = self.encode, self.policy.tokenizer
+        try:
+            found = build_reprompt(messages, hint, self.config, encode, tokenizer, max_len=room)
+        except (RlrfError, TypeError, ValueError):
+            return True
+        return found is not None
 
     def _with_feedback(
         self, rollout: Rollout, hint: Hint, prompt_ids: tuple[int, ...], room: int

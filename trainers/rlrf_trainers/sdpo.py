@@ -16,7 +16,6 @@ No reward enters the loss: it only decides whose attempt may serve as a demonstr
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrf import Env, Rollout, TrainResult
+from rlrf import Env, Feedback, Rollout, TrainResult
+from rlrf.errors import UsageError
+from rlrf.feedback import Level
 from rlrf_trainers.batch import Batch, Sample
 from rlrf_trainers.checkpoints import State, prefixed
 from rlrf_trainers.config import SDPOConfig
@@ -60,6 +61,10 @@ class Target(Sample):
         return bool(self.tokens) and bool(self.distil or self.reinforce * self.advantage)
 
 
+_ROOM_CHECKED = 8
+"""Tasks that are looked at to see whether a reprompt has room for a hint."""
+
+
 class SDPOTrainer:
     """Trains a policy with SDPO.
 
@@ -88,7 +93,14 @@ class SDPOTrainer:
     ) -> None:
         self.config = c = config or SDPOConfig()
         self.learner = Learner(
-            model, env, c, run_dir=run_dir, eval_env=eval_env, on_step=on_step, resume=resume
+            model,
+            env,
+            c,
+            run_dir=run_dir,
+            eval_env=eval_env,
+            on_step=on_step,
+            resume=resume,
+            answers=("user",),  # into whose message the teacher's hint goes
         )
         self.teacher = Teacher(self.learner.model, c.teacher_regularization, c.teacher_update_rate)
         self.divergence = Divergence(
@@ -98,6 +110,34 @@ class SDPOTrainer:
             c.distillation_advantage_clip or None,
         )
         self.reprompter = Reprompter(c, self.learner.policy, env)
+        self._check_teacher(env)
+
+    def _check_teacher(self, env: Env) -> None:
+        """See that there is something a teacher can be shown, and room for it.
+
+        Raises:
+            UsageError: there is not.
+        """
+        c = self.config
+        shows_siblings = c.use_successful_as_teacher and (
+            c.num_generations > 1 or not c.dont_reprompt_on_self_success
+        )
+        if env.feedback_level == Level.none and not shows_siblings:
+            raise UsageError(
+                f"the environment says nothing (feedback='none'), and with "
+                f"num_generations={c.num_generations} and "
+                f"use_successful_as_teacher={str(c.use_successful_as_teacher).lower()} no teacher "
+                "is shown a sibling's attempt either: nothing would be learnt; raise the feedback "
+                "level, or num_generations"
+            )
+        hint = Hint(None, Feedback.of("critique", "."))
+        some = self.learner.tasks[:_ROOM_CHECKED]
+        if not any(self.reprompter.has_room(task.messages, hint) for task in some):
+            raise UsageError(
+                f"max_reprompt_len={c.max_reprompt_len} leaves no room for a hint beside any of "
+                f"the first {len(some)} questions and the template (the model's context is "
+                f"{self.learner.policy.context}); raise it, or shorten reprompt_template"
+            )
 
     def train(self) -> TrainResult:
         """Run all steps; see the module's algorithm box.
@@ -149,10 +189,9 @@ class SDPOTrainer:
         config = self.config
         scored = [r for r in rollouts if r.scored]
         # Of the step, not of what came before: so a resumed run draws what it would have drawn.
-        rng = random.Random(f"{config.seed} {self.learner.step} {self.learner.world.rank}")
-        hints = choose_hints(scored, config, rng)
+        hints = choose_hints(scored, config, f"{config.seed} {self.learner.step}")
         advantages = group_advantages(
-            torch.tensor([float(r.reward or 0.0) for r in scored]),
+            torch.tensor([float(r.reward or 0.0) for r in scored], dtype=torch.float64),
             [r.group_id for r in scored],
             scale_rewards="none",
         ).tolist()
