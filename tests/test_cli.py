@@ -522,9 +522,7 @@ def test_an_environment_without_held_out_tasks_trains(rlrf_cli: Invoke) -> None:
     assert FakeTrainer.made[0].eval_env is None
 
 
-def test_own_data_without_held_out_tasks_leaves_no_folder(
-    rlrf_cli: Invoke, tmp_path: Path
-) -> None:
+def test_own_data_without_held_out_tasks_leaves_no_folder(rlrf_cli: Invoke, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     from tests.tiny_model import save_tiny
 

@@ -281,6 +281,14 @@ def test_one_request_refused_costs_its_own_rollout(serve, error, kind):
     assert [r.reward for r in found if r.task_id == "train-no"] == [None] * 3
 
 
+def test_a_reply_that_the_server_filtered_is_no_reply_of_the_policy(serve):
+    half = {"choices": [{"message": {"content": "ye"}, "finish_reason": "content_filter"}]}
+    server = serve(replies(json.dumps(half).encode()))
+    (one,) = rlrf.rollout(Echo(), OpenAIPolicy("m", base_url=server.url), ["train-yes"])
+    assert one.failure.startswith("policy_refused")
+    assert (one.reward, server.requests) == (None, 1)
+
+
 @pytest.mark.parametrize(
     ("status", "error"),
     [

@@ -212,6 +212,12 @@ class OpenAIPolicy:
                 f"{self.base_url} sent no chat completion: {self._server.shown(str(data))!r}",
                 kind="policy_error",
             ) from error
+        if reason == "content_filter":  # the server's doing, not the policy's
+            raise InfraError(
+                f"{self.base_url} has filtered the reply (finish_reason 'content_filter')",
+                kind="policy_refused",
+                retryable=False,
+            )
         finish: FinishReason = reason if reason in ("length", "abort") else "stop"
         completion = Completion(prompt_ids, sampled, logprobs, text, finish, message)
         check_completion(completion)
