@@ -294,6 +294,7 @@ def test_who_runs_alone_is_alone_and_does_not_hold_up_those_who_wait():
         assert again.done()  # nobody waits
         third, other = asks(alone=True), asks()
         turns.rest_until = 0.0
+        await settled()
         turns.give(again.result())
         await settled()
         assert other.done()  # as long as it had been held up before, and more
