@@ -29,7 +29,7 @@ from rlrf.sandbox import (
     start_sandbox,
 )
 from rlrf_sandboxes import runner
-from rlrf_sandboxes.docker import _bridge, _Demultiplexer
+from rlrf_sandboxes.docker import _bridge, _Container, _Demultiplexer
 from rlrf_sandboxes.slot import (
     Link,
     Settings,
@@ -268,6 +268,35 @@ def test_a_stream_that_is_no_plain_socket_is_bridged():
     bridged.close()
     assert closed.wait(10)  # by its owner, not by chance
     near.close()
+
+
+def test_the_response_that_a_line_came_in_is_closed_by_its_owner():
+    """Else it complains when it is collected: what it reads from was closed before it."""
+    near, far = socket.socketpair()
+
+    class Response:
+        closed = False
+
+        def close(self):
+            self.closed = True
+            near.close()
+
+    class Stream:  # as the SDK hands it out
+        _sock, _response = near, Response()
+
+    class Client:
+        def attach_socket(self, name, params):
+            return Stream()
+
+    container = _Container()
+    container.client = Client()
+    container.attach()
+    assert Stream._response.closed
+    container.sock.send(b"still there")
+    assert far.recv(11) == b"still there"
+    container.hang_up()
+    assert far.recv(1) == b""
+    far.close()
 
 
 # --- from inside ----------------------------------------------------------------------------
