@@ -91,7 +91,6 @@ RECURRENT = {
     ),
     "jamba": _config(
         "Jamba",
-        use_mamba_kernels=False,
         attn_layer_period=2,
         attn_layer_offset=1,
         num_experts=1,
@@ -132,17 +131,6 @@ RECURRENT = {
         num_key_value_heads=4,
         adapter_rank=4,
     ),
-    "zamba": _config(
-        "Zamba",
-        layers_block_type=["mamba", "hybrid"],
-        use_mamba_kernels=False,
-        mamba_d_state=4,
-        mamba_dt_rank=4,
-        n_mamba_heads=2,
-        attention_hidden_size=64,
-        attention_head_dim=16,
-        num_key_value_heads=4,
-    ),
     "minimax": _config(
         "MiniMax",
         layer_types=["linear_attention", "full_attention"],
@@ -163,7 +151,6 @@ RECURRENT = {
     "olmo-hybrid": _config(
         "OlmoHybrid", layer_types=["linear_attention", "full_attention"], **LINEAR
     ),
-    "kimi-linear": _config("KimiLinear"),
 }
 """Some layers have a state that padding on the left would enter."""
 OTHER = {

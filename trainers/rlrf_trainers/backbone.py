@@ -173,14 +173,16 @@ def say_kernels(model: Any) -> None:
     """Notice kernels that are slower than the model could have."""
     base = base_model(model)
     name = type(base).__name__
-    if attention(base) == "eager":
+    heads = getattr(base.config.get_text_config(), "num_attention_heads", None)
+    if heads and attention(base) == "eager":
         notice(
             f"attention/{name}",
             f"{name} attends with the 'eager' kernel, which holds the attention weights of every "
             "pair of tokens; load it with attn_implementation='sdpa' (the default, where the "
             "architecture has it)",
         )
-    if getattr(base.config, "_experts_implementation", None) == "eager":
+    has_experts = any(type(m).__name__.endswith("Experts") for m in base.modules())
+    if has_experts and getattr(base.config, "_experts_implementation", None) == "eager":
         notice(
             f"experts/{name}",
             f"{name} runs its experts one after the other (experts_implementation='eager'); load "

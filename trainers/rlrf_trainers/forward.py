@@ -101,7 +101,7 @@ def completion_hidden(
         ``[N, H]`` in the order of ``layout``, in the model's dtype.
     """
     decoder = _Decoder(model, logits)
-    if not can_share(model):
+    if not can_share(model, logits=logits):
         return _plain(decoder, prompts, layout)
     return _shared_prefix(decoder, *_split_prefixes(prompts, layout))
 
@@ -141,6 +141,11 @@ def _common(a: tuple[int, ...], b: tuple[int, ...]) -> int:
     )
 
 
+def plain_logits(model: Any, prompts: Sequence[Ids], layout: Layout) -> Tensor:
+    """The model's own logits ``[N, V]``, in one plain forward pass; to hold others against."""
+    return _plain(_Decoder(model, True), prompts, layout)
+
+
 def completion_logits(
     model: Any, prompts: Sequence[Ids], layout: Layout, temperature: float = 1.0
 ) -> Tensor:
@@ -177,8 +182,13 @@ class _Decoder:
         return decoder_forward(self.model, **inputs)
 
 
-def can_share(model: Any) -> bool:
-    """Whether prompts that begin alike can run through the model once; says so if not."""
+def can_share(model: Any, *, logits: bool = False) -> bool:
+    """Whether prompts that begin alike can run through the model once; says so if not.
+
+    Args:
+        model: as in :func:`completion_hidden`.
+        logits: whether the whole model is to be run, and not its decoder alone.
+    """
     remedy = ""
     if is_sharded(model):
         why: str | None = "under FSDP every process must run as many forward passes as the others"
@@ -187,7 +197,8 @@ def can_share(model: Any) -> bool:
         why = "activation checkpointing takes no cache"
         remedy = "gradient_checkpointing=False shares, if memory allows it"
     else:
-        why = backbone.fault(model, "prefix", lambda: _prefix_agrees(model), sliding=False)
+        which = "prefix of logits" if logits else "prefix"
+        why = backbone.fault(model, which, lambda: _prefix_agrees(model, logits), sliding=False)
     if why is not None:
         slow = "training runs the whole prompt of every rollout, also what rollouts have in common"
         backbone.say(model, "prefix", slow, why, remedy)
@@ -195,11 +206,11 @@ def can_share(model: Any) -> bool:
 
 
 @torch.enable_grad()
-def _prefix_agrees(model: Any) -> bool:
+def _prefix_agrees(model: Any, logits: bool) -> bool:
     """Whether rows after a shared prompt are what they are alone, and so is its gradient."""
     prompts = [(1, 2, 3, 4), (5,), (1, 2, 3, 4)]
     layout = Layout([(6, 7, 2), (3, 5, 1, 2), (2, 6)])
-    decoder = _Decoder(model, logits=False)
+    decoder = _Decoder(model, logits)
     embeddings = decoder.base.get_input_embeddings()
     found = []
     for forward in (_shared_prefix, _plain):

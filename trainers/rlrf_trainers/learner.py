@@ -382,7 +382,7 @@ class Learner:
             [s.rollout.prompt_ids for s in samples],
             [s.rollout.completion_ids for s in samples],
             self.config.micro_batch_tokens,
-            share=can_share(self.model),
+            share=can_share(self.model, logits=self.head.module is None),
         )
         found: list[Batch[S] | None] = [
             Batch([samples[i] for i in rows], self.device) for rows in batches

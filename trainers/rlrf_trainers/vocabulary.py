@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 from rlrf_trainers import backbone
 from rlrf_trainers.backbone import base_model
 from rlrf_trainers.distributed import reshard
-from rlrf_trainers.forward import Layout, completion_hidden
+from rlrf_trainers.forward import Layout, completion_hidden, plain_logits
 from rlrf_trainers.losses import _LOG_ZERO, _METRICS, Divergence
 
 # Buffers of [n, V] numbers alive at the worst moment of a chunk (the divergence of Jensen and
@@ -90,7 +90,7 @@ class Head:
     def _agrees(self, model: Any) -> bool:
         """Whether the logits of two tokens are the model's own."""
         layout = Layout([[1, 2]])
-        expected = completion_hidden(model, [[1]], layout, logits=True)
+        expected = plain_logits(model, [[1]], layout)
         try:
             hidden = completion_hidden(model, [[1]], layout)
             found = replace(self, temperature=1.0).logits(hidden)
