@@ -813,16 +813,17 @@ def _train(
                 if progress is not None:
                     progress(line)
 
-            built = make_trainer(
-                settings.trainer.name,
-                model=settings.model,
-                env=env,
-                config=trainer_config,
-                run_dir=path,
-                eval_env=eval_env,
-                on_step=on_step if resume else progress,
-                **more,
-            )
+            with phase("preparing"):
+                built = make_trainer(
+                    settings.trainer.name,
+                    model=settings.model,
+                    env=env,
+                    config=trainer_config,
+                    run_dir=path,
+                    eval_env=eval_env,
+                    on_step=on_step if resume else progress,
+                    **more,
+                )
             if runs.is_run(path) and _is_main() and not resume:
                 (path / "config.toml").write_text(written, encoding="utf-8")
             result = built.train()

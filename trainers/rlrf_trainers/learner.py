@@ -36,6 +36,7 @@ from rlrf_trainers.batch import Batch, S, Sample
 from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.distributed import World
+from rlrf_trainers.estimate import estimate, plan
 from rlrf_trainers.forward import Layout, can_share, completion_hidden, micro_batches
 from rlrf_trainers.losses import (
     BatchCounts,
@@ -137,6 +138,10 @@ class Learner:
                 "give run_dir=..."
             )
         check_trackers(config.report_to, None if run_dir is None else Path(run_dir))
+        if progress.heard() and run_dir is not None:
+            name = env.spec.id.removeprefix("rlrf/") if env.spec else type(env).__name__
+            n = len(self.eval_env.tasks(self.eval_split))
+            progress.say(plan(config, name, min(config.eval_tasks or n, n)))
         self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
         # What could be loaded again: not a model with an adapter whose folder we do not know.
         known = "" if hasattr(self.policy.model, "peft_config") else self.policy.model.name_or_path
@@ -688,7 +693,9 @@ class Learner:
         the line of metrics, a checkpoint.
         """
         self._check_evaluation()
-        if not self.resumed(trainer):
+        resumed = self.resumed(trainer)
+        self._say_how_long()
+        if not resumed:
             if first is not None:
                 first()
             self.evaluate_if_due()
@@ -707,6 +714,17 @@ class Learner:
                 f"{self.best['step']:.0f}"
             )
             self.record.note(message)
+
+    def _say_how_long(self) -> None:
+        """Time the model a little, where somebody waits to hear how long the run will take."""
+        if not progress.heard() or not self.world.is_main or distributed.is_sharded(self.model):
+            return
+        try:
+            with progress.phase("timing the model"):
+                told = estimate(self)
+        except Exception as error:  # what is wrong with a prompt or a model shows where it is used
+            told = f"how long it takes cannot be said: {error}"
+        progress.say(told)
 
     def resumed(self, trainer: Stateful) -> bool:
         """Put the run back to its last checkpoint, where it was asked for; whether there is one."""
