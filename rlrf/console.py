@@ -201,7 +201,7 @@ class RolloutProgress(Display):
         self.total, self.done, self._before = total, len(done), len(done)
         self.scored = sum(r.scored for r in done)
         self.solved = sum(r.solved for r in done)
-        self._first_at = self._clock()
+        self._first_at = self._last_at = self._clock()
         if self._drawn and total:
             self._bar = _bar(self.console)
             self._task = self._bar.add_task("evaluating", total=total, completed=self.done)
@@ -209,6 +209,7 @@ class RolloutProgress(Display):
     def __call__(self, rollout: Rollout) -> None:
         """Count one rollout."""
         self.done += 1
+        self._last_at = self._clock()
         self.scored += rollout.scored
         self.solved += rollout.solved
         rate = f"{self.solved / self.scored:.1%} solved" if self.scored else "nothing scored"
@@ -222,7 +223,8 @@ class RolloutProgress(Display):
         new = self.done - self._before
         if new * 10 < self.total - self._before or not new:
             return None
-        return (self._clock() - self._first_at) / new * (self.total - self.done)
+        left = (self._last_at - self._first_at) / new * (self.total - self.done)
+        return max(0.0, left - (self._clock() - self._last_at))  # they come in batches
 
     def _view(self) -> RenderableType:
         return super()._view() if self._bar is None else Group(self._bar, super()._view())
