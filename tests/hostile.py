@@ -53,14 +53,16 @@ class Pair:
     name: str
     plant: str
     look: str
+    times: int = 1  # that it is tried, where it takes luck
 
 
 def row(name, code, *expected, **options) -> Row:
     return Row(name, textwrap.dedent(code).strip("\n") + "\n", frozenset(expected), **options)
 
 
-def pair(name, plant, look) -> Pair:
-    return Pair(name, textwrap.dedent(plant).strip("\n"), textwrap.dedent(look).strip("\n"))
+def pair(name, plant, look, **options) -> Pair:
+    plant, look = (textwrap.dedent(code).strip("\n") for code in (plant, look))
+    return Pair(name, plant, look, **options)
 
 
 # Shared by programs that make raw system calls; raises OSError as Python's own would.

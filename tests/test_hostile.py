@@ -24,6 +24,7 @@ from rlrf.sandbox import (
 )
 from tests.backends import WALLED, options
 from tests.hostile import CONTROLS, HEALTHY, HOSTILE, LONGER, NEEDLE, PAIRS, SMALL, Pair, Row
+from tests.hostile_kernel import KERNEL_CONTROLS, KERNEL_HOSTILE, KERNEL_PAIRS
 
 
 @dataclass(frozen=True)
@@ -133,15 +134,15 @@ def for_backend(row: Row, keeper: Keeper) -> Row:
     return row
 
 
-@pytest.mark.parametrize("row", rows(CONTROLS))
+@pytest.mark.parametrize("row", rows(CONTROLS, KERNEL_CONTROLS))
 def test_honest_programs_are_accepted(keeper, bait, row):
-    before = replaced(keeper.pool)
+    row, before = for_backend(row, keeper), replaced(keeper.pool)
     report = run(keeper, row, bait)
     assert report.verdict in row.expected, told(report)
     check_slot(keeper, before, bait)
 
 
-@pytest.mark.parametrize("row", rows(HOSTILE))
+@pytest.mark.parametrize("row", rows(HOSTILE, KERNEL_HOSTILE))
 def test_hostile_programs_get_what_they_deserve(keeper, bait, row):
     row, before = for_backend(row, keeper), replaced(keeper.pool)
     report = run(keeper, row, bait)
@@ -152,12 +153,13 @@ def test_hostile_programs_get_what_they_deserve(keeper, bait, row):
     check_slot(keeper, before, bait)
 
 
-@pytest.mark.parametrize("pair", [pytest.param(p, id=p.name) for p in PAIRS])
+@pytest.mark.parametrize("pair", [pytest.param(p, id=p.name) for p in PAIRS + KERNEL_PAIRS])
 def test_nothing_is_left_for_the_next_program(keeper, bait, pair: Pair):
     before = replaced(keeper.pool)
-    keeper.run(pair.plant, [StdinCase("", "planted\n")], limits=LONGER)
-    report = keeper.run(pair.look, [StdinCase("", "not found\n")], limits=LONGER)
-    assert report.verdict == "accepted", told(report)
+    for _ in range(pair.times):
+        keeper.run(pair.plant, [StdinCase("", "planted\n")], limits=LONGER)
+        report = keeper.run(pair.look, [StdinCase("", "not found\n")], limits=LONGER)
+        assert report.verdict == "accepted", told(report)
     check_slot(keeper, before, bait)
 
 

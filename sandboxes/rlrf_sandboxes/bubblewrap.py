@@ -15,9 +15,8 @@ from rlrf.errors import InfraError
 from rlrf.sandbox import Job, RawRun, SandboxInfo
 from rlrf_sandboxes import host
 from rlrf_sandboxes.local import spawn
+from rlrf_sandboxes.runner import free_uids
 from rlrf_sandboxes.slot import PYTHON_FLAGS, RUNNER, Link, Settings, Slot
-
-NOBODY = 65534
 
 
 class BubblewrapSandbox:
@@ -27,7 +26,7 @@ class BubblewrapSandbox:
     ``/tmp`` in memory, and, read-only, an interpreter, its standard library, the shared libraries
     they need, and packages that are named here. Nothing else of this machine is in there: no other
     package (environments bring their answers along), no shell. When started as root, all of it runs
-    as ``nobody``.
+    as a user that is nobody's.
 
     Args:
         python: the interpreter inside; None finds one that works.
@@ -111,7 +110,7 @@ class BubblewrapSandbox:
         environment = {"HOME": "/tmp", "TMPDIR": "/tmp"}
         if any(b.startswith(host.PACKAGES_PATH) for b in binds):
             environment["PYTHONPATH"] = host.PACKAGES_PATH
-        # The runner goes in by descriptor: `nobody` could not read it where it lies.
+        # The runner goes in by descriptor: another user could not read it where it lies.
         source = os.memfd_create("runner", 0)
         try:
             os.write(source, RUNNER.read_bytes())
@@ -126,13 +125,16 @@ class BubblewrapSandbox:
                     *("--hostname", "sandbox"),
                     *(*binds, *_masks(python)),
                     *("--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"),
+                    # There are so many terminals on the machine.
+                    *("--tmpfs", "/dev/pts", "--remount-ro", "/dev/pts"),
                     *("--perms", "0444", "--ro-bind-data", str(source), "/rlrf/runner.py"),
                     *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/tmp", "--"),
                     *(str(python.executable), *PYTHON_FLAGS, "/rlrf/runner.py"),
                 ],
                 pass_fds=[source],
                 environment=environment,
-                user=NOBODY if os.geteuid() == 0 else None,
+                # Nobody's: what the kernel counts by account, each sandbox has for itself.
+                user=free_uids() if os.geteuid() == 0 else None,
             )
         finally:
             os.close(source)

@@ -147,7 +147,8 @@ class DockerSandbox:
                     kind="sandbox_image_missing",
                     retryable=False,
                 )
-            host_config = client.create_host_config(**self.hardening())
+            # The SDK has no names for the read-only and the masked paths.
+            host_config = client.create_host_config(**self.hardening()) | self.paths()
             container.check()
             container.id = client.create_container(
                 image,
@@ -195,7 +196,7 @@ class DockerSandbox:
             "memswap_limit": memory,
             "nano_cpus": 1_000_000_000,
             "ulimits": [
-                {"name": "core", "soft": 0, "hard": 0},
+                {"name": "core", "soft": 1, "hard": 1},  # 0 would let pipes of core files run
                 {"name": "nofile", "soft": 512, "hard": 512},
                 {"name": "stack", "soft": 256 << 20, "hard": -1},
             ],
@@ -203,10 +204,28 @@ class DockerSandbox:
                 "/sandbox": f"rw,nosuid,nodev,noexec,size={self._tmp_mb}m,"
                 f"nr_inodes={self._inodes},mode=0755",
                 "/dev/mqueue": "ro,size=4k",  # docker's own is writable for all
+                "/dev/pts": "ro,size=4k",  # there are so many terminals on the machine
             },
             "auto_remove": True,
             "log_config": {"Type": "none", "Config": {}},
             "runtime": self._runtime,
+        }
+
+    @staticmethod
+    def paths() -> dict[str, list[str]]:
+        """What else the container cannot write or read: docker's own lists, and more."""
+        return {
+            # The times of a device can be set by all who may write it.
+            "ReadonlyPaths": [
+                *("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"),
+                "/dev",
+            ],
+            "MaskedPaths": [
+                *("/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys"),
+                *("/proc/latency_stats", "/proc/timer_list", "/proc/timer_stats"),
+                *("/proc/sched_debug", "/proc/scsi", "/sys/firmware"),
+                *("/sys/devices/virtual/powercap", "/proc/pressure"),
+            ],
         }
 
 

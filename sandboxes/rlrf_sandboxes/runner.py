@@ -149,65 +149,142 @@ def decode(value: Any) -> Any:
 
 CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x08000000, 0x20000000
 _NEW_NAMESPACES = 0x7E020080
-# System calls that a program has no use for and that could reach past its walls or outlive it:
-# SysV ipc and message queues, keyrings, io_uring, namespaces and mounts, tracing, bpf, modules,
-# memory files (they count for no process: not for its limit, and not when memory runs out).
-_DENIED = {
-    "x86_64": (
-        "248 249 250 240 241 242 243 244 245 68 69 70 71 64 65 66 220 29 30 31 67 425 426 427 272 "
-        "308 165 166 155 161 428 429 430 431 432 433 442 101 310 311 438 312 321 298 323 "
-        "246 320 175 176 313 135 163 179 167 168 169 170 171 303 304 300 103 212 172 173 434 424 "
-        "319 447 435"
+
+# The system calls that are refused to a program, by their numbers on x86_64 and aarch64, with the
+# error it gets (0: it is told that all went well). Why, kernel object by kernel object, and what
+# becomes of those that are not refused: design/isolation.md.
+_REFUSED = (
+    # SysV ipc and message queues; keyrings
+    (errno.EPERM, "29-31 64-71 220 240-245", "180-197"),
+    (errno.EPERM, "248-250", "217-219"),
+    # namespaces, mounts, handles of files
+    (errno.EPERM, "155 161 166 272 303 304 308", "39 41 51 97 264 265 268"),
+    # tracing, bpf, perf, userfaultfd; memory and scheduling of other processes
+    (errno.EPERM, "101 256 279 298 310-312 321 323", "117 238 239 241 270-272 280 282"),
+    (errno.EPERM, "142 144 251 314", "30 118 119 274"),
+    # what is of the whole machine: modules, kexec, swap, quota, log, names, clocks, fanotify
+    (
+        errno.EPERM,
+        "103 135 153 154 159 163 164 167-176 179 212 227 246 300 301 305 313 320",
+        "18 58 60 89 92 104-106 112 116 142 161 162 170 171 224 225 262 263 266 273 294",
     ),
-    "aarch64": (
-        "217 218 219 180 181 182 183 184 185 186 187 188 189 190 191 192 193 194 195 196 197 425 "
-        "426 427 97 268 40 39 41 51 428 429 430 431 432 433 442 117 270 271 438 272 280 241 282 "
-        "104 294 105 106 273 92 89 60 224 225 142 161 162 264 265 262 116 18 434 424 "
-        "279 447 435"
-    ),
+    # Memory files count for no process: not for its limit, and not when memory runs out.
+    (errno.EPERM, "319", "279"),
+    # sendmsg: descriptors in flight outlive every process, until the kernel happens to collect
+    # them, and keep alive what they are of: deleted files, sockets with their names.
+    (errno.EPERM, "46 307", "211 269"),
+    # aio contexts and inotify: there are so many on the machine or for an account, and a watch
+    # tells what others do with a file.
+    (errno.ENOSYS, "206-210 333", "0-4 292"),
+    (errno.EPERM, "253-255 294", "26-28"),
+    # What of a file is cached, which says what others read (mincore, preadv2); and its eviction,
+    # and writing back for everybody (fadvise, readahead, sync), which a program can do without.
+    (errno.ENOSYS, "27 327 328", "232 286 287"),
+    (0, "162 187 221 306", "81 213 223 267"),
+)
+# From here on the numbers are those of newer kernels, the same everywhere, and unknown to a
+# program but for close_range, openat2, faccessat2, epoll_pwait2, the futex calls, fchmodat2,
+# map_shadow_stack, mseal, and landlock_restrict_self, which the leader calls. So is clone3: it
+# takes its flags from memory, where no filter sees them, and libc falls back to clone.
+_NEWER = 335
+_NEWER_ALLOWED = (436, 437, 439, 441, 446, 449, 452, 453, 454, 455, 456, 462)
+# Those that are allowed or not by their arguments; and mount, which the leader itself needs.
+_BY_NAME = {
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "prlimit64": (302, 261),
+    "sched_setaffinity": (203, 122),
+    "setpriority": (141, 140),
+    "fcntl": (72, 25),
+    "clone": (56, 220),
+    "mount": (165, 40),
 }
-_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_SOCKET_CLONE = {"x86_64": (41, 56), "aarch64": (198, 220)}
+_MACHINES = ("x86_64", "aarch64")
+_ALLOW = ((0x06, 0, 0, 0x7FFF0000),)
 
 
-def _seccomp_program(machine: str) -> bytes | None:
-    """A BPF filter that refuses what :data:`_DENIED` names; None on other processors."""
-    if machine not in _ARCH:
-        return None
-    allow, kill = 0x7FFF0000, 0x80000000
+def _refuse(code: int) -> tuple[Any, ...]:
+    return ((0x06, 0, 0, 0x00050000 | code),)
 
-    def refuse(number: int) -> int:
-        return 0x00050000 | number
 
-    out: list[tuple[int, int, int, int]] = [
-        (0x20, 0, 0, 4),  # the processor: calls of another one are not in our list
-        (0x15, 1, 0, _ARCH[machine]),
-        (0x06, 0, 0, kill),
-        (0x20, 0, 0, 0),  # the number
-    ]
-    if machine == "x86_64":
-        out += [(0x35, 0, 1, 0x40000000), (0x06, 0, 0, refuse(errno.ENOSYS))]  # x32
-    sock, clone = _SOCKET_CLONE[machine]
-    out += [
-        # There is no network but a loopback, and what is left of a connection there outlives
-        # a program: a port that the next one cannot bind, a number that it can read.
-        (0x15, 0, 4, sock),
-        (0x20, 0, 0, 16),
-        (0x15, 1, 0, socket.AF_UNIX),
-        (0x06, 0, 0, refuse(errno.EAFNOSUPPORT)),
-        (0x06, 0, 0, allow),
-        (0x15, 0, 4, clone),
-        (0x20, 0, 0, 16),
-        (0x45, 0, 1, _NEW_NAMESPACES),
-        (0x06, 0, 0, refuse(errno.EPERM)),
-        (0x06, 0, 0, allow),
-    ]
-    for number in map(int, _DENIED[machine].split()):
-        # clone3 takes its flags from memory, where no filter sees them: libc falls back to clone.
-        code = errno.ENOSYS if number == 435 else errno.EPERM
-        out += [(0x15, 0, 1, number), (0x06, 0, 0, refuse(code))]
-    out.append((0x06, 0, 0, allow))
-    return b"".join(struct.pack("=HBBI", *line) for line in out)
+def _argument(index: int) -> tuple[int, int, int, int]:
+    return (0x20, 0, 0, 16 + 8 * index)
+
+
+def _by_arguments() -> dict[str, tuple[Any, ...]]:
+    """BPF for the calls of which it depends; a program is a tuple of its lines."""
+    no = _refuse(errno.EPERM)
+    # There is no network but a loopback, and what is left of a connection there outlives
+    # a program: a port that the next one cannot bind, a number that it can read.
+    unix = (_argument(0), (0x15, 0, 1, socket.AF_UNIX), *_ALLOW, *_refuse(errno.EAFNOSUPPORT))
+    # Only itself: what is done to the leader, a later test would inherit.
+    itself = (_argument(0), (0x15, 0, 1, 0), *_ALLOW, *no)
+    return {
+        "socket": unix,
+        "socketpair": unix,
+        "prlimit64": itself,
+        "sched_setaffinity": itself,
+        "setpriority": (_argument(0), (0x15, 0, 3, 0), _argument(1), (0x15, 0, 1, 0), *_ALLOW, *no),
+        # Beyond POSIX are leases, word of changes in a folder, the size of a pipe (its pages are
+        # counted per account), hints, and what will come; three are harmless.
+        "fcntl": (
+            _argument(1),
+            (0x35, 0, 3, 1024),
+            (0x15, 2, 0, 1030),  # F_DUPFD_CLOEXEC
+            (0x15, 1, 0, 1032),  # F_GETPIPE_SZ
+            (0x15, 0, 1, 1034),  # F_GET_SEALS
+            *_ALLOW,
+            *no,
+        ),
+        "clone": (_argument(0), (0x45, 0, 1, _NEW_NAMESPACES), *no, *_ALLOW),
+        "mount": no,
+    }
+
+
+def _seccomp_programs(machine: str) -> list[bytes]:
+    """Two BPF filters: what no program needs, and the rest, which the leader does; none elsewhere.
+
+    A filter is a tree that halves the numbers: a call takes a few steps of it, and the kernel can
+    check the whole quickly, which it does whenever one is installed.
+    """
+    if machine not in _MACHINES:
+        return []
+    which = _MACHINES.index(machine)
+    everything: dict[int, tuple[Any, ...]] = {
+        number: _ALLOW if number in _NEWER_ALLOWED else _refuse(errno.ENOSYS)
+        for number in range(_NEWER, 512)  # and so on: what holds for the last one holds beyond
+    }
+    for code, *texts in _REFUSED:
+        for part in str(texts[which]).split():
+            low, _, high = part.partition("-")
+            everything.update(dict.fromkeys(range(int(low), int(high or low) + 1), _refuse(code)))
+    leaders: dict[int, tuple[Any, ...]] = {}
+    for name, lines in _by_arguments().items():
+        part_of = leaders if name in ("clone", "mount") else everything
+        part_of[_BY_NAME[name][which]] = lines
+
+    def tree(steps: list[tuple[int, tuple[Any, ...]]]) -> tuple[Any, ...]:
+        if len(steps) == 1:
+            return steps[0][1]
+        half = len(steps) // 2
+        low, high = tree(steps[:half]), tree(steps[half:])
+        return ((0x35, len(low), 0, steps[half][0]), *low, *high)
+
+    def program(calls: dict[int, tuple[Any, ...]]) -> bytes:
+        steps = [(0, _ALLOW)]
+        for number in range(max(calls) + 1 + (calls is leaders)):
+            lines = calls.get(number, _ALLOW)
+            if lines is not steps[-1][1] and lines != steps[-1][1]:
+                steps.append((number, lines))
+        start = (
+            (0x20, 0, 0, 4),  # the processor: calls of another one are not in our list
+            (0x15, 1, 0, (0xC000003E, 0xC00000B7)[which]),
+            (0x06, 0, 0, 0x80000000),  # kills
+            (0x20, 0, 0, 0),  # the number
+        )
+        return b"".join(struct.pack("=HBBI", *line) for line in (*start, *tree(steps)))
+
+    return [program(everything), program(leaders)]
 
 
 class Kernel:
@@ -216,11 +293,11 @@ class Kernel:
     def __init__(self) -> None:
         self.libc = ctypes.PyDLL(None, use_errno=True)
         self.clone_number = {"x86_64": 56, "aarch64": 220}.get(os.uname().machine)
-        program = _seccomp_program(os.uname().machine)
-        self.has_filter = program is not None
-        self.text = ctypes.create_string_buffer(program or b"")
-        head = struct.pack("@HP", len(program or b"") // 8, ctypes.addressof(self.text))
-        self.filter = ctypes.create_string_buffer(head)
+        self.filters = []
+        for program in _seccomp_programs(os.uname().machine):
+            text = ctypes.create_string_buffer(program)
+            head = struct.pack("@HP", len(program) // 8, ctypes.addressof(text))
+            self.filters.append((ctypes.create_string_buffer(head), text))
         self.cap_head = struct.pack("=Ii", 0x20080522, 0)
         self.cap_none = b"\0" * 24
 
@@ -235,9 +312,9 @@ class Kernel:
         """Whatever is executed from here on gains no rights."""
         self.prctl(38, 1)
 
-    def not_dumpable(self) -> None:
-        """Nobody of the same uid may trace this process or read its memory."""
-        self.prctl(4, 0)
+    def dumpable(self, value: int) -> None:
+        """0: nobody of the same uid may trace this process or read its memory."""
+        self.prctl(4, value)
 
     def die_with_parent(self) -> None:
         """SIGKILL when the parent ends."""
@@ -247,10 +324,40 @@ class Kernel:
         """Become the parent of descendants whose own parent ended."""
         self.prctl(36, 1)
 
-    def install_filter(self) -> None:
-        """Install the seccomp filter."""
-        if self.has_filter:
-            self.prctl(22, 2, ctypes.addressof(self.filter))
+    def install_filter(self, which: int) -> None:
+        """Install the first or the second seccomp filter."""
+        if self.filters:
+            self.prctl(22, 2, ctypes.addressof(self.filters[which][0]))
+
+    def call(self, number: int, *values: Any) -> int:
+        """A system call by its number."""
+        got: int = self.libc.syscall(ctypes.c_long(number), *values)
+        if got < 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        return got
+
+    def has_landlock(self) -> bool:
+        """Whether there is one that lets files be moved between folders, and knows truncate."""
+        try:
+            return self.call(444, None, ctypes.c_size_t(0), 1) >= 3
+        except OSError:
+            return False
+
+    def landlock(self, folder: str) -> int:
+        """A ruleset: files in a folder may be written, and all but /sys/fs may be read."""
+        write, read, refer, truncate = 1 << 1, 1 << 2, 1 << 13, 1 << 14
+        everything = write | read | refer | truncate
+        rules = self.call(444, struct.pack("=Q", everything), ctypes.c_size_t(8), 0)
+        rights = dict.fromkeys(("/" + name for name in os.listdir("/") if name != "sys"), read)
+        rights["/sys/devices"] = read
+        rights.update(dict.fromkeys(("/dev/null", "/dev/zero", "/dev/full"), write | truncate))
+        rights[folder] = everything
+        for name, allowed in rights.items():
+            place = os.open(name, os.O_PATH)
+            self.call(445, rules, 1, struct.pack("=Qi", allowed, place), 0)
+            os.close(place)
+        return rules
 
     def drop_capabilities(self) -> None:
         """Give up all of them."""
@@ -288,9 +395,9 @@ GO, GO_LAST = b"g", b"l"
 
 
 def send_fds(to: socket.socket, data: bytes, fds: list[int]) -> None:
-    """Send a message with descriptors."""
+    """Send a message with descriptors, or without."""
     rights = array.array("i", fds).tobytes()
-    to.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+    to.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if fds else [])
 
 
 def receive_fds(source: socket.socket) -> tuple[bytes, list[int]]:
@@ -332,6 +439,8 @@ class Zygote:
 
     def __init__(self, kernel: Kernel, boss: socket.socket, mode: str, tmp: bytes) -> None:
         self.kernel, self.boss, self.mode, self.tmp = kernel, boss, mode, tmp
+        self.rules: int | None = None
+        self.devices: list[bytes] = []
 
     def main(self) -> None:
         """Serve until the supervisor goes away."""
@@ -365,11 +474,15 @@ class Zygote:
     def prepare(self) -> None:
         """Make ready all that a leader would otherwise do for itself, once and for all."""
         kernel = self.kernel
+        kernel.dumpable(1)  # or it may not write its own memory where it is not root
         kernel.die_with_parent()
         kernel.adopt_orphans()
         kernel.no_new_privileges()
         if self.mode == "uid":
             os.setgroups([])
+        elif self.mode == "ns":
+            places = (b"/dev/" + name.encode() for name in os.listdir("/dev"))
+            self.devices = [p for p in places if os.path.ismount(p) and not os.path.isdir(p)]
         os.closerange(3, self.boss.fileno())
         os.closerange(self.boss.fileno() + 1, 256)
         # Standard streams over seekable files, as the ones that leaders put in their place.
@@ -401,6 +514,8 @@ class Zygote:
         sys.argv[:] = [FILENAME]
         for name in ("exit", "quit"):  # what `site`, left out for speed, would add
             setattr(builtins, name, sys.exit)
+        if kernel.filters:
+            socket.socket.sendmsg = send_without_descriptors  # type: ignore[method-assign,assignment]
         sys.setrecursionlimit(50_000)
         self.base_memory = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         self.module = types.ModuleType("__main__")
@@ -409,8 +524,12 @@ class Zygote:
         sys.modules["__main__"] = self.module
         compile("print(1)", FILENAME, "exec")
         share_page_tables()
+        if self.mode == "uid" and kernel.has_landlock():
+            self.rules = kernel.landlock(os.path.dirname(RUN_DIR))
+        kernel.dumpable(0)
+        kernel.install_filter(0)
         if self.mode != "ns":
-            kernel.install_filter()
+            kernel.install_filter(1)
         gc.collect()
         gc.freeze()
         os.closerange(256, 512)  # where what failed until here was to be told
@@ -433,6 +552,16 @@ class Zygote:
                 os.waitpid(-1, 0)
         except ChildProcessError:
             return
+
+
+def send_without_descriptors(
+    self: socket.socket, buffers: Any, ancdata: Any = (), flags: int = 0, address: Any = None
+) -> int:
+    """``socket.sendmsg`` where the call is refused: asyncio (3.12) writes by it what is left."""
+    if list(ancdata):
+        raise PermissionError(errno.EPERM, "descriptors cannot be sent in a sandbox")
+    data = b"".join(buffers)
+    return self.send(data, flags) if address is None else self.sendto(data, flags, address)
 
 
 def share_page_tables() -> None:
@@ -474,7 +603,7 @@ class Leader:
         self.zygote, self.kernel = zygote, zygote.kernel
         _, self.uid, *self.limits = start
         self.boss = socket.socket(fileno=fds[0])
-        self.code, self.stdin, self.stdout, self.stderr, self.channel = fds[1:6]
+        self.code, self.channel, *self.streams = fds[1:6]
         self.rpc = fds[6] if len(fds) > 6 else -1
 
     def main(self) -> None:
@@ -490,10 +619,14 @@ class Leader:
             self.entry, self.kind = request["entry"], request["kind"]
             self.boss.send(ENDED.pack(b"C", 0, time.process_time(), 0, False))
             while True:
-                word = self.boss.recv(1)
+                word, fds = receive_fds(self.boss)
                 if not word:
                     os._exit(0)
-                self.tidy()
+                if fds:
+                    self.tidy()
+                    os.dup2(fds[0], self.channel)
+                    os.close(fds[0])
+                    self.take_streams(fds[1:])
                 if word == GO_LAST and self.zygote.mode != "ns":
                     self.boss.close()
                     self.test()
@@ -515,23 +648,27 @@ class Leader:
         """Give up every right and set the limits."""
         kernel, mode = self.kernel, self.zygote.mode
         self.zygote.boss.close()
-        for number, fd in enumerate((self.stdin, self.stdout, self.stderr)):
-            os.dup2(fd, number)
-            os.close(fd)
+        self.take_streams(self.streams)
         os.setsid()
         kernel.die_with_parent()
         kernel.adopt_orphans()
-        try:  # out of memory is this program's fault, not its neighbours'
+        # Out of memory is this program's fault, not its neighbours'. It cannot take that back:
+        # Landlock forbids it, or /proc is read-only.
+        kernel.dumpable(1)  # or the file is root's, which this may not be; nobody else is here yet
+        try:
             fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY)
             os.write(fd, b"1000")
             os.close(fd)
         except OSError:
-            pass
+            if mode != "plain":
+                raise
         if mode == "ns":
             kernel.mount(b"none", b"/", None, 0x44000, None)  # private, all of it
+            for place in self.zygote.devices:  # the machine's: a writer could set their times
+                kernel.mount(b"none", place, None, 0x1023, None)
             kernel.mount(b"tmpfs", b"/tmp", b"tmpfs", 6, self.zygote.tmp)
             kernel.mount(b"/tmp", b"/dev/shm", None, 0x1000, None)  # the locks of multiprocessing
-            kernel.mount(b"proc", b"/proc", b"proc", 14, None)
+            kernel.mount(b"proc", b"/proc", b"proc", 15, None)
             os.chdir("/tmp")
             kernel.drop_capabilities()
         elif mode == "uid":
@@ -541,7 +678,10 @@ class Leader:
             os.chdir(RUN_DIR)
         else:
             os.chdir(RUN)
-        kernel.not_dumpable()
+        if self.zygote.rules is not None:
+            kernel.call(446, self.zygote.rules, 0)
+            os.close(self.zygote.rules)
+        kernel.dumpable(0)
         memory, file, processes, stack, files, cpu = self.limits
         limit(resource.RLIMIT_AS, self.zygote.base_memory + memory)
         limit(resource.RLIMIT_FSIZE, file)
@@ -553,20 +693,31 @@ class Leader:
         soft = stack if ceiling == resource.RLIM_INFINITY else min(stack, ceiling)
         resource.setrlimit(resource.RLIMIT_STACK, (soft, ceiling))
         limit(resource.RLIMIT_NOFILE, files)
-        limit(resource.RLIMIT_CORE, 0)
+        limit(resource.RLIMIT_CORE, 1)  # at 0, a host that pipes core files to a helper still does
+        limit(resource.RLIMIT_SIGPENDING, 256)  # queued signals, timers: counted per account
         limit(resource.RLIMIT_CPU, cpu)
         if mode == "ns":
-            kernel.install_filter()
+            kernel.install_filter(1)
+
+    @staticmethod
+    def take_streams(fds: list[int]) -> None:
+        """Make these the standard streams."""
+        for number, fd in enumerate(fds):
+            os.dup2(fd, number)
+            os.close(fd)
 
     def tidy(self) -> None:
-        """Remove what the test before has written."""
+        """Remove what the test before has written, and what it has made of its folder."""
         folder = {"uid": RUN_DIR, "ns": "/tmp"}.get(self.zygote.mode, RUN)
-        try:
-            if not os.listdir(folder):
-                return
-        except PermissionError:  # its own folder, and it may lock itself out
-            pass
-        empty(folder)
+        os.chmod(folder, 0o700)  # it may have locked itself out
+        if os.listdir(folder):
+            empty(folder)
+        if self.zygote.mode == "plain":
+            return
+        for name in os.listxattr(folder):
+            if name.startswith(("user.", "system.")):  # those that a program can set
+                os.removexattr(folder, name)
+        os.utime(folder)
 
     def compile(self, source: str) -> Any:
         """The program as a code object; what does not compile ends here."""
@@ -769,6 +920,18 @@ def proxies(fd: int, entry: str) -> dict[str, Callable[..., Any]]:
 # --- the supervisor -------------------------------------------------------------------------------
 
 
+def free_uids() -> int:
+    """Where uids begin that nobody else has: no account, and no other sandbox.
+
+    The kernel counts processes by uid over all containers, so programs of two of them that had
+    the same one would use up each other's limit; and so for all that it counts by account.
+    """
+    with open("/proc/self/uid_map") as file:
+        inside, _, count = map(int, file.readline().split())
+    low, high = (1 << 20, 1 << 31) if count > 1 << 31 else (inside + 1000, inside + count)
+    return low + int.from_bytes(os.urandom(4), "big") % max(1, high - low - UIDS)
+
+
 class Stop(Exception):
     """The host asks to end the program."""
 
@@ -782,7 +945,7 @@ class Supervisor:
 
     def __init__(self) -> None:
         self.kernel = Kernel()
-        self.kernel.not_dumpable()
+        self.kernel.dumpable(0)
         self.buffer = bytearray()
         self.out: list[bytes] = []
         self.flushed = 0.0
@@ -876,7 +1039,7 @@ class Supervisor:
         """Say who we are; the first time, get ready."""
         if self.zygote is None:
             self.mode = frame["mode"]
-            self.uid = self.helper_uid = self.free_uids()
+            self.uid = self.helper_uid = free_uids()
             self.last_uid = self.uid + UIDS
             tmp = f"size={int(frame['tmp_mb'])}m,nr_inodes={int(frame['inodes'])},mode=0700"
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -905,22 +1068,11 @@ class Supervisor:
                 "protocol": PROTOCOL,
                 "runner": digest,
                 "python": list(sys.version_info[:3]),
-                "seccomp": self.kernel.has_filter,
+                "seccomp": bool(self.kernel.filters),
+                "landlock": self.mode != "uid" or self.kernel.has_landlock(),
                 "cgroup": self.oom is not None,
             }
         )
-
-    @staticmethod
-    def free_uids() -> int:
-        """Where uids begin that no other container has.
-
-        The kernel counts processes by uid over all containers, so programs of two of them that
-        had the same one would use up each other's limit.
-        """
-        with open("/proc/self/uid_map") as file:
-            inside, _, count = map(int, file.readline().split())
-        low, high = (1 << 20, 1 << 31) if count > 1 << 31 else (inside + 1000, inside + count)
-        return low + int.from_bytes(os.urandom(4), "big") % max(1, high - low - UIDS)
 
     @staticmethod
     def open_oom_counter() -> int | None:
@@ -1000,20 +1152,21 @@ class Supervisor:
         """Run one test; what came of it."""
         if self.leader is None:
             self.start_leader()
-        stdin, channel = self.files[1], self.files[4]
-        for fd in self.files[1:]:
-            os.ftruncate(fd, 0)
+        fresh: list[int] = []
+        if self.compiled:  # nothing that a test did to its files is there at the next
+            self.close_files()
+            fresh = self.files = self.new_files()
+        channel, stdin = self.files[:2]
         if self.job["kind"] == "call":
             os.pwrite(channel, case["input"].encode(), 0)
         else:
-            os.lseek(stdin, 0, os.SEEK_SET)  # the program's own place in it, too
             write_all(stdin, case["input"].encode("latin-1"))
-        os.lseek(stdin, 0, os.SEEK_SET)
+            os.lseek(stdin, 0, os.SEEK_SET)  # the program's own place in it, too
         assert self.leader is not None
         alone = last and self.mode != "ns"  # the leader runs the test itself
         self.resting = False
         try:
-            self.leader.send(GO_LAST if alone else GO)
+            send_fds(self.leader, GO_LAST if alone else GO, fresh)
         except OSError:
             pass  # it has ended: we are about to hear of it
         if not self.compiled:
@@ -1040,7 +1193,7 @@ class Supervisor:
     def report(self, outcome: dict[str, Any], wall: float) -> dict[str, Any]:
         """What the host hears of a test."""
         limits = self.limits
-        _, _, stdout, stderr, channel = self.files
+        channel, _, stdout, stderr = self.files
         found = outcome.get("limit")
         out_cap, err_cap = limits["output_kb"] << 10, limits["stderr_kb"] << 10
         kills = self.oom_kills()
@@ -1073,7 +1226,7 @@ class Supervisor:
 
     def not_compiled(self, outcome: dict[str, Any]) -> dict[str, Any]:
         """A program that does not compile, or that the compiler did not survive."""
-        message = read_all(self.files[4], 1 << 16)
+        message = read_all(self.files[0], 1 << 16)
         self.resting = outcome["kind"] == "E"
         if outcome["kind"] == "X":
             self.sweep(outcome)
@@ -1110,14 +1263,9 @@ class Supervisor:
         elif self.mode == "plain":
             os.makedirs(RUN, mode=0o700, exist_ok=True)
         code = {name: job[name] for name in ("code", "prelude", "entry", "kind")}
-        self.files = [
-            memory_file("code"),
-            memory_file("stdin"),
-            memory_file("stdout", append=True),
-            memory_file("stderr", append=True),
-            memory_file("channel"),
-        ]
-        write_all(self.files[0], _dumps(code).encode("utf-8", "surrogatepass"))
+        text = memory_file("code")
+        write_all(text, _dumps(code).encode("utf-8", "surrogatepass"))
+        self.files = self.new_files()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         passed = [theirs]
         if job["kind"] in ("serve", "script"):
@@ -1138,14 +1286,31 @@ class Supervisor:
             cpu,
         )
         try:
-            fds = [theirs.fileno(), *self.files, *(s.fileno() for s in passed[1:])]
+            fds = [theirs.fileno(), text, *self.files, *(s.fileno() for s in passed[1:])]
             send_fds(self.zygote, data, fds)
         except OSError as error:
             raise Broken("the zygote has ended: " + str(error)) from None
+        os.close(text)
         for sock in passed:
             sock.close()
         self.leader, self.compiled, self.used = ours, False, 0.0
         self.poll.register(ours, select.POLLIN)
+
+    @staticmethod
+    def new_files() -> list[int]:
+        """A test's channel, standard input, output and error."""
+        return [
+            memory_file("channel"),
+            memory_file("stdin"),
+            memory_file("stdout", append=True),
+            memory_file("stderr", append=True),
+        ]
+
+    def close_files(self) -> None:
+        """Close them."""
+        for fd in self.files:
+            os.close(fd)
+        self.files = []
 
     def wait(self, cpu_s: float, wall_s: float) -> dict[str, Any]:
         """Wait for word from the leader or of its end; end it when it is over its limits."""
@@ -1274,9 +1439,7 @@ class Supervisor:
     def forget_leader(self) -> None:
         """Close all that belonged to a leader that has ended, and clean up after it."""
         self.close_sockets()
-        for fd in self.files:
-            os.close(fd)
-        self.files = []
+        self.close_files()
         self.clean()
 
     def wait_zygote(self) -> dict[str, Any]:

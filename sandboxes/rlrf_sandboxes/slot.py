@@ -226,6 +226,12 @@ class Slot:
             )
         if hello.get("seccomp") is not True:
             self.warnings = ("no system-call filter for this processor",)
+        if hello.get("landlock") is not True:
+            self.warnings += (
+                "the kernel of the containers has no Landlock (5.19 or later, and docker 23 or "
+                "later lets it through): a program can undo that it is the first to go when "
+                "memory is short, and read the container's accounting",
+            )
 
     async def ping(self) -> None:
         """Hear the runner answer.
