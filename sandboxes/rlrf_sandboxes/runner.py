@@ -1530,6 +1530,8 @@ class Supervisor:
 
     def descendants(self) -> list[tuple[int, int, str, float]]:
         """``(pid, parent, state, CPU seconds)`` of all below the zygote."""
+        if not self.zygote_pid:  # there is none yet; below 0 is every process of the machine
+            return []
         everybody = {}
         for name in os.listdir("/proc"):
             if not name.isdigit():
