@@ -18,9 +18,9 @@ import pytest
 from rlrf import InfraError, UsageError, run_sync
 from rlrf.sandbox import Limits, Program, SandboxPool, StdinCase, Verdict, open_sandbox
 from rlrf_sandboxes import daemon, images
-from rlrf_sandboxes.docker import DockerSandbox
+from rlrf_sandboxes.docker import DockerSandbox, _Container
 from tests.backends import options
-from tests.test_sandbox_pool import OWNER, eventually
+from tests.test_sandbox_pool import OWNER, eventually, start_time
 
 pytestmark = pytest.mark.docker
 CASE = [StdinCase("", "ok")]
@@ -172,6 +172,79 @@ def test_nothing_outlives_an_owner_that_is_killed(client):
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert eventually(lambda: not ours(client, owner.pid), 10)
+
+
+def test_a_child_of_the_owner_keeps_no_container_alive(client):
+    """It has a copy of all that was open, unless it closes it."""
+    command = [sys.executable, "-c", OWNER, "docker", "{}", "with a child"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, **pipes) as owner:
+        try:
+            child = int(owner.stdout.readline())
+            born = start_time(child)
+            running = lambda: [c for c in ours(client, owner.pid) if c["State"] == "running"]  # noqa: E731
+            assert eventually(lambda: len(running()) == 2, 30)
+        finally:
+            owner.kill()
+        owner.wait()
+        assert eventually(lambda: not ours(client, owner.pid), 10)
+        assert start_time(child) == born  # it lives on, and waits for our word
+
+
+def test_a_fork_while_a_container_is_attached_costs_a_retry(client, monkeypatch):
+    attach, forked = _Container.attach, []
+
+    def forks(self):
+        attach(self)
+        if not forked:
+            forked.append(os.fork())
+            if forked == [0]:
+                os._exit(0)
+            os.waitpid(forked[0], 0)
+
+    monkeypatch.setattr(_Container, "attach", forks)
+
+    async def go():
+        with pytest.raises(InfraError, match="forked meanwhile") as caught:
+            await DockerSandbox().start()
+        assert caught.value.retryable
+        async with open_sandbox("docker", slots=1) as pool:
+            assert (await pool.run(OK, CASE)).verdict is Verdict.ACCEPTED
+
+    run_sync(go())
+    assert eventually(lambda: not ours(client), 10)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_a_start_that_is_cut_off_has_been_undone_when_the_pool_has_closed(
+    stage, client, monkeypatch
+):
+    """Before it connects, before there is a container, before that is started, and after."""
+    check, reached, go_on, calls = _Container.check, threading.Event(), threading.Event(), []
+
+    def held(self):
+        calls.append(self)
+        if calls.count(self) == stage:
+            reached.set()
+            go_on.wait(30)
+        check(self)
+
+    async def go():
+        async with open_sandbox("docker", slots=2) as pool:
+            monkeypatch.setattr(_Container, "check", held)
+            runs = [asyncio.ensure_future(pool.run(OK, CASE)) for _ in range(2)]
+            assert await asyncio.to_thread(reached.wait, 30)
+            for run in runs:
+                run.cancel()
+            closing = asyncio.ensure_future(pool.aclose())
+            await asyncio.gather(*runs, return_exceptions=True)
+            assert not closing.done()
+            go_on.set()
+            await closing
+            return [c for c in ours(client) if c["State"] == "running"]
+
+    assert run_sync(go()) == []
+    assert eventually(lambda: not ours(client), 10)
 
 
 def test_a_missing_image_says_how_to_get_it():

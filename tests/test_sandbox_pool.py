@@ -558,6 +558,17 @@ def test_processes_that_wait_for_each_other_are_not_starved(monkeypatch):
     assert supervisor.usage()[1] == pytest.approx(1.0)
 
 
+def test_a_runner_that_is_left_before_it_has_begun_ends_nobody(monkeypatch):
+    """It has no zygote yet, and what is below "process 0" is everything on the machine."""
+    ended = []
+    supervisor = runner.Supervisor.__new__(runner.Supervisor)
+    supervisor.mode, supervisor.zygote_pid = "plain", 0
+    monkeypatch.setattr(runner.os, "kill", lambda *args: ended.append(args))
+    assert supervisor.descendants() == []
+    supervisor.kill_tree()
+    assert ended == []
+
+
 OWNER = """
 import asyncio, os, sys
 from rlrf.sandbox import *
@@ -571,7 +582,9 @@ async def go():
             while pool._turns.free:
                 await asyncio.sleep(0)
             if os.fork() == 0:
-                os.execv(sys.executable, [sys.executable, "-c", "input()"])
+                os.write(1, b"%d\\n" % os.getpid())
+                os.read(0, 1)
+                os._exit(0)
         await asyncio.gather(*runs)
 asyncio.run(go())
 """
@@ -605,6 +618,24 @@ def test_nothing_outlives_an_owner_that_is_killed(backend, tmp_path):
     owner.wait()
     assert eventually(lambda: not any(start_time(p) == start for p, start in born.items()), 10)
     assert eventually(lambda: not list(tmp_path.iterdir()), 10)  # its folders neither
+
+
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] != "docker"])
+def test_a_child_of_the_owner_keeps_no_runner_alive(backend, tmp_path):
+    """It has a copy of all that was open, unless it closes it."""
+    command = [sys.executable, "-c", OWNER, backend, repr(options(backend)), "with a child"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, **pipes) as owner:
+        try:
+            child = int(owner.stdout.readline())
+            born = {pid: start_time(pid) for pid in descendants(owner.pid)}
+        finally:
+            owner.kill()
+        owner.wait()
+        left = lambda: [p for p, start in born.items() if start and start_time(p) == start]  # noqa: E731
+        assert len(born) >= 3
+        assert eventually(lambda: left() == [child], 10)  # it waits for our word
 
 
 def eventually(holds, seconds):

@@ -139,6 +139,7 @@ class DockerSandbox:
         container.check()
         client = container.client = daemon.connect(self._docker_host)
         try:
+            _tidy(client, self._docker_host)
             image = images.find(client, self._image)
             if image is None:
                 raise InfraError(
@@ -227,6 +228,17 @@ class DockerSandbox:
                 *("/sys/devices/virtual/powercap", "/proc/pressure"),
             ],
         }
+
+
+_tidied: set[str | None] = set()
+
+
+def _tidy(client: Any, docker_host: str | None) -> None:
+    """Remove, once per process, what owners have left that were killed before a container ran."""
+    if docker_host not in _tidied:
+        _tidied.add(docker_host)
+        with contextlib.suppress(InfraError):
+            images.gc(client)
 
 
 class _Container:
