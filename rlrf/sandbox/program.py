@@ -189,9 +189,9 @@ class RawRun:
         limit: the limit it ran into, or None.
         assertion: what the asserts of an :class:`AssertCase` raised, its line counted in their own
             code (setup first); None if nothing.
-        starved: it was ended by the wall clock with less than half its CPU time used, and stood in
-            line for a processor most of the rest: the machine's fault, so the pool runs it again,
-            alone.
+        starved: it was ended by the wall clock with less than half its CPU time used, and one of
+            its threads ran or stood in line for a processor most of the time: the machine's fault,
+            so the pool runs it again, alone.
         cpu_s: CPU seconds used.
         wall_s: wall seconds used.
         max_rss_kb: the most memory one of its processes held.
