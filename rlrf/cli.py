@@ -41,6 +41,7 @@ from rlrf.config import (
     TrainConfig,
     TrainerSection,
     build_config,
+    in_range,
     load_train_config,
     parse_assignment,
     to_toml,
@@ -170,9 +171,13 @@ def _say_error(error: BaseException) -> int:
         if not isinstance(error, OSError):
             told += "\n(RLRF_DEBUG=1 shows where)"
     for line in told.splitlines():
+        if len(line) > _LONGEST_LINE:  # it names what was given, and that may be anything
+            line = line[: _LONGEST_LINE // 2] + " ... " + line[-_LONGEST_LINE // 2 :]
         print(line if line.startswith("(") else f"error: {line}", file=sys.stderr)
     return 2 if usage else 1
 
+
+_LONGEST_LINE = 2000
 
 # What typer, which brings its own click or takes the installed one, raises for wrong usage.
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -481,9 +486,11 @@ def eval_(
     ] = None,
 ) -> None:
     """Measure a policy on an environment. A run that was cut off is continued."""
-    for name, value in (("limit", limit), ("samples", samples)):
-        if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}; it must be at least 1")
+    in_range("limit", limit)
+    in_range("samples", samples, most=100_000)
+    in_range("max-concurrency", max_concurrency, most=100_000)
+    in_range("max-tokens", max_tokens, most=100_000_000)
+    in_range("seed", seed, least=0, most=2**63 - 1)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
     given = {"split": split, "feedback": feedback}

@@ -223,6 +223,19 @@ def build_config(
         raise ConfigError("\n".join(_explain(config_class, data, error, prefix))) from None
 
 
+def in_range(option: str, value: int | None, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse the value of ``--option`` if it is out of range.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if value is None or (value >= least and (most is None or value <= most)):
+        return
+    limits = f"at least {least}" if most is None else f"from {least} to {most}"
+    told = str(value) if abs(value) < 10**30 else f"{str(value)[:30]}..."
+    raise ConfigError(f"--{option} is {told}; it must be {limits}")
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -308,7 +308,7 @@ def test_info_survives_a_grader_that_cannot_run_here(rlrf_cli: Invoke) -> None:
         ),
         (
             (*EVAL, "--max-tokens", "0"),
-            "max_tokens is 0",
+            "--max-tokens is 0",
         ),
         (("eval", "--env", "cli-cities-v0", "--policy", "cli-needs-model"), "give --model"),
         (

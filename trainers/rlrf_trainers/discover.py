@@ -36,7 +36,7 @@ from rich.table import Table
 import rlrf
 from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, user
 from rlrf._interrupt import keeping, same_command
-from rlrf.config import build_config, load_train_config, parse_assignment
+from rlrf.config import build_config, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
 from rlrf.progress import phase
@@ -742,11 +742,11 @@ def _discover(
 
     A discovery that was cut off is continued.
     """
-    for name, value in (
-        ("limit", limit), ("budget", budget), ("seeds", seeds), ("max-prompt-len", max_prompt_len)
-    ):  # fmt: skip
-        if value is not None and not 1 <= value <= MOST_ATTEMPTS:
-            raise UsageError(f"--{name} is {value}; it must be from 1 to {MOST_ATTEMPTS}")
+    in_range("limit", limit)
+    in_range("budget", budget, most=1_000_000)
+    in_range("seeds", seeds, most=100_000)
+    in_range("seed", seed, least=0, most=2**62)
+    in_range("max-prompt-len", max_prompt_len)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
     methods = _methods(name.strip() for name in method.split(",") if name.strip())
