@@ -139,13 +139,18 @@ class Turn:
             raise OutcomeError(f"Turn.messages: {error}") from None
 
 
+MAX_REWARD = 1e15
+"""Larger rewards have no variance in single precision: one would spoil its whole batch."""
+
+
 def _check_answer(answer: Outcome | Turn) -> None:
     """See that an answer is one, whole, and bring its numbers into plain form."""
     what = type(answer).__name__
     reward = _number(answer.reward)
-    if reward is None:
+    if reward is None or abs(reward) > MAX_REWARD:
         raise OutcomeError(
-            f"{what}.reward is {_brief(answer.reward)}; it must be a finite number. If the grader "
+            f"{what}.reward is {_brief(answer.reward)}; it must be a finite number of at most "
+            f"{MAX_REWARD:g} in size. If the grader "
             "could not decide, raise rlrf.InfraError: the rollout is then retried or left unscored"
         )
     if not isinstance(answer.feedback, Feedback):
@@ -162,7 +167,7 @@ def _check_answer(answer: Outcome | Turn) -> None:
         number = _number(value)
         if not isinstance(name, str) or number is None:
             raise OutcomeError(
-                f"{what}.metrics[{_brief(name)}] is {_brief(value)}; metrics are finite numbers by "
+                f"{what}.metrics[{_brief(name).removesuffix(' (str)')}] is {_brief(value)}; metrics are finite numbers by "
                 "name (a string). Leave out what is not known"
             )
         metrics[name] = number

@@ -97,7 +97,7 @@ class EvalReport:
             ),
             finish_reasons=_count(r.finish_reason for r in rollouts),
             mean_length=_mean(lengths),
-            metrics={name: math.fsum(v) / len(v) for name, v in sorted(numbers.items())},
+            metrics={name: _average(v) for name, v in sorted(numbers.items())},
             rollouts=rollouts,
         )
 
@@ -204,7 +204,7 @@ async def aevaluate(
             raise UsageError(f"{name} is {value}; it must be at least 1")
     chosen: Iterable[str | Task] = env.tasks() if tasks is None else tasks
     # Twice the same task would be two groups of samples, and pose as two independent tasks.
-    unique = {(t if isinstance(t, str) else t.id): t for t in chosen}
+    unique = {getattr(t, "id", t): t for t in chosen}
     rollouts = await arollout(
         env,
         policy,
@@ -293,7 +293,14 @@ def _pass_at_ks(
 
 
 def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None
+    return _average(values) if values else None
+
+
+def _average(values: Sequence[float]) -> float:
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return math.fsum(v / len(values) for v in values)
 
 
 def _count(names: Iterable[str]) -> dict[str, int]:

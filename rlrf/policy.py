@@ -220,15 +220,15 @@ def _fault(completion: Any) -> str | None:
         ids: Any = getattr(completion, name)
         if not isinstance(ids, (tuple, list)):
             return f"{name} is a {type(ids).__name__}, not a tuple"
-        bad: Any = next((i for i in ids if not _is_id(i)), None)
-        if bad is not None:
-            return f"{name} has {bad!r}, which is no token id"
+        for i in ids:
+            if not _is_id(i):
+                return f"{name} has {i!r}, which is no token id"
     if completion.logprobs:
         if len(completion.logprobs) != len(completion.token_ids):
             return f"{len(completion.logprobs)} logprobs for {len(completion.token_ids)} token_ids"
-        bad = next((x for x in completion.logprobs if not _is_logprob(x)), None)
-        if bad is not None:
-            return f"logprobs has {bad!r}; it must be a finite number <= 0"
+        for x in completion.logprobs:
+            if not _is_logprob(x):
+                return f"logprobs has {x!r}; it must be a finite number <= 0"
     if not isinstance(completion.text, str):
         return f"text is a {type(completion.text).__name__}, not a string"
     if completion.finish_reason not in ("stop", "length", "abort"):

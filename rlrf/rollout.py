@@ -338,7 +338,8 @@ class _Collector:
             except Exception as error:
                 # A bug in the environment: this rollout's, not the batch's.
                 failure = f"env_error: {describe(error)}"
-                log.warning("task %s: the environment raised", task.id, exc_info=True)
+                short = len(failure) < 2000  # a traceback would print it whole
+                log.warning("task %s: the environment raised", task.id, exc_info=short)
                 if isinstance(error, UsageError) and not isinstance(error, OutcomeError):
                     self._note_refusal(task, error)
                     return draft.failed(failure)

@@ -36,8 +36,8 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from rlrf import progress
 from rlrf._async import run_sync
 from rlrf.env import Env, Task, Turn
-from rlrf.errors import UsageError
-from rlrf.feedback import MAX_SEGMENT_CHARS, Feedback, Level, Segment, special_tokens
+from rlrf.errors import UsageError, describe
+from rlrf.feedback import MAX_SEGMENT_CHARS, MAX_SEGMENTS, Feedback, Level, Segment, special_tokens
 from rlrf.policy import ScriptedPolicy
 from rlrf.registry import make
 from rlrf.rollout import arollout
@@ -199,7 +199,7 @@ def _run(name: str, check: Callable[[], None]) -> CheckResult:
     except AssertionError as error:
         return CheckResult(name, "fail", str(error) or "assertion failed")
     except Exception as error:
-        return CheckResult(name, "fail", f"{type(error).__name__}: {error}")
+        return CheckResult(name, "fail", describe(error))
     return CheckResult(name, "pass")
 
 
@@ -557,6 +557,10 @@ class _Suite:
             assert len(turn.feedback.text) <= MAX_FEEDBACK_CHARS, (
                 f"an attempt of 1 MB got feedback of {len(turn.feedback.text)} characters; keep "
                 f"it below {MAX_FEEDBACK_CHARS}"
+            )
+            assert len(turn.feedback) < MAX_SEGMENTS, (
+                f"an attempt of 1 MB got so many segments that all but {MAX_SEGMENTS} are left "
+                "out; say less, the most important first"
             )
 
     def spans(self) -> None:
