@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from rlrf import RlrfError, Rollout, SamplingParams, rollout  # noqa: E402
+from rlrf import RlrfError, Rollout, SamplingParams, UsageError, rollout  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers import distributed  # noqa: E402
 from rlrf_trainers.checkpoints import Checkpoints, newest  # noqa: E402
@@ -119,6 +119,43 @@ def test_two_processes_equal_one(case, fsdp, records):
         assert shared == {k for k in line if not k.startswith("time/")} - {"step"}
         for metric in shared:
             assert line[metric] == pytest.approx(wanted[metric], rel=1e-5, abs=1e-6), metric
+
+
+def sampled(world, fsdp):
+    """What is replied in a step of training and in an evaluation, by group and sample."""
+    learner = made("sdpo", {"fsdp": fsdp, "prompts_per_step": 5}).learner
+    learner.step = 2
+    replies = {(r.group_id, r.sample): r.completion_ids for r in learner.collect()}
+    learner.step = 0
+    learner.evaluate_if_due()
+    return replies, learner._scores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True], ids=["data-parallel", "fsdp"])
+def test_two_processes_get_the_replies_of_one(fsdp):
+    replies, scores = sampled(ALONE, fsdp)
+    (mine, both_scores), (theirs, same) = both(sampled, fsdp=fsdp)
+    assert len(replies) == 15
+    assert mine | theirs == replies
+    assert not mine.keys() & theirs.keys()
+    assert both_scores == same == scores
+
+
+def differing(world):
+    class Fewer(Parity):
+        def load_tasks(self, split):
+            return super().load_tasks(split)[world.rank :]
+
+    Fewer.__name__ = Fewer.__qualname__ = "Same"
+    with pytest.raises(UsageError, match=r"not started alike: tasks is .* on process 1"):
+        made("grpo", {}, env=Fewer())
+    return True
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_tasks_do_not_begin():
+    assert both(differing) == [True, True]
 
 
 UNEQUAL = {

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
-from rlrf import Feedback, Outcome, Task  # noqa: E402
+from rlrf import Feedback, Outcome, Task, UsageError  # noqa: E402
 from rlrf_trainers.batch import Batch  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
@@ -484,7 +484,11 @@ def test_the_teachers_prompt_stays_within_the_models_context():
 
 
 def test_without_room_for_a_hint_nothing_is_distilled():
-    trainer = sdpo(Verbose(), max_reprompt_len=40)
+    with pytest.raises(UsageError, match="max_reprompt_len=40 leaves no room"):  # for any
+        sdpo(Verbose(), max_reprompt_len=40)
+    trainer = sdpo(Verbose())
+    trainer.config = trainer.config.model_copy(update={"max_reprompt_len": 40})
+    trainer.reprompter.config = trainer.config
     with pytest.warns(RuntimeWarning, match="max_reprompt_len=40"):
         targets = trainer.reprompt(trainer.learner.collect())
     assert targets

@@ -689,8 +689,10 @@ def test_values_that_would_train_nonsense_are_refused(key, value):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_feedback_for_which_there_is_no_room_is_not_counted_as_used():
-    # The shortest budget that the configuration takes is less than question and template need.
-    trainer = sdpo(max_reprompt_len=1, max_steps=1)
+    with pytest.raises(UsageError, match="max_reprompt_len=1 leaves no room for a hint"):
+        sdpo(max_reprompt_len=1)  # none at all
+    trainer = sdpo(max_steps=1)
+    trainer.reprompter.config = trainer.config.model_copy(update={"max_reprompt_len": 1})
     line = trainer.train().history[1]
     assert line["self_distillation/feedback_available_fraction"] > 0
     assert line["self_distillation/feedback_used_fraction"] == 0

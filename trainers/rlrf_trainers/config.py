@@ -128,7 +128,7 @@ class TrainerConfig(BaseModel):
         "constant", description="[P] constant"
     )
     warmup_steps: int = Field(0, ge=0, le=MOST_STEPS, description="[P] §4: 0; §3: 10")
-    weight_decay: float = Field(0.01, ge=0, le=10, description="[P] 0.01")
+    weight_decay: Annotated[float, _switch(1e-9, 10)] = Field(0.01, ge=0, description="[P] 0.01")
     adam_beta1: float = Field(0.9, ge=0, le=0.999999, description="torch, [TRL] 0.9")
     adam_beta2: float = Field(0.999, ge=0, le=0.999999, description="torch, [TRL] 0.999")
     max_grad_norm: float = Field(
@@ -342,10 +342,9 @@ class SDPOConfig(TrainerConfig):
         description="distil failed rollouts only, and train all others by GRPO (SRPO, arXiv "
         "2604.02288); distillation_weight is not used then",
     )
-    teacher_entropy_beta: float = Field(
+    teacher_entropy_beta: Annotated[float, _switch(1e-6, 1000)] = Field(
         0.0,
         ge=0,
-        le=1000,
         description="weight a token's divergence by exp(-beta * the teacher's entropy there); "
         "0: off; SRPO 1",
     )

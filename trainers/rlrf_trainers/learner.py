@@ -230,7 +230,7 @@ class Learner:
     def _digest(self, model: Any) -> str:
         return preflight.digest_of_weights(model.named_parameters()) if self.world.is_main else ""
 
-    def _identify(self, as_given: str | None) -> dict[str, str] | None:
+    def _identify(self, as_given: str | None) -> dict[str, Any] | None:
         """Digests of what the model was, and of what of it training leaves as it is."""
         if as_given is None:
             return None
@@ -240,6 +240,7 @@ class Learner:
                 "given": as_given,
                 "kept": preflight.digest_of_weights(preflight.kept_weights(self.model)),
                 "dtype": str(next(self.model.parameters()).dtype),
+                "frozen": sum(not p.requires_grad for p in self.model.parameters()),
                 "tokenizer": preflight.digest_of_tokenizer(self.policy.tokenizer),
             }
         return self.world.broadcast(mine)

@@ -567,7 +567,7 @@ def export_model(
         policy = HFPolicy(base, device="cpu")
         model = trainable(policy.model, build_config(cls, written))
         parameters = dict(model.named_parameters())
-        if "kept" in digest:  # else of an older version: all that can be trained was
+        if digest.get("frozen") and not hasattr(model, "peft_config"):
             for name, parameter in parameters.items():
                 parameter.requires_grad_(name in tensors)
         trained = {n for n, p in parameters.items() if p.requires_grad}
