@@ -5,7 +5,7 @@ from pydantic import BaseModel
 
 import rlrf
 from rlrf_trainers.forward import Layout, completion_logits
-from rlrf_trainers.losses import selected_logps
+from rlrf_trainers.losses import group_advantages, selected_logps
 from rlrf_trainers.policies.hf import HFPolicy
 
 
@@ -27,10 +27,8 @@ class Reinforce:
     def __init__(self, model, env, config=None, *, run_dir=None, eval_env=None, on_step=None):
         self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
         self.env, self.config, self.on_step = env, config or ReinforceConfig(), on_step
-        self.policy.model.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.model.parameters(), lr=self.config.learning_rate
-        )
+        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=self.config.learning_rate)
 
     def train(self):
         """Run to the end."""
@@ -47,10 +45,13 @@ class Reinforce:
             sampled = layout.flat([r.completion_mask for r in scored], logits.device)
             logps = layout.padded(selected_logps(logits, ids) * sampled).sum(1)  # [B]
             rewards = torch.tensor([r.reward for r in scored], device=logits.device)  # [B]
-            loss = -((rewards - rewards.mean()) * logps).mean()
-            self.optimizer.zero_grad()
-            loss.backward()
-            self.optimizer.step()
+            # r - mean r, and exactly 0 if all are equal, whatever rounding makes of their mean
+            advantages = group_advantages(rewards, [0] * len(scored), scale_rewards="none")
+            loss = -(advantages * logps).mean()
+            if advantages.any():  # else there is nothing to learn, not even by weight decay
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
             history.append({"step": step, "reward": rewards.mean().item(), "loss": loss.item()})
             if self.on_step:
                 self.on_step(history[-1])
