@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import importlib.util
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -506,9 +507,6 @@ def eval_(
     with contextlib.ExitStack() as stack:
         stack.callback(found.close)
         n_tasks = min(limit or sys.maxsize, len(found.tasks()))
-        with phase(f"loading the policy {policy!r}"):
-            player = _make_policy(policy, policy_options)
-        stack.callback(getattr(player, "close", lambda: None))
         settings = {
             "env": env,
             "env_options": _assignments(option),
@@ -531,8 +529,12 @@ def eval_(
         else:
             name = "-".join((env, policy, *([Path(model).name] if model else [])))
             results = ResultsFile.named(Path("runs", "eval"), name, settings)
+        stack.enter_context(results)
         if results.done:
             print(f"continuing {results.partial}: {len(results.done)} done", file=sys.stderr)
+        with phase(f"loading the policy {policy!r}"):  # once the results are ours
+            player = _make_policy(policy, policy_options)
+        stack.callback(getattr(player, "close", lambda: None))
         n_rollouts = n_tasks * samples
         progress.begin(n_rollouts, results.done)
 
@@ -542,7 +544,7 @@ def eval_(
                 f"to go on: {_interrupt.same_command()}",
             ]
 
-        with notices.collected() as slow, results, _interrupt.keeping(kept):
+        with notices.collected() as slow, _interrupt.keeping(kept):
 
             def finished(rollout: Rollout) -> None:
                 results.add(rollout)
@@ -681,7 +683,10 @@ def train(
     ] = None,
 ) -> None:
     """Train a model on an environment."""
+    # A run is ours before anything is read of it, and until all of it is written.
+    owned: runs.Ownership | None = None
     if resume is not None:
+        owned = context.with_resource(runs.own(resume, resume=True)) if _is_main() else None
         config, run_dir = _to_resume(resume, config, run_dir, overwrite), str(resume)
     overrides = {"trainer.name": trainer, "model": model, "env.id": env, "run.dir": run_dir}
     settings = load_train_config(config, set_ or (), overrides)
@@ -692,10 +697,10 @@ def train(
     if settings.model and (folder := Path(settings.model).expanduser()).is_dir():
         settings.model = os.path.abspath(folder)  # a run may be gone on with from elsewhere
     path = _run_dir(settings)
-    if resume is None:
+    if resume is None and _is_main():
+        path, owning = _own_free(path, named=settings.run.dir is not None)
+        owned = context.with_resource(owning)
         runs.check_free(path, overwrite=overwrite)
-        if runs.is_run(path):
-            _check_ended(runs.Run.open(path))
     if (path / "config.toml").exists() and not runs.is_run(path):
         raise UsageError(
             f"{str(path)!r} is no run but holds a config.toml, which the run's would replace; "
@@ -710,6 +715,9 @@ def train(
             held_out = rlrf.make(section.id, **section.options)
         len(environment.tasks())  # an empty task set is an error before the model is loaded
         settings.run.dir = str(path)
+        if owned is not None:
+            text = to_toml(settings.model_dump(exclude_none=True))
+            owned.let(overwrite=overwrite, config_toml=text)
         if _is_main():
             print(f"run directory: {path}", flush=True)
         if progress is not None:
@@ -739,25 +747,11 @@ def _to_resume(run: Path, config: Path | None, run_dir: str | None, overwrite: b
                 "(--set may still change keys, trainer.max_steps for one)"
             )
     found = runs.Run.open(run)
+    if _is_main():
+        found.settle()
     if not (run / "config.toml").exists():
         raise UsageError(f"{str(run)!r} has no config.toml: it was not made by `rlrf train`")
-    _check_ended(found)
     return run / "config.toml"
-
-
-def _check_ended(run: runs.Run) -> None:
-    pid = run.info.get("pid")
-    if run.status == "running" and isinstance(pid, int) and _runs(pid):
-        raise UsageError(f"the run {str(run.path)!r} is still going on, in process {pid}")
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process of this number is there and trains."""
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-    return b"rlrf" in command and pid != os.getpid()
 
 
 def _progress(max_steps: int | None) -> contextlib.AbstractContextManager[Any]:
@@ -784,6 +778,22 @@ def _run_dir(settings: TrainConfig) -> Path:
     return Path("runs") / f"{env}-{settings.trainer.name}-{now}"
 
 
+def _own_free(path: Path, *, named: bool) -> tuple[Path, runs.Ownership]:
+    """The folder for a new run; where none was named, the first that nobody else has taken."""
+    for number in itertools.count(1):
+        place = path.with_name(f"{path.name}-{number}") if number > 1 else path
+        try:
+            owned = runs.own(place)
+        except runs.InUse:
+            if named:
+                raise
+            continue
+        if named or not runs.is_run(place):
+            break
+        owned.close()
+    return place, owned
+
+
 def _train(
     settings: TrainConfig,
     trainer_config: Any,
@@ -796,10 +806,8 @@ def _train(
 ) -> None:
     """Run the trainer; whatever happens, the run directory says how it ended."""
     status, message = "failed", ""
-    # An earlier run comes back if no new one begins: no such model, say.
-    aside = runs.set_aside(path) if _is_main() and not resume else contextlib.nullcontext()
     more = {"resume": True} if resume else {}
-    before = runs.Run.open(path).info if resume else None
+    before = runs.Run.open(path).info if runs.is_run(path) else None
     if (
         resume
         and "resume" not in inspect.signature(trainers.load(settings.trainer.name)).parameters
@@ -807,19 +815,8 @@ def _train(
         raise UsageError(
             f"trainer {settings.trainer.name!r} cannot resume a run: it takes no `resume`"
         )
-    written, fresh = to_toml(settings.model_dump(exclude_none=True)), path / ".config.toml.new"
-
     try:
-        with _interrupt.keeping(partial(_kept, path)), aside:
-
-            def on_step(line: dict[str, float]) -> None:
-                # What --set changed holds once the run goes on with it, not before.
-                if (path / "config.toml").read_text("utf-8") != written:
-                    fresh.write_text(written, encoding="utf-8")
-                    fresh.replace(path / "config.toml")
-                if progress is not None:
-                    progress(line)
-
+        with _interrupt.keeping(partial(_kept, path, before)):
             with phase("preparing"):
                 built = make_trainer(
                     settings.trainer.name,
@@ -828,11 +825,9 @@ def _train(
                     config=trainer_config,
                     run_dir=path,
                     eval_env=eval_env,
-                    on_step=on_step if resume else progress,
+                    on_step=progress,
                     **more,
                 )
-            if runs.is_run(path) and _is_main() and not resume:
-                (path / "config.toml").write_text(written, encoding="utf-8")
             result = built.train()
         status = "done"
     except KeyboardInterrupt:
@@ -840,14 +835,12 @@ def _train(
         raise
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and runs.unwritten(path, error):
+            raise RlrfError(f"the run {str(path)!r} could not be written: {error}") from error
         raise
     finally:
-        if runs.is_run(path) and _is_main() and runs.Run.open(path).info != before:
-            run = runs.Run.open(path)
-            if run.status == "running":  # else the trainer has said it itself
-                run.finish(status, message)
-            if report and run.metrics:
-                _report([path], None)
+        if _is_main():
+            _close_run(path, before, status, message, report)
     if not _is_main():
         return
     kept = math.inf if result.model_step is None else result.model_step
@@ -864,12 +857,12 @@ def _train(
         print(f"model: {result.model_dir}")
 
 
-def _kept(path: Path) -> list[str]:
+def _kept(path: Path, before: Mapping[str, Any] | None) -> list[str]:
     """What an interrupted run leaves, and how to go on with it; marks it, if nobody has."""
     again = f"to go on: {shlex.join(['rlrf', 'train', '--resume', str(path)])}"
-    if not (runs.is_run(path) and (path / "config.toml").exists()):
+    run = runs.Run.open(path) if runs.is_run(path) else None
+    if run is None or run.info == before or not (path / "config.toml").exists():
         return ["nothing had begun", f"to begin: {_interrupt.same_command()}"]
-    run = runs.Run.open(path)
     if run.status == "running":
         run.finish("interrupted")
     steps = [int(line["step"]) for line in run.metrics]
@@ -895,6 +888,26 @@ def _kept(path: Path) -> list[str]:
         f"{told}, but not the model, as trainer.save_steps is 0",
         f"to begin again: {_interrupt.same_command()} --overwrite",
     ]
+
+
+def _close_run(
+    path: Path, before: Mapping[str, Any] | None, status: str, message: str, report: bool
+) -> None:
+    """Say how a run ended, where its trainer has not, and report; a failure hides no other."""
+    try:
+        if not runs.is_run(path) or runs.Run.open(path).info == before:
+            return  # none has begun, or the one that is there did not go on
+        run = runs.Run.open(path)
+        if run.status == "running":  # else the trainer has said it itself
+            run.finish(status, message)
+        if report and run.metrics:
+            _report([path], None)
+    except (OSError, RlrfError) as error:
+        if status == "done":
+            print(
+                f"warning: {error}; the run is done, `rlrf report {path}` writes its report",
+                file=sys.stderr,
+            )
 
 
 # --- report, check ------------------------------------------------------------------------

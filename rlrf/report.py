@@ -15,12 +15,16 @@ import html
 import itertools
 import json
 import math
+import os
+import stat
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import rlrf
+from rlrf._files import check_name, refused, write_whole
 from rlrf.config import read_config
 from rlrf.errors import ConfigError, UsageError
 from rlrf.evaluate import pass_rate_interval
@@ -51,6 +55,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
 
     Raises:
         UsageError: no runs, a folder without a run, or an ``out`` that cannot be written.
+        Unwritable: the disk is full; an older page stays.
     """
     if not runs:
         raise UsageError("a report needs at least one run directory")
@@ -58,7 +63,12 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
     if out is None:
         first = opened[0].path
         out = (first if len(opened) == 1 else first.absolute().parent) / "report.html"
-    out = Path(out)
+        if out.is_symlink():
+            raise UsageError(
+                f"{str(out)!r} is a link, and the report is not written through it; delete it, or "
+                "name a file with --out"
+            )
+    out = check_name(Path(out))
     names = _names([run.path for run in opened])
     budget = MAX_ROLLOUTS // len(opened), MAX_BYTES // len(opened)
     data = {
@@ -66,11 +76,23 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
         "version": rlrf.__version__,
         "written": datetime.datetime.now().astimezone().isoformat(timespec="minutes"),
     }
+    page = _page(data, ", ".join(names))
     try:
-        out.write_text(_page(data, ", ".join(names)), encoding="utf-8")
+        if _is_special(out):
+            out.write_text(page, encoding="utf-8")
+        else:  # the run's own process may be writing it, too
+            write_whole(Path(os.path.realpath(out)), page, beside=f".{os.getpid()}")
     except OSError as error:
-        raise UsageError(f"cannot write the report {str(out)!r}: {error.strerror}") from None
+        raise refused(f"cannot write the report {str(out)!r}", error) from None
     return out
+
+
+def _is_special(out: Path) -> bool:
+    """Whether it is a pipe or a terminal, say, which no other file may take the place of."""
+    try:
+        return not stat.S_ISREG(out.stat().st_mode)
+    except OSError:
+        return False
 
 
 def _page(data: Mapping[str, Any], title: str) -> str:
@@ -123,6 +145,12 @@ def _run(run: Run, name: str, max_rollouts: int, max_bytes: int) -> dict[str, An
     metrics = run.metrics
     series = _series(metrics)
     rollouts = _chosen(run, survey, max_rollouts, max_bytes)
+    events = [_event(event) for event in run.events[-500:]]
+    if survey.broken:
+        told = (
+            f"{len(survey.broken)} lines of rollouts.jsonl are no rollouts and are not on this page"
+        )
+        events.append(_event({"level": "warning", "message": told}))
     return {
         "name": name,
         "facts": _facts(run, series),
@@ -131,28 +159,32 @@ def _run(run: Run, name: str, max_rollouts: int, max_bytes: int) -> dict[str, An
         "kinds": survey.kind_series(),
         "config": _flat(run.config),
         "lock": _flat(run.lock),
-        "events": run.events[-500:],
+        "events": events,
         "rollouts": rollouts,
         "total_rollouts": survey.total,
         "thinned": len(metrics) > MAX_POINTS,
     }
 
 
+def _event(event: Mapping[str, Any]) -> dict[str, str]:
+    return {key: _cut(event.get(key) or "") for key in ("time", "level", "message")}
+
+
 def _facts(run: Run, series: Mapping[str, list[list[float | None]]]) -> dict[str, Any]:
     info, lock, config = run.info, run.lock, run.config
     launched = _launched(run)
-    env = lock.get("env") or {}
+    env = _table(lock.get("env"))
     trainer = launched.get("trainer") or {}
     model = launched.get("model") or config.get("model")
     return {
         "status": run.status,
-        "message": info.get("message", ""),
+        "message": _cut(info.get("message", "")),
         "model": model if isinstance(model, str) else "",
-        "env": env.get("id", ""),
-        "feedback": env.get("feedback", ""),
+        "env": str(env.get("id", "")),
+        "feedback": str(env.get("feedback", "")),
         "trainer": trainer.get("name", "") if isinstance(trainer, Mapping) else "",
-        "started": info.get("started", ""),
-        "finished": info.get("finished", ""),
+        "started": str(info.get("started", "")),
+        "finished": str(info.get("finished", "")),
         "steps": max((int(p[0] or 0) for points in series.values() for p in points), default=0),
     }
 
@@ -183,15 +215,22 @@ def _thin(points: list[list[float | None]]) -> list[list[float | None]]:
     return points if stride <= 1 else [*points[:-1:stride], points[-1]]
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested tables as dotted keys and values as text."""
+def _flat(data: Mapping[str, Any], prefix: str = "", depth: int = 8) -> dict[str, str]:
+    """Nested tables as dotted keys and values as text; what is nested too deep is left out."""
     flat: dict[str, str] = {}
     for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
+        if isinstance(value, Mapping) and depth:
+            flat |= _flat(value, f"{prefix}{key}.", depth - 1)
+            continue
+        try:
             flat[prefix + str(key)] = value if isinstance(value, str) else json.dumps(value)
+        except RecursionError:
+            flat[prefix + str(key)] = "(nested too deep)"
     return flat
+
+
+def _table(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 # --- rollouts -----------------------------------------------------------------------------
@@ -206,10 +245,17 @@ class _Survey:
         self._kinds: dict[int, dict[str, int]] = {}  # step -> kind -> train rollouts with it
         self._trained: dict[int, int] = {}
         self.total = 0
-        for record in records:
+        self.broken: set[int] = set()  # positions of what is no rollout
+        for position, record in enumerate(records):
             self.total += 1
             key = _key(record)
             step, split, group = key
+            try:
+                found = {s.get("kind") for f in record.get("feedback") or () for s in f}
+                names = sorted(map(str, found))
+            except _MALFORMED:
+                self.broken.add(position)
+                continue
             self.groups[key] = self.groups.get(key, 0) + 1
             if record.get("reward") is None:
                 continue
@@ -220,8 +266,8 @@ class _Survey:
             else:
                 self._trained[step] = self._trained.get(step, 0) + 1
                 kinds = self._kinds.setdefault(step, {})
-                for kind in {s.get("kind") for f in record.get("feedback") or () for s in f}:
-                    kinds[str(kind)] = kinds.get(str(kind), 0) + 1
+                for kind in names:
+                    kinds[kind] = kinds.get(kind, 0) + 1
 
     def intervals(self) -> list[list[float]]:
         """``[step, low, high]``: confidence intervals of the held-out pass rates."""
@@ -285,10 +331,13 @@ def _ends_first(n: int) -> list[int]:
 def _key(record: Mapping[str, Any]) -> tuple[int, str, str]:
     step = record.get("step")
     return (
-        int(step) if isinstance(step, (int, float)) else 0,
+        int(step) if isinstance(step, (int, float)) and abs(step) < 1 << 53 else 0,
         str(record.get("split") or "train"),
         str(record.get("group_id") or record.get("task_id")),
     )
+
+
+_MALFORMED = (TypeError, ValueError, AttributeError, LookupError, OverflowError, RecursionError)
 
 
 def _chosen(run: Run, survey: _Survey, limit: int, max_bytes: int) -> list[dict[str, Any]]:
@@ -296,8 +345,11 @@ def _chosen(run: Run, survey: _Survey, limit: int, max_bytes: int) -> list[dict[
     found: list[tuple[int, int, dict[str, Any]]] = []
     for position, record in enumerate(run.rollouts()):
         key = _key(record)
-        if key in rank:
-            found.append((rank[key], position, _record(record)))
+        if key in rank and position not in survey.broken:
+            try:
+                found.append((rank[key], position, _record(record)))
+            except _MALFORMED:
+                survey.broken.add(position)
     used, kept = 0, []
     for _, position, record in sorted(found, key=lambda f: f[:2]):
         used += len(json.dumps(record, ensure_ascii=False))
@@ -326,7 +378,7 @@ def _record(record: Mapping[str, Any]) -> dict[str, Any]:
         "messages": [_message(m) for m in record.get("messages") or ()],
         "feedback": [[_segment(s) for s in step] for step in record.get("feedback") or ()],
         "teacher": _cut(record.get("teacher_prompt") or ""),
-        "length": sum(mask),
+        "length": sum(1 for m in mask if m),
         "tokens": [str(t) for t in tokens[:MAX_TOKENS]] if any(k is not None for k in kl) else [],
         "kl": [_round(k) for k in kl[:MAX_TOKENS]] if tokens else [],
         "mask": "".join("1" if m else "0" for m in mask[:MAX_TOKENS]) if 0 in mask else "",
@@ -350,9 +402,14 @@ def _segment(segment: Mapping[str, Any]) -> dict[str, Any]:
         "severity": str(segment.get("severity") or ""),
         "source": str(segment.get("source") or ""),
         "reveals": str(segment.get("reveals") or ""),
-        "span": segment.get("span"),
+        "span": _span(segment.get("span")),
         "untrusted": bool(segment.get("untrusted")),
     }
+
+
+def _span(value: Any) -> list[int] | None:
+    ends = list(value or ())
+    return ends if len(ends) == 2 and all(isinstance(end, int) for end in ends) else None
 
 
 def _cut(value: Any) -> str:
@@ -364,6 +421,8 @@ def _cut(value: Any) -> str:
 
 
 def _round(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not abs(value) <= sys.float_info.max:
         return None
     return float(f"{value:.5g}")

@@ -7,17 +7,33 @@ some rollouts are unscored, which the same command then tries again.
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import json
-import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from rlrf._files import (
+    Claim,
+    InUse,
+    Unwritable,
+    append,
+    check_name,
+    open_text,
+    parse_json,
+    reason,
+    refused,
+    write_whole,
+)
 from rlrf.errors import UsageError
 from rlrf.evaluate import EvalReport
 from rlrf.rollout import Rollout
+
+
+class Taken(UsageError):
+    """There are results of that name already."""
 
 
 class ResultsFile:
@@ -28,120 +44,194 @@ class ResultsFile:
         settings: all that decides what the rollouts are; JSON data.
         overwrite: replace what is there.
 
+    Attributes:
+        done: what an evaluation that was cut off has scored.
+
     Raises:
-        UsageError: there is a report already, or rollouts made with other settings.
+        UsageError: there is a report already, or rollouts made with other settings; the place is
+            none that can be written.
     """
 
     def __init__(
         self, path: Path | str, settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
-        self.path = Path(path)
-        if not self.path.name or self.path.is_dir():
-            raise UsageError(f"{str(path)!r} is a folder; name a file for the results")
+        self.path = check_name(Path(path))
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
-        self._file: TextIO | None = None
-        if overwrite:
-            self.partial.unlink(missing_ok=True)
-        elif self.path.exists() and not self.partial.exists():
-            raise UsageError(
-                f"{self.path} exists; --overwrite replaces it, another --out leaves it alone"
-            )
-        self.done = self._read()
+        self.overwrite = overwrite
+        self._claim: Claim | None = None
+        self._begun = False
+        self.done: list[Any] = []
+        self._look()
 
     @classmethod
     def named(cls, folder: Path | str, name: str, settings: Mapping[str, Any]) -> ResultsFile:
-        """The first of ``name.json``, ``name-2.json``, ... that is free or can be continued."""
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")
-        number = 1
-        while True:
-            try:
-                suffix = f"-{number}" if number > 1 else ""
-                return cls(Path(folder) / f"{stem}{suffix}.json", settings)
-            except UsageError:
-                number += 1
+        """The first of ``name.json``, ``name-2.json``, ... that is free or can be continued.
 
-    def _read(self) -> list[Rollout]:
-        """The scored rollouts of an evaluation that was cut off."""
-        if not self.partial.exists():
-            return []
-        rollouts = []
-        for number, line in enumerate(self.partial.read_text(encoding="utf-8").splitlines()):
+        It is claimed; see :meth:`claim`.
+        """
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:200]
+        for number in itertools.count(1):
+            suffix = f"-{number}" if number > 1 else ""
             try:
-                data = json.loads(line)
-            except ValueError:
-                break  # cut off while it was written
-            if number == 0:
-                self._compare(data)
-            else:
-                try:
-                    rollout = Rollout.from_dict(data)
-                except (LookupError, TypeError, AttributeError) as error:
+                found = cls(Path(folder) / f"{stem}{suffix}.json", settings)
+                found.claim()
+                break
+            except (Taken, InUse):
+                continue
+        return found
+
+    def claim(self) -> None:
+        """Make the file ours, until :meth:`__exit__`: two evaluations must not write to it.
+
+        Raises:
+            InUse: another evaluation writes to it.
+            UsageError: as the class; now it is sure.
+            Unwritable: the disk is full.
+        """
+        if self._claim is not None:
+            return
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refused(f"cannot make the folder {str(self.path.parent)!r}", error) from None
+        lock = self.path.with_name(f".{self.path.name}.lock")
+        self._claim = Claim(lock, f"the results file {str(self.path)!r}")
+        try:
+            self._look()  # another may have written since
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _look(self) -> None:
+        """Whether the place is ours to write to, and what is there to go on from."""
+        try:
+            if not self.path.name or self.path.is_dir():
+                raise UsageError(f"{str(self.path)!r} is a folder; name a file for the results")
+            for file in (self.path, self.partial):
+                if file.is_symlink():
                     raise UsageError(
-                        f"{self.partial}, line {number + 1}, is no rollout ({error!r}); "
-                        "--overwrite starts anew"
-                    ) from None
-                if rollout.scored:  # what the machinery failed at is tried again
-                    rollouts.append(rollout)
+                        f"{str(file)!r} is a link, and results are not written through links; "
+                        "name the file it points to"
+                    )
+                if file.exists() and not file.is_file():
+                    raise UsageError(f"{str(file)!r} is no file; name another for the results")
+            if self.path.exists() and not self.partial.exists() and not self.overwrite:
+                raise Taken(
+                    f"{self.path} exists; --overwrite replaces it, another --out leaves it alone"
+                )
+        except OSError as error:
+            raise UsageError(f"{str(self.path)!r} cannot be used: {error.strerror}") from None
+        self.done = [] if self.overwrite else self._read()
+
+    def _lines(self) -> Iterator[tuple[int, Any]]:
+        """Number and content of the whole lines that are there; one that was cut off is none."""
+        try:
+            opened = open_text(self.partial)
+        except FileNotFoundError:
+            return
+        with opened as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith("\n"):
+                    return
+                try:
+                    yield number, parse_json(line)
+                except ValueError:  # the machine died while it was written
+                    yield number, None
+
+    def _read(self) -> list[Any]:
+        """The scored rollouts of an evaluation that was cut off."""
+        rollouts = []
+        for number, data in self._lines():
+            if number == 1:
+                self._compare(data)
+                continue
+            if data is None:
+                continue
+            try:
+                rollout = Rollout.from_dict(data)
+                if not (isinstance(rollout.task_id, str) and _is_number(rollout.reward, none=True)):
+                    raise TypeError(f"task_id={rollout.task_id!r}, reward={rollout.reward!r}")
+                if not all(_is_number(value) for value in rollout.metrics.values()):
+                    raise TypeError(f"metrics={rollout.metrics!r}")
+            except Exception as error:  # whatever a line may hold
+                raise self._damaged(number, "rollout", error) from None
+            if rollout.scored:  # what the machinery failed at is tried again
+                rollouts.append(rollout)
         return rollouts
+
+    def _damaged(self, number: int, what: str, error: Exception) -> UsageError:
+        return UsageError(
+            f"{self.partial}, line {number}, is no {what} ({error!r}); --overwrite starts anew"
+        )
 
     def _compare(self, there: Any) -> None:
         if not isinstance(there, dict):
             raise UsageError(f"{self.partial} is damaged; --overwrite starts anew")
         for key in {**there, **self.settings}:
             if there.get(key) != self.settings.get(key):
-                raise UsageError(
+                raise Taken(
                     f"{self.partial} holds rollouts made with {key}={there.get(key)!r}, not "
                     f"{self.settings.get(key)!r}; --overwrite starts anew, another --out leaves "
                     "them alone"
                 )
 
     def __enter__(self) -> ResultsFile:
-        self.partial.parent.mkdir(parents=True, exist_ok=True)
-        before = self._claimed()
-        # Written anew: without unscored rollouts, and without a line that was cut off.
-        fresh = self.partial.with_name(self.partial.name + ".new")
-        with fresh.open("w", encoding="utf-8") as file:
-            for line in (self.settings, *(r.to_dict() for r in self.done)):
-                file.write(_line(line))
-        fresh.replace(self.partial)
-        self._file = self._claimed()
-        before.close()
+        self.claim()
         return self
 
-    def _claimed(self) -> TextIO:
-        """The partial file, open and ours: two evaluations must not write to it."""
-        file = self.partial.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            raise UsageError(
-                f"another evaluation writes to {self.partial}; wait for it, or give another --out"
-            ) from None
-        return file
-
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        self._let_go()
 
-    def add(self, rollout: Rollout) -> None:
-        """Keep a rollout that has finished."""
-        assert self._file is not None
-        self._file.write(_line(rollout.to_dict()))
-        self._file.flush()
+    def _let_go(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+    def add(self, rollout: Any) -> None:
+        """Keep a rollout that has finished; nothing is written before the first.
+
+        Raises:
+            Unwritable: the disk is full; what was kept stays.
+        """
+        assert self._claim is not None
+        try:
+            if not self._begun:
+                # Written anew: without unscored rollouts, and without a line that was cut off.
+                lines = (self.settings, *(r.to_dict() for r in self.done))
+                write_whole(self.partial, "".join(map(_line, lines)))
+                self._begun = True
+            append(self.partial, _line(rollout.to_dict()))
+        except OSError as error:
+            raise self._unwritable(error) from None
 
     def finish(self, report: EvalReport, about: Mapping[str, Any]) -> None:
-        """Write the report, whole or not at all, with settings, ``about`` and all rollouts."""
+        """Write the report, whole or not at all, with settings, ``about`` and all rollouts.
+
+        Raises:
+            Unwritable: the disk is full; the partial file stays.
+        """
         data = self.settings | dict(about) | report.to_dict(rollouts=True)
-        fresh = self.path.with_name(self.path.name + f".{os.getpid()}")
         text = json.dumps(data, indent=1, default=str)
-        fresh.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-        fresh.replace(self.path)
-        self.__exit__()
-        if not report.n_unscored:
-            self.partial.unlink(missing_ok=True)
+        try:
+            write_whole(self.path, text + "\n")
+            if not report.n_unscored:
+                self.partial.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._let_go()
+
+    def _unwritable(self, error: OSError) -> Unwritable:
+        return Unwritable(
+            f"the results cannot be written: {reason(error)}. Mend that; the same command, with "
+            f"--out {self.path}, goes on from what is kept in {self.partial}"
+        )
+
+
+def _is_number(value: Any, *, none: bool = False) -> bool:
+    if isinstance(value, (bool, int, float)):
+        return abs(value) <= sys.float_info.max
+    return none and value is None
 
 
 def _line(data: Mapping[str, Any]) -> str:

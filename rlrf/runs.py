@@ -8,48 +8,74 @@
                           adds (``step``, ``split``, ``teacher_prompt``, ``tokens``, ``token_kl``)
 ``events.jsonl``          warnings and notes: ``{"time", "level", "message"}``
 ``status.json``           ``running``, ``done``, ``failed`` or ``interrupted``
-``checkpoints/``          what a trainer needs to go on, if it writes any
+``config.toml``           what ``rlrf train`` was told, where it was started by that
+``checkpoints/``          ``step-N/`` and ``best/``: what a trainer needs to go on, if it writes any
 ========================  =======================================================================
 
 Every write is one whole line, flushed at once; a run that is killed keeps all lines but the one
 it was writing, and reading skips that one.
+
+A run begins in one step: the rename of a ``status.json`` that says all that the other files are to
+hold. Up to then an earlier run in the folder is whole; from then on it is the new one, and whoever
+may write finishes what a kill cut off (:meth:`Run.settle`). Who may write is one process at a time
+(:func:`own`); reading needs nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import json
 import math
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlrf._files import (
+    InUse,
+    append,
+    check_name,
+    flush,
+    now,
+    open_text,
+    parse_json,
+    refused,
+    write_whole,
+)
+from rlrf._run_folder import (
+    GROWING,
+    Ownership,
+    check_free,
+    check_run,
+    checkpoint_steps,
+    clear,
+    clear_checkpoints,
+    held_text,
+    is_run,
+    own,
+    unwritten,
+)
 from rlrf.env import Env
 from rlrf.errors import UsageError
 from rlrf.redact import safe_argv
 
-# A lone surrogate is no UTF-8; as \udc80 it is the JSON escape of itself.
-_SURROGATES = "backslashreplace"
+__all__ = [
+    "InUse",
+    "Ownership",
+    "Run",
+    "check_free",
+    "clear",
+    "environment_lock",
+    "is_run",
+    "own",
+    "unwritten",
+]
 
 STATUSES = ("running", "done", "failed", "interrupted")
 LEVELS = ("info", "warning", "error")
 
-_GROWING = ("metrics.jsonl", "rollouts.jsonl", "events.jsonl")
-_FILES = (
-    "config.json",
-    "lock.json",
-    "metrics.jsonl",
-    "rollouts.jsonl",
-    "events.jsonl",
-    "status.json",
-    "report.html",
-)
 _LOCKED = (
     "rlrf",
     "torch",
@@ -72,8 +98,9 @@ class Run:
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path = check_name(Path(path))
         self._mended: set[str] = set()
+        self._owned: Ownership | None = None
 
     @classmethod
     def create(
@@ -84,37 +111,72 @@ class Run:
         env: Env | None = None,
         overwrite: bool = False,
     ) -> Run:
-        """Start a run directory.
+        """Start a run directory; it is this process's until the run is finished.
 
         Args:
             path: the folder; made with its parents. Files of others in it are left alone.
             config: what the run was configured with; JSON data (other values as their text).
             env: the environment, for the lock.
-            overwrite: delete an earlier run's files first.
+            overwrite: replace an earlier run.
 
         Raises:
-            UsageError: the folder already holds a run, or cannot be made.
+            UsageError: the folder already holds a run, is another process's, or cannot be made.
+            Unwritable: the disk is full; an earlier run is as it was.
         """
         run = cls(path)
+        owned = own(run.path)
         try:
-            run.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"cannot make the run directory {str(run.path)!r}: {error.strerror}"
-            ) from None
-        check_free(run.path, overwrite=overwrite)
-        clear(run.path)
-        # First of all, so that what a kill leaves behind from here on is a run that can be resumed.
-        run._write("status.json", {"status": "running", "started": _now(), "pid": os.getpid()})
-        run.describe(config, env)
-        for name in _GROWING:
-            (run.path / name).touch()
+            check_free(run.path, overwrite=overwrite or owned.overwrite)
+            beginning = {
+                "config.json": dict(config),
+                "lock.json": environment_lock(env),
+                "config.toml": owned.config_toml,
+                "replaces": is_run(run.path),
+            }
+            status = {"status": "running", "started": now(), "pid": os.getpid()}
+            run._write("status.json", {**status, "beginning": beginning})  # here it begins
+            run.settle()
+        except BaseException as error:
+            owned.close()
+            if isinstance(error, OSError):
+                raise refused(f"cannot begin a run in {str(run.path)!r}", error) from None
+            raise
+        run._owned = owned
         return run
+
+    def settle(self) -> None:
+        """Finish what a kill cut off while the run began; of the one before it nothing is left.
+
+        Raises:
+            OSError: it cannot be written; another try goes on.
+        """
+        info = self.info
+        beginning = info.pop("beginning", None)
+        if not isinstance(beginning, dict):
+            return
+        text = beginning.get("config.toml")
+        gone = [*GROWING, "report.html", "trackers.json"]
+        if beginning.get("replaces") and text is None:
+            gone.append("config.toml")
+        for name in gone:
+            (self.path / name).unlink(missing_ok=True)
+        clear_checkpoints(self.path)
+        for name in ("config.json", "lock.json"):
+            self._write(name, beginning.get(name) or {})
+        if text is not None:
+            write_whole(self.path / "config.toml", str(text))
+        for name in GROWING:
+            (self.path / name).touch()
+        info.pop("model", None)
+        self._write("status.json", info)
 
     def describe(self, config: Mapping[str, Any], env: Env | None = None) -> None:
         """Write what the run is configured with and runs on; a resumed run may differ in both."""
+        text = held_text(self.path)
         self._write("config.json", dict(config))
         self._write("lock.json", environment_lock(env))
+        if text is not None:
+            write_whole(self.path / "config.toml", text)
 
     @classmethod
     def open(cls, path: Path | str) -> Run:
@@ -124,11 +186,7 @@ class Run:
             UsageError: there is no run in ``path``.
         """
         run = cls(path)
-        if not is_run(run.path):
-            what = "holds no run (no status.json)" if run.path.is_dir() else "is not a folder"
-            raise UsageError(
-                f"{str(run.path)!r} {what}; give the run directory that `rlrf train` printed"
-            )
+        check_run(run.path)
         return run
 
     # --- writing --------------------------------------------------------------------------
@@ -159,7 +217,7 @@ class Run:
         """
         if level not in LEVELS:
             raise UsageError(f"event level is {level!r}; it must be one of {', '.join(LEVELS)}")
-        self._append("events.jsonl", [{"time": _now(), "level": level, "message": message}])
+        self._append("events.jsonl", [{"time": now(), "level": level, "message": message}])
 
     def finish(self, status: str = "done", message: str = "", *, model: bool = False) -> None:
         """Say how the run ended: ``done``, ``failed`` or ``interrupted``.
@@ -176,37 +234,59 @@ class Run:
             raise UsageError(f"run status is {status!r}; it must be one of {', '.join(STATUSES)}")
         record = {**self._read("status.json"), "status": status}
         if status != "running":
-            record["finished"] = _now()
+            record["finished"] = now()
+        record.pop("message", None)
         if message:
             record["message"] = message
         if model:
             record["model"] = True
         self._write("status.json", record)
+        if status != "running" and self._owned is not None:
+            self._owned.close()
 
     def position(self) -> dict[str, int]:
-        """How long each of the files that grow is now, for :meth:`rewind`."""
-        for name in _GROWING:
-            _drop_torn_line(self.path / name)
-        return {name: (self.path / name).stat().st_size for name in _GROWING}
+        """How long each of the files that grow is now, for :meth:`rewind`.
 
-    def rewind(self, position: Mapping[str, int]) -> None:
-        """Forget what was written after :meth:`position`, and go on: the run is resumed.
+        Up to there they are on the disk, should the machine die.
+        """
+        for name in GROWING:
+            (self.path / name).touch()
+            _drop_torn_line(self.path / name)
+            flush(self.path / name)
+        flush(self.path)
+        return {name: (self.path / name).stat().st_size for name in GROWING}
+
+    def check_position(self, position: Mapping[str, int]) -> None:
+        """Whether :meth:`rewind` can go there.
 
         Raises:
             UsageError: a file has become shorter than it was.
         """
-        sizes = {self.path / name: position.get(name, 0) for name in _GROWING}
-        for path, size in sizes.items():  # all of them, before any is touched
+        for name in GROWING:
+            path, size = self.path / name, position.get(name, 0)
             if (path.stat().st_size if path.exists() else 0) < size:
                 raise UsageError(
                     f"{str(path)!r} is shorter than it was when the checkpoint was written; "
-                    "it was changed, and the run cannot be resumed"
+                    "it was changed, and the run cannot be resumed from that checkpoint"
                 )
-        for path, size in sizes.items():
+
+    def rewind(self, position: Mapping[str, int]) -> None:
+        """Forget what was written after :meth:`position`, and go on: the run is resumed.
+
+        How it had ended is forgotten, too; the events keep it.
+
+        Raises:
+            UsageError: a file has become shorter than it was; nothing is touched.
+        """
+        self.check_position(position)
+        for name in GROWING:
+            path = self.path / name
             path.touch()
-            os.truncate(path, size)
-        record = {k: v for k, v in self._read("status.json").items() if k != "finished"}
-        resumed = [*record.get("resumed", []), _now()]
+            os.truncate(path, position.get(name, 0))
+        record = {k: v for k, v in self.info.items() if k not in ("finished", "message")}
+        resumed = [*record.get("resumed", []), now()]
+        if not (self.path / "model").is_dir():
+            record.pop("model", None)
         self._write(
             "status.json", {**record, "status": "running", "pid": os.getpid(), "resumed": resumed}
         )
@@ -216,17 +296,24 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """What the run was configured with."""
-        return self._read("config.json")
+        return self._described("config.json")
 
     @property
     def lock(self) -> dict[str, Any]:
         """Versions, platform, environment; see :func:`environment_lock`."""
-        return self._read("lock.json")
+        return self._described("lock.json")
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``; a number that was not finite is None."""
-        return list(self._lines("metrics.jsonl"))
+        """The lines of ``metrics.jsonl``; a number that was not finite is None.
+
+        A line without a step, and what is no number, is left out.
+        """
+        return [
+            {"step": int(line["step"]), **_numbers(line)}
+            for line in self._lines("metrics.jsonl")
+            if _is_step(line.get("step"))
+        ]
 
     def rollouts(self) -> Iterator[dict[str, Any]]:
         """The records of ``rollouts.jsonl``, one at a time: the file may be large."""
@@ -247,6 +334,26 @@ class Run:
         """``status.json``: status, started, finished, message, model."""
         return self._read("status.json")
 
+    @property
+    def steps(self) -> list[int]:
+        """The steps of which there is a checkpoint, oldest first."""
+        return checkpoint_steps(self.path)
+
+    @property
+    def last_step(self) -> int:
+        """The last step whose metrics are written; 0 before the first."""
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @property
+    def begins_anew(self) -> bool:
+        """Whether to resume a run without a checkpoint by beginning it again is right.
+
+        It is where no more is lost than a kill may cost any run: the steps between two checkpoints.
+        """
+        config, last = self.config.get("trainer"), self.last_step
+        every = config.get("save_steps") if isinstance(config, dict) else 0
+        return not last or (self.status != "done" and isinstance(every, int) and 0 < last <= every)
+
     def __repr__(self) -> str:
         return f"Run({str(self.path)!r}, {self.status})"
 
@@ -254,98 +361,51 @@ class Run:
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         path = self.path / name
+        text = "".join(_json(record) + "\n" for record in records)
         if name not in self._mended:
             _drop_torn_line(path)
             self._mended.add(name)
-        text = "".join(_json(record) + "\n" for record in records)
-        with path.open("a", encoding="utf-8", errors=_SURROGATES) as file:
-            file.write(text)
+        append(path, text)
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
-        # Written beside and renamed: a kill leaves the old file or the new one, never half.
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(_json(data, indent=2) + "\n", encoding="utf-8", errors=_SURROGATES)
-        temporary.replace(self.path / name)
+        write_whole(self.path / name, _json(data, indent=2) + "\n")
 
     def _read(self, name: str) -> dict[str, Any]:
         try:
-            data = json.loads((self.path / name).read_text(encoding="utf-8"))
+            with open_text(self.path / name) as file:
+                data = parse_json(file.read())
         except FileNotFoundError:
             return {}
+        except UsageError:
+            raise
         except ValueError as error:
             raise UsageError(f"{str(self.path / name)!r} is not valid JSON: {error}") from None
         return data if isinstance(data, dict) else {}
 
+    def _described(self, name: str) -> dict[str, Any]:
+        beginning = self.info.get("beginning")
+        if isinstance(beginning, dict):
+            data = beginning.get(name)
+            return data if isinstance(data, dict) else {}
+        return self._read(name)
+
     def _lines(self, name: str) -> Iterator[dict[str, Any]]:
-        path = self.path / name
-        if not path.exists():
+        if "beginning" in self.info:
+            return  # what is there is of the run before
+        try:
+            opened = open_text(self.path / name)
+        except FileNotFoundError:
             return
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with opened as file:
             for line in file:
                 if not line.endswith("\n"):
                     return  # still being written, or torn by a kill
                 try:
-                    record = json.loads(line)
+                    record = parse_json(line)
                 except ValueError:
                     continue
                 if isinstance(record, dict):
                     yield record
-
-
-def is_run(path: Path | str) -> bool:
-    """Whether a folder holds a run."""
-    return (Path(path) / "status.json").is_file()
-
-
-def check_free(path: Path | str, *, overwrite: bool = False) -> None:
-    """Refuse a folder that already holds a run, unless it may be overwritten.
-
-    Raises:
-        UsageError: it holds one.
-    """
-    if is_run(path) and not overwrite:
-        raise UsageError(
-            f"{str(path)!r} already holds a run; choose another run directory or overwrite it"
-        )
-    foreign = [n for n in _FILES if (Path(path) / n).exists()]
-    if foreign and not is_run(path):
-        raise UsageError(
-            f"{str(path)!r} is no run but holds {foreign[0]!r}, which a run would replace; "
-            "choose another run directory"
-        )
-
-
-def clear(path: Path | str) -> None:
-    """Delete the files of a run from a folder; whatever else is there (a model) stays."""
-    for name in _FILES:
-        (Path(path) / name).unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def set_aside(path: Path | str) -> Iterator[None]:
-    """Make room for a new run in a folder; the old one comes back if no new one begins."""
-    path = Path(path)
-    old = path / ".overwritten"
-    if old.is_dir():  # a kill came in between
-        _bring_back(old, path)
-    names = [n for n in (*_FILES, "config.toml") if (path / n).exists()]
-    if names:
-        old.mkdir()
-    for name in names:
-        (path / name).replace(old / name)
-    try:
-        yield
-    finally:
-        if old.is_dir():
-            _bring_back(old, path)
-
-
-def _bring_back(old: Path, path: Path) -> None:
-    """Put a run that was set aside back, or drop it where another has begun."""
-    if not is_run(path):
-        for file in old.iterdir():
-            file.replace(path / file.name)
-    shutil.rmtree(old)
 
 
 def environment_lock(env: Env | None = None) -> dict[str, Any]:
@@ -377,7 +437,7 @@ def environment_lock(env: Env | None = None) -> dict[str, Any]:
 
 def _drop_torn_line(path: Path) -> None:
     """Cut a last line that a kill left unfinished, so that what follows starts on its own line."""
-    if not path.exists():
+    if path.is_symlink() or not path.exists():  # appending refuses a link
         return
     with path.open("rb+") as file:
         size = file.seek(0, os.SEEK_END)
@@ -401,6 +461,24 @@ def _json(data: Mapping[str, Any], indent: int | None = None) -> str:
         return json.dumps(_finite(data), ensure_ascii=False, indent=indent, default=_plain)
 
 
+def _is_step(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value < 1 << 53
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    for name, value in line.items():
+        if name == "step" or isinstance(value, bool):
+            continue
+        if value is None or (isinstance(value, (int, float)) and abs(value) <= sys.float_info.max):
+            found[name] = value
+        elif isinstance(value, (int, float)):
+            found[name] = None  # infinite, NaN, or beyond what a float holds
+    return found
+
+
 def _plain(value: Any) -> Any:
     """JSON data for numbers of numpy and torch, sets and the rest (as text)."""
     if hasattr(value, "tolist"):
@@ -418,7 +496,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(v) for v in value]
     return value
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -764,18 +764,29 @@ def test_resume_needs_a_run_that_stands_still_and_a_trainer_that_can(rlrf_cli: I
     assert code == 2
     assert "'cli-fake' cannot resume" in error
     assert Run.open("a").status == "done"
-    status = Path("a/status.json")
+    holder = (
+        "import sys, rlrf.runs as r\n"
+        "with r.own('a'):\n    print('held', flush=True); sys.stdin.read()\n"
+    )
     with subprocess.Popen(
-        [sys.executable, "-c", "input()", "rlrf"], stdin=subprocess.PIPE
+        [sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as alive:  # it ends with its standard input
-        running = {"status": "running", "pid": alive.pid}
-        status.write_text(json.dumps(json.loads(status.read_text()) | running))
+        assert alive.stdout is not None
+        assert alive.stdout.readline() == b"held\n"
         before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
-        for args in (("train", "--resume", "a"), (*TRAIN, "--run-dir", "a", "--overwrite")):
+        for args in (
+            ("train", "--resume", "a"),
+            (*TRAIN, "--run-dir", "a", "--overwrite"),
+            (*TRAIN, "--run-dir", "a"),
+        ):
             code, _, error = rlrf_cli(*args)
             assert code == 2
-            assert f"still going on, in process {alive.pid}" in error
+            assert f"the run 'a' is in use, by process {alive.pid} on " in error
+            assert error.count("\n") == 1
+        assert rlrf_cli("report", "a")[0] == 0  # reading needs nothing
+        Path("a/report.html").unlink()
         assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
+    assert not Path("a/.lock").exists()
     Path("a/config.toml").unlink()
     code, _, error = rlrf_cli("train", "--resume", "a")
     assert code == 2

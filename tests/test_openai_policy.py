@@ -314,7 +314,7 @@ def test_damaged_results_are_told(tmp_path):
 def test_two_evaluations_do_not_write_to_one_file(tmp_path):
     first = ResultsFile(tmp_path / "r.json", {"seed": 0})
     second = ResultsFile(tmp_path / "r.json", {"seed": 0})
-    with first, pytest.raises(UsageError, match="another evaluation writes to"), second:
+    with first, pytest.raises(UsageError, match="in use, by process"), second:
         pass
     with second:
         pass

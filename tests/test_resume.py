@@ -158,7 +158,7 @@ def everything(folder):
         ("done", 2, False),  # to its end
         ("running", 1, False),  # past where a checkpoint was
         ("running", 0, False),
-        ("failed", 2, True),  # what it left is worth something
+        ("failed", 1, True),
     ],
 )
 def test_a_run_that_would_lose_what_it_has_does_not_begin_again(status, every, model, tmp_path):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 import rlrf
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError
-from rlrf.runs import Run, check_free, clear, is_run, set_aside
+from rlrf.runs import Run, check_free, clear, is_run
 
 
 class Tiny(SingleTurnEnv):
@@ -171,30 +170,3 @@ def test_how_a_run_ended_is_kept(tmp_path: Path) -> None:
     assert (run.status, run.info["message"]) == ("failed", "boom")
     run.finish("running")
     assert run.status == "running"
-
-
-def test_an_old_run_comes_back_if_no_new_one_begins(tmp_path: Path) -> None:
-    from rlrf.runs import set_aside
-
-    Run.create(tmp_path / "run", config={"n": 1}, env=None).finish("done")
-    with contextlib.suppress(RuntimeError), set_aside(tmp_path / "run"):
-        raise RuntimeError("no such model")
-    assert Run.open(tmp_path / "run").status == "done"
-    with set_aside(tmp_path / "run"):
-        Run.create(tmp_path / "run", config={"n": 2}, env=None)
-    assert Run.open(tmp_path / "run").config == {"n": 2}
-    assert not (tmp_path / "run" / ".overwritten").exists()
-
-
-def test_what_a_kill_left_set_aside_comes_back_or_goes(tmp_path):
-    make(tmp_path)
-    (tmp_path / ".overwritten").mkdir()
-    (tmp_path / ".overwritten" / "report.html").write_text("old")
-    with set_aside(tmp_path):  # a run is there, so what was set aside is of one before it
-        make(tmp_path)
-    assert not (tmp_path / ".overwritten").exists()
-    assert not (tmp_path / "report.html").exists()
-    with contextlib.suppress(KeyboardInterrupt), set_aside(tmp_path):
-        raise KeyboardInterrupt
-    assert is_run(tmp_path)
-    assert not (tmp_path / ".overwritten").exists()

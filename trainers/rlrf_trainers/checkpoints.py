@@ -8,9 +8,6 @@ what has the name of a checkpoint is one, whenever the process or the machine di
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +17,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlrf.errors import RlrfError, UsageError
+from rlrf._files import (
+    Unwritable,
+    hidden_target,
+    parse_json,
+    put_folder,
+    reason,
+    remove_folder,
+    settle_folder,
+    standing,
+)
+from rlrf._run_folder import BEST, checkpoint_steps, clear_checkpoints
+from rlrf.errors import UsageError
 
-_STEP = re.compile(r"step-(\d{8})")
-BEST = "best"
+__all__ = ["BEST", "Checkpoints", "Damaged", "State", "newest", "prefixed"]
+
+
+class Damaged(UsageError):
+    """A checkpoint whose files are there, but do not say what they should."""
 
 
 @dataclass
@@ -61,43 +72,45 @@ class Checkpoints:
         """Write ``name``, replacing an older one of that name.
 
         Raises:
-            RlrfError: the disk is full or the folder cannot be written; what was there stays.
+            Unwritable: the disk is full or the folder cannot be written; what was there stays.
         """
-        target, fresh = self.folder / name, self.folder / f".{name}.new"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._sweep()
-            fresh.mkdir()
+        target = self.folder / name
+
+        def write(fresh: Path) -> None:
             # A copy of what is not contiguous; views of one storage are refused by safetensors.
             tensors = {n: t.detach().contiguous() for n, t in state.tensors.items()}
             save_file(tensors, fresh / "state.safetensors")
             (fresh / "state.json").write_text(json.dumps(state.data), encoding="utf-8")
-            for path in (*fresh.iterdir(), fresh):
-                _flush(path)
-            if target.exists():  # a folder cannot be renamed onto one that holds something
-                target.rename(self.folder / f".{name}.old")
-            fresh.rename(target)
-            _flush(self.folder)
+
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            put_folder(target, write)
         except (OSError, SafetensorError) as error:
-            raise RlrfError(
-                f"the checkpoint {str(target)!r} could not be written: {error}. Make room or set "
-                "save_steps=0, and go on with --resume"
+            told = reason(error) if isinstance(error, OSError) else error
+            raise Unwritable(
+                f"the checkpoint {str(target)!r} could not be written: {told}"
             ) from error
-        finally:
-            self._sweep()
         return target
 
     def save_step(self, step: int, state: State, keep: int) -> Path:
-        """Write the checkpoint of ``step`` and delete all but the ``keep`` newest."""
+        """Write the checkpoint of ``step`` and delete all but the ``keep`` newest.
+
+        Raises:
+            Unwritable: as :meth:`save`.
+        """
         path = self.save(f"step-{step:08d}", state)
         for old in self.steps()[:-keep]:
-            shutil.rmtree(self.path(old))
+            try:
+                remove_folder(self.path(old))
+            except OSError as error:
+                raise Unwritable(
+                    f"the checkpoint of step {old} could not be deleted: {reason(error)}"
+                ) from error
         return path
 
     def steps(self) -> list[int]:
         """The steps of which there is a checkpoint, oldest first."""
-        names = (p.name for p in self.folder.iterdir()) if self.folder.is_dir() else ()
-        return sorted(int(m[1]) for n in names if (m := _STEP.fullmatch(n)))
+        return checkpoint_steps(self.folder.parent)
 
     def path(self, step: int | str) -> Path:
         """The folder of a step, or of a name."""
@@ -108,57 +121,60 @@ class Checkpoints:
 
         Raises:
             UsageError: there is none; it cannot be read.
+            Damaged: what is in it is no checkpoint.
         """
-        folder = self.path(step)
+        folder = standing(self.path(step))
         if not folder.is_dir():
             there = [f"step {s}" for s in self.steps()]
-            there += [BEST] if (self.folder / BEST).is_dir() else []
+            there += [BEST] if standing(self.folder / BEST).is_dir() else []
             raise UsageError(
                 f"there is no checkpoint {folder.name!r} in {str(self.folder)!r}; "
                 f"there {'are ' + ', '.join(there) if there else 'is none at all'}"
             )
         try:
-            data = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            data = parse_json((folder / "state.json").read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise ValueError("state.json holds no table")
             return State(load_file(folder / "state.safetensors"), data)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UsageError(
+        except (FileNotFoundError, ValueError, SafetensorError) as error:
+            raise Damaged(
                 f"the checkpoint {str(folder)!r} cannot be read ({error}); delete it to use an "
                 "older one"
+            ) from None
+        except OSError as error:  # mended, it may be as good as ever
+            raise UsageError(
+                f"the checkpoint {str(folder)!r} cannot be read: {reason(error)}"
             ) from None
 
     def clear(self) -> None:
         """Delete all of them: a new run begins. What is no checkpoint of ours is left alone."""
-        for path in self.folder.glob("*"):
-            if {"state.json", "state.safetensors"} <= {p.name for p in path.glob("*")}:
-                shutil.rmtree(path)
+        clear_checkpoints(self.folder.parent)
 
-    def _sweep(self) -> None:
+    def settle(self) -> None:
         """Remove what a kill left half done, and put back what it had put aside."""
-        for path in self.folder.glob(".*.new"):
-            shutil.rmtree(path)
-        for path in self.folder.glob(".*.old"):
-            target = self.folder / path.name[1:].removesuffix(".old")
-            if target.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(target)
+        if self.folder.is_dir():
+            for path in list(self.folder.iterdir()):
+                if target := hidden_target(path):
+                    settle_folder(target)
+
+    def set_aside(self, after: int) -> list[Path]:
+        """Rename the steps ``after`` one, so that the run can go on from it; the new places."""
+        moved = []
+        for step in self.steps():
+            if step > after:
+                place = self.folder / f"damaged-{self.path(step).name}"
+                if place.exists():
+                    remove_folder(place)
+                moved.append(self.path(step).rename(place))
+        return moved
 
 
 def newest(run_dir: Path | str) -> State | None:
     """The last checkpoint of a run, or None if it wrote none."""
     checkpoints = Checkpoints(run_dir)
-    if checkpoints.folder.is_dir():
-        checkpoints._sweep()
+    checkpoints.settle()
     steps = checkpoints.steps()
     return checkpoints.load(steps[-1]) if steps else None
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

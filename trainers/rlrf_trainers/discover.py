@@ -13,12 +13,12 @@ all its rollouts in the order they were sampled, and ``discovery@k`` the chance 
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -796,12 +796,12 @@ def _discover(
         }
         if out is not None:
             results = _RunsFile(out, decides, overwrite=overwrite)
+            results.claim()  # before the model is loaded
         else:
             name = f"{settings.env.id}-{Path(settings.model).name}"
             results = cast(_RunsFile, _RunsFile.named(Path("runs", "discover"), name, decides))
         if results.done:
             print(f"continuing {results.partial}: {len(results.done)} runs done", file=sys.stderr)
-        policy = HFPolicy(settings.model)  # before anything is written
         n_runs = len(ids) * len(chosen_seeds) * len(methods)
         progress.begin(n_runs, len(results.done))
 
@@ -812,7 +812,7 @@ def _discover(
                 f"to go on: {same_command()}",
             ]
 
-        with results, keeping(kept):
+        with results, nullcontext(HFPolicy(settings.model)) as policy, keeping(kept):
 
             def finished(run: DiscoveryRun) -> None:
                 results.add(run)
@@ -864,37 +864,24 @@ def _task_ids(env: Env, task: Sequence[str] | None, tasks_file: Path | None) -> 
 class _RunsFile(ResultsFile):
     """A results file whose lines are runs: what is continued is whole runs."""
 
-    done: list[Any]
-
     def _read(self) -> list[Any]:
-        if not self.partial.exists():
-            return []
         runs: list[DiscoveryRun] = []
         settings: Any = None
-        for number, line in enumerate(self.partial.read_text(encoding="utf-8").splitlines()):
-            try:
-                data = json.loads(line)
-            except ValueError:
-                break  # cut off while it was written
-            if number == 0:
+        for number, data in self._lines():
+            if number == 1:
                 settings = data
                 continue
-            if number == 1:  # settings without a run bind nobody
+            if number == 2:  # settings without a run bind nobody
                 self._compare(settings)
+            if data is None:
+                continue
             try:
                 run = DiscoveryRun.from_dict(data)
-            except (LookupError, TypeError) as error:
-                raise UsageError(
-                    f"{self.partial}, line {number + 1}, is no run ({error!r}); "
-                    "--overwrite starts anew"
-                ) from None
+            except Exception as error:  # whatever a line may hold
+                raise self._damaged(number, "run", error) from None
             if run.failure is None:
                 runs.append(run)
         return runs
-
-    def add(self, run: Any) -> None:
-        """Keep a run that has ended."""
-        super().add(run)
 
     def finish(self, report: Any, about: Mapping[str, Any]) -> None:
         """Write the report; the partial file stays where runs were given up."""

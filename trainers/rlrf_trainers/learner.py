@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import hashlib
 import math
 import random
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -22,18 +20,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import rlrf
 from rlrf import Env, Rollout, SamplingParams, Task, progress
+from rlrf._files import Unwritable, put_folder, reason, settle_folder
 from rlrf.errors import RlrfError, UsageError
 from rlrf.notices import notice
-from rlrf.runs import Run, environment_lock
+from rlrf.runs import Run, environment_lock, own, unwritten
 from rlrf_trainers import distributed, preflight
 from rlrf_trainers.backbone import base_model
 from rlrf_trainers.batch import Batch, S, Sample
-from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest, prefixed
+from rlrf_trainers.checkpoints import BEST, Checkpoints, Damaged, State, prefixed
 from rlrf_trainers.config import TrainerConfig
 from rlrf_trainers.distributed import World
 from rlrf_trainers.estimate import estimate, plan
@@ -87,7 +85,7 @@ class Learner:
     Raises:
         UsageError: an empty task set, a prompt with nothing to answer, a model without a chat
             template or too short a context, processes that were not started alike, no run to
-            resume.
+            resume, or one that another process has.
     """
 
     def __init__(
@@ -138,6 +136,26 @@ class Learner:
                 "give run_dir=..."
             )
         check_trackers(config.report_to, None if run_dir is None else Path(run_dir))
+        # Before the model is loaded, and until training has ended.
+        mine = run_dir is not None and self.world.is_main
+        self._owned = own(run_dir or "", resume=resume) if mine else None
+        try:
+            self._load(model, run_dir, on_step, resume)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _load(
+        self,
+        model: Any,
+        run_dir: str | Path | None,
+        on_step: Callable[[dict[str, float]], None] | None,
+        resume: bool,
+    ) -> None:
+        config, env = self.config, self.env
+        if self._owned is not None:
+            self._owned.check_idle()
+            self._check_place(model if isinstance(model, (str, Path)) else IN_MEMORY, run_dir)
         if progress.heard() and run_dir is not None:
             name = env.spec.id.removeprefix("rlrf/") if env.spec else type(env).__name__
             n = len(self.eval_env.tasks(self.eval_split))
@@ -247,18 +265,27 @@ class Learner:
 
     # --- the run ------------------------------------------------------------------------------
 
-    def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
-        source, target = Path(self.description["model"]), Path(run_dir) / "model"
+    @staticmethod
+    def _check_place(model: str | Path, run_dir: str | Path | None) -> None:
+        source, target = Path(model), Path(run_dir or "") / "model"
         if source.is_dir() and target.is_dir() and source.samefile(target):
             raise UsageError(
                 f"the model {str(source)!r} lies where this run will leave its own; choose "
                 "another run directory, or move the model"
             )
-        if resume:
-            return Run.open(run_dir)
-        run = Run.create(run_dir, config=self.description, env=self.env)
-        Checkpoints(run_dir).clear()  # of the run that this one replaces
+
+    def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
+        self._check_place(self.description["model"], run_dir)
+        if not resume:
+            return Run.create(run_dir, config=self.description, env=self.env)
+        run = Run.open(run_dir)
+        run.settle()
+        settle_folder(run.path / "model")
         return run
+
+    def _let_go(self) -> None:
+        if self._owned is not None:
+            self._owned.close()
 
     def _warn_of_overlap(self) -> None:
         held_out = self.eval_env.tasks(self.eval_split)
@@ -739,7 +766,7 @@ class Learner:
         return found
 
     def _restore(self, folder: Path, trainer: Stateful) -> bool:
-        state = newest(folder) if self.world.is_main else None
+        state = self._newest_usable(folder) if self.world.is_main else None
         if state is not None and self.world.size > 1:
             # The others need the names; the main process hands out the tensors.
             names = {
@@ -765,20 +792,21 @@ class Learner:
                     f"the last checkpoint in {str(folder)!r} is damaged, or of another version of "
                     f"rlrf ({error!r}); delete it to go on from an older one"
                 ) from error
-        elif self.run is not None and last:
-            # One that was killed before its first checkpoint begins again; else nothing is lost.
+        elif self.run is not None and not self.run.begins_anew:
             config = self.run.config.get("trainer")
             every = config.get("save_steps", 0) if isinstance(config, dict) else 0
             has_model = self.run.info.get("model", False)
-            if finished or has_model or not every or last > every:
-                raise UsageError(
-                    f"the run {str(folder)!r} has no checkpoint to go on from (it took {last} "
-                    f"steps, with save_steps={every}); train anew in another run directory"
-                    + (f", from {str(self.run.path / 'model')!r} if you like" if has_model else "")
-                )
+            raise UsageError(
+                f"the run {str(folder)!r} has no checkpoint to go on from (it took {last} "
+                f"steps, with save_steps={every}); train anew in another run directory"
+                + (f", from {str(self.run.path / 'model')!r} if you like" if has_model else "")
+            )
         self._first_step = self.step
         position = state.data["position"] if state else {}
+        aside = self._keep_aside(self.step, None if state else last)
         self.record.rewind(position, self.description, self.env)
+        for told in aside:
+            self.record.warn("set_aside", told)
         if state is None:
             self.record.note("resumed from the beginning: no checkpoint had been written")
         else:
@@ -828,6 +856,65 @@ class Learner:
             }
         )
         return found
+
+    def _newest_usable(self, folder: Path) -> State | None:
+        """The newest checkpoint that is whole and whose lines are there; None: there is none.
+
+        Raises:
+            Damaged: there are some, and none can be used.
+        """
+        checkpoints, first = Checkpoints(folder), None
+        checkpoints.settle()
+        for step in reversed(checkpoints.steps()):
+            try:
+                state = checkpoints.load(step)
+                self._check_whole(state, checkpoints.path(step))
+                return state
+            except Damaged as error:
+                first = first or error
+        if first is not None:
+            raise first
+        return None
+
+    def _check_whole(self, state: State, folder: Path) -> None:
+        missing = sorted(_IN_A_STATE - state.data.keys())
+        if missing:
+            raise Damaged(
+                f"the checkpoint {str(folder)!r} is damaged, or of another version of rlrf (it has "
+                f"no {missing[0]!r}); delete it to go on from an older one"
+            )
+        optimizer = len(state.part("adamw"))
+        if optimizer != state.data["adamw"]:
+            raise Damaged(
+                f"the checkpoint of step {state.data['step']} has {optimizer} of the "
+                f"optimizer's {state.data['adamw']} tensors; delete it to go on from an older one"
+            )
+        if self.run is not None:
+            try:
+                self.run.check_position(state.data["position"])
+            except UsageError as error:
+                raise Damaged(str(error)) from None
+
+    def _keep_aside(self, step: int, begins_after: int | None) -> list[str]:
+        """Move what the run cannot go on from, but holds work, out of its way; what was moved."""
+        if self.run is None:
+            return []
+        told = [
+            f"{str(path)!r} cannot be used; the run goes on from the one of step {step}"
+            for path in Checkpoints(self.run.path).set_aside(step)
+        ]
+        model = self.run.path / "model"
+        if begins_after and self.run.info.get("model") and model.is_dir():
+            place, n = model.with_name(f"model-step-{begins_after}"), 1
+            while place.exists():
+                n += 1
+                place = model.with_name(f"model-step-{begins_after}-{n}")
+            model.rename(place)
+            told.append(
+                f"the run begins again, as it has no checkpoint; the model it had left after "
+                f"step {begins_after} is kept in {str(place)!r}"
+            )
+        return told
 
     def _check_same(self, state: State, trainer: Stateful) -> None:
         """What a checkpoint's tensors depend on must be as it was; its model may have moved.
@@ -887,7 +974,7 @@ class Learner:
             state = trainer.state_dict(copy=False)
             state.data["trainer"] = type(trainer).__name__
             if self.run is not None:
-                state.data["position"] = self.run.position()
+                state.data["position"] = self.run.position()  # before a checkpoint relies on it
                 Checkpoints(self.run.path).save_step(self.step, state, self.config.save_total_limit)
 
     def state_dict(self, *, copy: bool = True) -> State:
@@ -930,13 +1017,7 @@ class Learner:
         Raises:
             UsageError: it is of another model.
         """
-        optimizer = state.part("adamw")
-        if len(optimizer) != state.data["adamw"]:
-            raise UsageError(
-                f"the checkpoint of step {state.data['step']} has {len(optimizer)} of the "
-                f"optimizer's {state.data['adamw']} tensors; delete it to go on from an older one"
-            )
-        self.optimizer.load(state.part("master"), optimizer)
+        self.optimizer.load(state.part("master"), state.part("adamw"))
         torch.set_rng_state(state.tensors["rng.torch"])
         if torch.cuda.is_available() and "rng.cuda" in state.tensors:
             torch.cuda.set_rng_state(state.tensors["rng.cuda"])
@@ -1001,18 +1082,28 @@ class Learner:
         if self.run is None:
             return None
         path: Path = self.run.path / "model"
-        fresh = path.with_name(".model.new")
-        shutil.rmtree(fresh, ignore_errors=True)
-        with quiet_transformers():
-            self.model.save_pretrained(fresh, **({"state_dict": state} if sharded else {}))
-            self.tokenizer.save_pretrained(fresh)
-        shutil.rmtree(path, ignore_errors=True)  # an adapter must not lie beside an old model
-        fresh.rename(path)
+
+        def write(fresh: Path) -> None:
+            with quiet_transformers():
+                self.model.save_pretrained(fresh, **({"state_dict": state} if sharded else {}))
+                self.tokenizer.save_pretrained(fresh)
+
+        try:
+            put_folder(path, write)
+        except Exception as error:  # safetensors' and tokenizers' for a full disk are their own
+            told = reason(error) if isinstance(error, OSError) else error
+            raise Unwritable(f"the model could not be saved in {str(path)!r}: {told}") from error
         return path
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
         """Close the record of a run that fails; nothing is lost, the model included."""
+        alone = contextlib.nullcontext() if self._owned is None else self._owned.training()
+        with alone, self._closing():
+            yield
+
+    @contextlib.contextmanager
+    def _closing(self) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
@@ -1021,12 +1112,27 @@ class Learner:
             if self.run is None:
                 raise
             self._close(self.run, error)
-            if isinstance(error, OSError) and error.errno in _UNWRITABLE:
-                raise RlrfError(
-                    f"the run {str(self.run.path)!r} could not be written: {error}. Mend that and "
-                    "go on with --resume"
+            if unwritten(self.run.path, error):
+                told = reason(error) if isinstance(error, OSError) else error
+                raise Unwritable(
+                    f"the run {str(self.run.path)!r} could not be written: {told}. "
+                    + self._remedy(self.run)
                 ) from error
             raise
+        finally:
+            self._let_go()
+
+    @staticmethod
+    def _remedy(run: Run) -> str:
+        """What goes on after a run could not be written: no more than holds."""
+        with contextlib.suppress(OSError, RlrfError):
+            if run.steps or run.begins_anew:
+                return "Mend that and go on with --resume"
+            return (
+                "Mend that and train anew: without checkpoints (save_steps > 0) there is nothing "
+                "to resume from"
+            )
+        return "Mend that; --resume goes on from the last checkpoint, if there is one"
 
     def _close(self, run: Run, error: BaseException) -> None:
         """Keep what can be kept of a run that fails; what cannot must not hide why it failed."""
@@ -1039,13 +1145,16 @@ class Learner:
         saved = None
         with contextlib.suppress(OSError):
             run.event("error", told)
-        with contextlib.suppress(OSError, SafetensorError):
+        with contextlib.suppress(OSError, Unwritable):
             saved = self._save_model() if moved else None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RlrfError):
             run.finish(status, told, model=saved is not None)
 
 
-_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+_IN_A_STATE = {
+    *("step", "rng", "order", "trained_s", "best", "evaluations_since_best", "record"),
+    *("config", "model", "tasks", "adamw", "trainer", "position"),
+}
 _WINDOW = 8
 """Micro-batches whose teacher's hidden states are kept at once: to swap the teacher's weights in
 takes time, their hidden states take memory, a few kilobytes a token."""

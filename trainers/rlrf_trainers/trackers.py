@@ -39,6 +39,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlrf._files import write_whole
 from rlrf.config import nearest
 from rlrf.errors import ConfigError, MissingDependencyError
 
@@ -428,9 +429,7 @@ def _wandb_id(session: _Session) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             return str(json.loads(path.read_text(encoding="utf-8"))["wandb"])
     run_id = _new_id()
-    temporary = path.with_name(".trackers.json.tmp")
-    temporary.write_text(json.dumps({"wandb": run_id}) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, json.dumps({"wandb": run_id}) + "\n")
     return run_id
 
 
