@@ -236,10 +236,12 @@ def write_whole(path: Path, text: str, *, beside: str = "") -> None:
     """
     temporary = path.with_name(f".{path.name}{beside}.tmp")
     with _named(path):
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666)
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileExistsError:  # a kill came in between
+            os.unlink(temporary)
+            descriptor = os.open(temporary, flags, 0o666)
         try:
             try:
                 _write_all(descriptor, text.encode("utf-8", SURROGATES))
@@ -296,10 +298,9 @@ def _named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            error.strerror = "it is a link, which is not written through"
-        error.filename, error.filename2 = str(path), None
-        raise
+        link = "it is a link, which is not written through"
+        told = link if error.errno == errno.ELOOP else error.strerror
+        raise OSError(error.errno, told, str(path)) from error
 
 
 # --- folders ------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from rich.table import Table
 import rlrf
 from rlrf import _interrupt, _streams, notices, runs
 from rlrf._async import run_sync
+from rlrf._files import reason
 from rlrf.config import (
     TrainConfig,
     TrainerSection,
@@ -836,7 +837,9 @@ def _train(
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) and runs.unwritten(path, error):
-            raise RlrfError(f"the run {str(path)!r} could not be written: {error}") from error
+            raise RlrfError(
+                f"the run {str(path)!r} could not be written: {reason(error)}"
+            ) from error
         raise
     finally:
         if _is_main():

@@ -148,8 +148,15 @@ class Run:
         """Finish what a kill cut off while the run began; of the one before it nothing is left.
 
         Raises:
-            OSError: it cannot be written; another try goes on.
+            UsageError: it cannot be written; another try goes on.
+            Unwritable: the disk is full; the same.
         """
+        try:
+            self._settle()
+        except OSError as error:
+            raise refused(f"cannot begin the run {str(self.path)!r}", error) from None
+
+    def _settle(self) -> None:
         info = self.info
         beginning = info.pop("beginning", None)
         if not isinstance(beginning, dict):

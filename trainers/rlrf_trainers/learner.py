@@ -280,7 +280,6 @@ class Learner:
             return Run.create(run_dir, config=self.description, env=self.env)
         run = Run.open(run_dir)
         run.settle()
-        settle_folder(run.path / "model")
         return run
 
     def _let_go(self) -> None:
@@ -803,6 +802,8 @@ class Learner:
             )
         self._first_step = self.step
         position = state.data["position"] if state else {}
+        if self.run is not None:
+            settle_folder(self.run.path / "model")
         aside = self._keep_aside(self.step, None if state else last)
         self.record.rewind(position, self.description, self.env)
         for told in aside:

@@ -521,6 +521,7 @@ def export_model(
     Raises:
         UsageError: no such run or checkpoint; no adapter to write; ``out`` is there already.
     """
+    from rlrf._files import standing
     from rlrf.config import build_config
     from rlrf.runs import Run
     from rlrf_trainers.checkpoints import Checkpoints
@@ -540,7 +541,7 @@ def export_model(
         f"the run {str(run.path)!r} trained all weights (lora_r = 0), so there is no adapter to "
         "export; leave out --adapter"
     )
-    final, tensors = run.path / "model", {}
+    final, tensors = standing(run.path / "model"), {}
     digest = run.config.get("model_digest") or {}
     if checkpoint == "final":
         if not (final.is_dir() and run.info.get("model")):
