@@ -27,7 +27,7 @@ from rlrf import Env, Rollout, SamplingParams, Task, progress
 from rlrf._files import Unwritable, put_folder, reason, settle_folder
 from rlrf.errors import RlrfError, UsageError
 from rlrf.notices import notice
-from rlrf.runs import Run, environment_lock, own, unwritten
+from rlrf.runs import Run, environment_lock, is_run, own, unwritten
 from rlrf_trainers import distributed, preflight
 from rlrf_trainers.backbone import base_model
 from rlrf_trainers.batch import Batch, S, Sample
@@ -1127,7 +1127,7 @@ class Learner:
     def _remedy(run: Run) -> str:
         """What goes on after a run could not be written: no more than holds."""
         with contextlib.suppress(OSError, RlrfError):
-            if run.steps or run.begins_anew:
+            if is_run(run.path) and (run.steps or run.begins_anew):
                 return "Mend that and go on with --resume"
             return (
                 "Mend that and train anew: without checkpoints (save_steps > 0) there is nothing "

