@@ -16,6 +16,7 @@ import os
 import shutil
 import socket
 import stat
+import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -115,8 +116,14 @@ def _locked(path: Path, what: str) -> int:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                holder = _holder(descriptor)
+                for _ in range(50):  # it may have come an instant before, and not said who it is
+                    if holder is not None:
+                        break
+                    time.sleep(0.01)
+                    holder = _holder(descriptor)
                 raise InUse(
-                    f"{what} is in use, by {_told(_holder(descriptor))}; wait for it, or stop it"
+                    f"{what} is in use, by {_told(holder)}; wait for it, or stop it"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

@@ -1,20 +1,24 @@
 """Commands in forked children, into which a fault is put at a given file operation.
 
 Forked, so that importing torch is paid for once; nothing is computed before a fork. Started in a
-process of its own by test_run_faults.py: ``python -m tests.fault_driver FOLDER SCENARIO JSON``
-prints one JSON line with what did not hold, and how many cases there were.
+process of its own by test_run_faults.py: ``python -m tests.fault_driver FOLDER JOBS``, where JOBS
+is a JSON list of [function, arguments], prints a JSON line: what did not hold, of how many cases.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import importlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +92,23 @@ class Faults:
             raise OSError(self.fault, os.strerror(self.fault), path)
 
 
+class Started:
+    """A command under way in a fork."""
+
+    def __init__(self, pid: int, pipe: int, out: Path, err: Path) -> None:
+        self.pid, self.pipe, self.out, self.err = pid, pipe, out, err
+
+    def wait(self) -> Ended:
+        with os.fdopen(self.pipe) as pipe:
+            told = pipe.read()
+        _, status = os.waitpid(self.pid, 0)
+        code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
+        ended = Ended(code, self.out.read_text(), self.err.read_text(), json.loads(told or "null"))
+        self.out.unlink()
+        self.err.unlink()
+        return ended
+
+
 class Ended:
     """How a command ended."""
 
@@ -111,48 +132,58 @@ class Ended:
         return ""
 
 
-def command(*arguments: str, cwd: Path, faults: Faults | None = None) -> Ended:
-    """Run ``rlrf`` with arguments in a fork."""
+def start(*arguments: str, cwd: Path, faults: Faults | None = None, gate: int = -1) -> Started:
+    """Run ``rlrf`` with arguments in a fork.
+
+    Args:
+        arguments: after ``rlrf``.
+        cwd: where.
+        faults: what goes wrong.
+        gate: a descriptor whose end of file is waited for before anything is done.
+    """
     read, write = os.pipe()
-    out, err = cwd / ".out", cwd / ".err"
+    number = next(_numbers)
+    out, err = cwd / f".out-{number}", cwd / f".err-{number}"
     pid = os.fork()
     if pid == 0:
         code: Any = 70
         try:
             os.chdir(cwd)
-            for name, number in ((out, 1), (err, 2)):
-                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
-            torch.set_num_threads(1)
-            sys.argv = ["rlrf", *arguments]
+            for name, descriptor in ((out, 1), (err, 2)):
+                os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
             # The text streams of the parent may hold what it has not yet written.
             sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            torch.set_num_threads(1)
+            sys.argv = ["rlrf", *arguments]
             put = os.write
+            if gate >= 0:
+                os.read(gate, 1)
             if faults is not None:
                 faults.install()
-            try:
-                cli.main()
-                code = 0
-            except SystemExit as end:
-                code = 0 if end.code is None else end.code
-            except BaseException:
-                import traceback
-
-                traceback.print_exc()
+            code = _main()
             sys.stdout.flush()
             sys.stderr.flush()
             if faults is not None:
-                put(write, json.dumps([faults.count, faults.names]).encode())
+                told = {"names": faults.names, "modules": sorted(sys.modules)}
+                put(write, json.dumps(told).encode())
         finally:
             os._exit(code if isinstance(code, int) else 71)
     os.close(write)
-    with os.fdopen(read) as pipe:
-        told = pipe.read()
-    _, status = os.waitpid(pid, 0)
-    code = None if os.WIFSIGNALED(status) else os.waitstatus_to_exitcode(status)
-    ended = Ended(code, out.read_text(), err.read_text(), json.loads(told) if told else None)
-    out.unlink()
-    err.unlink()
-    return ended
+    return Started(pid, read, out, err)
+
+
+_numbers = itertools.count()
+
+
+def _main() -> Any:
+    try:
+        cli.main()
+    except SystemExit as end:
+        return 0 if end.code is None else end.code
+    except BaseException:
+        traceback.print_exc()
+        return 70
+    return 0
 
 
 CONFIG = {
@@ -177,6 +208,7 @@ class Bench:
         self.name = "run"
         self.config = CONFIG | (config or {})
         rlrf.register("faults-count-v0", CountA)
+        rlrf.policies.register("faults-scripted", lambda: rlrf.ScriptedPolicy(lambda _: "aa"))
         if not (folder / "base").exists():
             save_tiny(folder / "base", hidden_size=8, intermediate_size=8, num_hidden_layers=1)
         self.problems: list[str] = []
@@ -194,7 +226,16 @@ class Bench:
         )
 
     def run(self, *arguments: str, faults: Faults | None = None) -> Ended:
-        return command(*arguments, cwd=self.folder, faults=faults)
+        return start(*arguments, cwd=self.folder, faults=faults).wait()
+
+    def names(self, *arguments: str) -> list[str]:
+        """The file operations of a command that is left alone."""
+        notes = self.run(*arguments, faults=Faults(self.path, 0, "kill")).notes
+        for module in notes["modules"]:  # so that no other child needs to import them
+            with contextlib.suppress(Exception):
+                importlib.import_module(module)
+        found: list[str] = notes["names"]
+        return found
 
     def good(self, where: str, *arguments: str) -> Ended:
         """A command that must do what it is told."""
@@ -286,55 +327,66 @@ def compare(bench: Bench, where: str, got: dict[str, Any], wanted: dict[str, Any
             bench.say(where, f"{key} is {str(got[key])[:200]}, not {str(value)[:200]}")
 
 
-def sweep(folder: Path, scenario: str, fault: str | int, stride: int, start: int) -> Bench:
-    """Put a fault at every ``stride``-th operation of a scenario."""
-    bench = Bench(folder)
-    bench.good("new", *bench.train(NEW))
-    new, old = bench.state(), None
-    bench.put("")
+def sweep(bench: Bench, scenario: str, fault: str | int, stride: int, start: int) -> None:
+    """Put a fault at every ``stride``-th operation of a scenario.
+
+    Args:
+        bench: where.
+        scenario: ``fresh``; ``overwrite`` of a run that is done; ``resume`` of one that was killed.
+        fault: as of :class:`Faults`.
+        stride: every so many.
+        start: from this one on.
+    """
     arguments: tuple[str, ...] = bench.train(NEW)
-    begin = ""
+    whole, new, old, begin = bench.names(*arguments), bench.state(), None, ""
+    bench.put("")
     if scenario == "overwrite":
         bench.good("old", *bench.train(OLD))
-        old = bench.state()
-        (folder / "run").rename(folder / "old")
-        arguments, begin = bench.train(NEW, "--overwrite"), "old"
+        old, begin = bench.state(), "old"
+        shutil.copytree(bench.path, bench.folder / begin)
+        arguments = bench.train(NEW, "--overwrite")
+        whole = bench.names(*arguments)
     elif scenario == "resume":
-        first = Faults(folder / "run", 0, "kill")
-        whole = bench.run(*arguments, faults=first).notes[1]
-        bench.put("")
-        at = 1 + max(
-            i for i, name in enumerate(whole) if name.startswith("os.mkdir checkpoints/.st")
-        )
-        bench.run(*arguments, faults=Faults(folder / "run", at, "kill"))
-        (folder / "run").rename(folder / "cut")
-        arguments, begin = ("train", "--resume", "run"), "cut"
-    bench.put(begin)
-    faults = Faults(folder / "run", 0, fault)
-    names = bench.run(*arguments, faults=faults).notes[1]
-    for n in range(1 + start, len(names) + 1, stride):
+        at = 1 + max(i for i, n in enumerate(whole) if n.startswith("os.mkdir checkpoints/.st"))
+        bench.run(*arguments, faults=Faults(bench.path, at, "kill"))
+        begin = "cut"
+        shutil.copytree(bench.path, bench.folder / begin)
+        arguments = ("train", "--resume", bench.name)
+        whole = bench.names(*arguments)
+    for n in range(1 + start, len(whole) + 1, stride):
         bench.put(begin)
-        ended = bench.run(*arguments, faults=Faults(folder / "run", n, fault))
-        where = f"{scenario}, {fault} at {n}: {names[n - 1]}"
+        ended = bench.run(*arguments, faults=Faults(bench.path, n, fault))
+        where = f"{scenario}, {fault} at {n}: {whole[n - 1]}"
         if fault == "kill" and not ended.killed:
             bench.say(where, f"not killed: {ended.code} {ended.err[-300:]}")
         bench.cases += 1
         after(bench, where, ended, new, old, n)
-    return bench
+    bench.put("")
+    if begin:
+        shutil.rmtree(bench.folder / begin)
 
 
-def disk(folder: Path, sizes: list[int], unit: str) -> Bench:
+@contextlib.contextmanager
+def mounted(place: Path, room: str) -> Iterator[Callable[[], None]]:
+    """A small disk, and what makes it a large one."""
+    place.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", str(place)], check=True)
+    try:
+        more = ["mount", "-o", "remount,size=64m,nr_inodes=10k", str(place)]
+        yield lambda: subprocess.run(more, check=True) and None
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def disk(bench: Bench, sizes: list[int], unit: str) -> None:
     """Train on a disk with room for so many pages (``size``) or files (``nr_inodes``)."""
-    bench = Bench(folder)
-    bench.good("new", *bench.train(NEW))
+    bench.names(*bench.train(NEW))
     new = bench.state()
+    bench.put("")
     bench.name = "disk/run"
-    mount = folder / "disk"
-    mount.mkdir()
     for size in sizes:
         room = f"size={4 * size}k,nr_inodes=1k" if unit == "size" else f"nr_inodes={size},size=64m"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", room, "tmpfs", str(mount)], check=True)
-        try:
+        with mounted(bench.folder / "disk", room) as make_room:
             where = f"{unit} {size}"
             ended = bench.run(*bench.train(NEW))
             bench.cases += 1
@@ -343,15 +395,116 @@ def disk(folder: Path, sizes: list[int], unit: str) -> Bench:
             again = bench.clear(where, "train", "--resume", bench.name)
             if again.code == 1 and "No space left" not in again.err:
                 bench.say(where, f"resumed without room: {again.err}")
-            more = "remount,size=64m,nr_inodes=10k"
-            subprocess.run(["mount", "-o", more, str(mount)], check=True)
+            make_room()
             after(bench, where, ended, new, None, size)
-        finally:
-            subprocess.run(["umount", str(mount)], check=True)
-    return bench
+    bench.name = "run"
 
+
+def together(bench: Bench, rounds: int) -> None:
+    """Two that resume one run, or begin one, at the same moment: one trains, one is told who."""
+    bench.names(*bench.train(NEW))
+    new = bench.state()
+    arguments = bench.train(NEW)
+    at = 1 + bench.names(*bench.train(NEW, "--overwrite")).index("os.mkdir .model.new")
+    for n in range(rounds):
+        bench.put("")
+        if n % 2:
+            bench.run(*bench.train(NEW), faults=Faults(bench.path, at - 30, "kill"))
+            arguments = ("train", "--resume", bench.name)
+        gate, opens = os.pipe()
+        both = [start(*arguments, cwd=bench.folder, gate=gate) for _ in range(2)]
+        os.close(gate)
+        for descriptor in (opens,):
+            os.write(descriptor, b"12")
+            os.close(descriptor)
+        ended = [one.wait() for one in both]
+        where = f"together, {arguments[1]}"
+        bench.cases += 1
+        for one in ended:
+            if one.problem:
+                bench.say(where, one.problem)
+        if [e.code for e in sorted(ended, key=lambda e: e.code or 0)] != [0, 2]:
+            bench.say(where, f"ended with {[e.code for e in ended]}")
+        told = "".join(e.err for e in ended if e.code == 2)
+        if "is in use, by process" not in told and "already holds a run" not in told:
+            bench.say(where, f"nobody is named: {told}")
+        compare(bench, where, bench.state(), new)
+        arguments = bench.train(NEW)
+    bench.put("")
+
+
+EVAL = ("eval", "--env", "faults-count-v0", "--policy", "faults-scripted", "--out", "run/r.json")
+DISCOVER = (
+    *("discover", "--env", "faults-count-v0", "--model", "base", "--method", "sdpo,best_of_k"),
+    *("--budget", "4", "--limit", "1", "--set", "trainer.max_completion_length=2"),
+    *("--set", "trainer.num_generations=2", "--out", "run/r.json"),
+)
+
+
+def results(bench: Bench, name: str, fault: str | int, stride: int, start: int) -> None:
+    """The same of an evaluation's and a discovery's results: what is kept is gone on from."""
+    arguments = {"eval": EVAL, "discover": DISCOVER}[name]
+    file = bench.path / "r.json"
+
+    def fresh() -> None:
+        bench.put("")
+        bench.path.mkdir()
+
+    def content() -> Any:
+        data = json.loads(file.read_text())
+        return {k: v for k, v in data.items() if k not in ("lock", "seconds")}
+
+    fresh()
+    whole, new = bench.names(*arguments), content()
+    for n in range(1 + start, len(whole) + 1, stride):
+        fresh()
+        ended = bench.run(*arguments, faults=Faults(bench.path, n, fault))
+        where = f"{name}, {fault} at {n}: {whole[n - 1]}"
+        bench.cases += 1
+        if fault == "kill" and not ended.killed:
+            bench.say(where, f"not killed: {ended.code} {ended.err[-300:]}")
+        if not ended.killed and ended.problem:
+            bench.say(where, ended.problem)
+        if not file.exists():
+            bench.good(where, *arguments)
+        if content() != new:
+            bench.say(where, f"the results are {str(content())[:500]}")
+        again = bench.clear(where, *arguments)  # done, or its partial file is still there
+        if again.code == 2 and "exists; --overwrite" not in again.err:
+            bench.say(where, again.err)
+        if left := [
+            p.name
+            for p in bench.path.iterdir()
+            if p.name not in ("r.json", ".r.json.tmp", ".r.json.lock")
+        ]:
+            bench.say(where, f"left behind: {left}")
+    bench.put("")
+
+
+def full(bench: Bench, name: str, sizes: list[int], unit: str) -> None:
+    """Results on a disk with little room."""
+    arguments = {"eval": EVAL, "discover": DISCOVER}[name]
+    file = bench.path / "r.json"
+    for size in sizes:
+        room = f"size={4 * size}k,nr_inodes=1k" if unit == "size" else f"nr_inodes={size},size=64m"
+        with mounted(bench.path, room) as make_room:
+            where = f"{name}, {unit} {size}"
+            ended = bench.run(*arguments)
+            bench.cases += 1
+            if ended.problem:
+                bench.say(where, ended.problem)
+            make_room()
+            if not file.exists():
+                bench.good(where, *arguments)
+            if json.loads(file.read_text())["env"] != "faults-count-v0":
+                bench.say(where, "other results")
+    bench.put("")
+
+
+JOBS = {f.__name__: f for f in (sweep, disk, together, results, full)}
 
 if __name__ == "__main__":
-    place, name, options = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-    bench = {"sweep": sweep, "disk": disk}[name](place, **options)
+    bench = Bench(Path(sys.argv[1]))
+    for name, arguments in json.loads(sys.argv[2]):
+        JOBS[name](bench, **arguments)
     print(json.dumps({"cases": bench.cases, "problems": bench.problems}))
