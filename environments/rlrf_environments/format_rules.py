@@ -525,7 +525,13 @@ def _task_id(question: Question) -> str:
     return f"{question.family}-{about.removeprefix(question.family.partition('-')[0] + '-')}"
 
 
+_LONGEST = 100
+
+
 def _plain(text: str) -> str | Decimal:
     """An answer as it is compared: case, spaces and width do not count, and 7.0 is 7."""
+    text = " ".join(text.split())
+    if len(text) > _LONGEST:  # no answer, and to normalize it may take quadratic time
+        return text
     text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
     return Decimal(text) if _NUMBER.fullmatch(text) else text

@@ -405,7 +405,8 @@ def value_text(value: Any, depth: int = 0) -> str:
         )
         return "{" + ", ".join(items) + "}"
     try:
-        return _ADDRESS.sub("at 0x...", repr(value))
+        text = repr(value)
+        return _ADDRESS.sub("at 0x...", text) if "at 0x" in text else text
     except ValueError:  # an integer beyond Python's limit of digits
         return hex(value) if isinstance(value, int) else "(a value too large to print)"
 

@@ -13,6 +13,7 @@ import codecs
 import functools
 import itertools
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import SimpleNamespace
@@ -103,8 +104,9 @@ class ChatTokenizer:
             UsageError: as :meth:`encode`.
         """
         mark = "rlrf stand-in reply"
-        while mark in str(new_messages):
-            mark += "."
+        said = str(new_messages)
+        if mark in said:  # one point more than anybody writes behind it; in one pass
+            mark += "." * (1 + max(len(found) for found in re.findall(r"\.*", said)))
         before = (user("Hello."), _stand_in(mark, new_messages))
         # Both from the end of the reply's text on: alone, and with the new messages after it.
         alone = self._render(before, tools, reply_next=False)
@@ -161,10 +163,10 @@ class ChatTokenizer:
                 # A string on the OpenAI wire, an object in chat templates.
                 try:
                     arguments = json.loads(function["arguments"])
+                    if isinstance(arguments, dict):  # decoding may have uncovered escaped tokens
+                        function["arguments"] = _plain(arguments, guard)
                 except (ValueError, RecursionError):
                     continue
-                if isinstance(arguments, dict):  # decoding may have uncovered escaped tokens
-                    function["arguments"] = _plain(arguments, guard)
         return safe
 
     def _ids(self, text: str) -> list[int]:
