@@ -85,12 +85,15 @@ def test_the_container_has_no_rights_network_or_writable_system(client):
     assert not host["VolumesFrom"]
     assert host["AutoRemove"] is True
     assert host["LogConfig"]["Type"] == "none"
-    assert set(host["Tmpfs"]) == {"/sandbox", "/dev/mqueue"}
+    assert set(host["Tmpfs"]) == {"/sandbox", "/dev/mqueue", "/dev/pts"}
     for flag in ("nosuid", "nodev", "noexec", "size=64m", "nr_inodes=4096"):
         assert flag in host["Tmpfs"]["/sandbox"]
     assert host["Tmpfs"]["/dev/mqueue"].startswith("ro")
+    assert host["Tmpfs"]["/dev/pts"].startswith("ro")
+    assert {"/dev", "/proc/sys", "/proc/sysrq-trigger", "/proc/irq"} <= set(host["ReadonlyPaths"])
+    assert {"/proc/kcore", "/proc/keys", "/sys/firmware"} <= set(host["MaskedPaths"])
     limits = {u["Name"]: (u["Soft"], u["Hard"]) for u in host["Ulimits"]}
-    assert limits["core"] == (0, 0)
+    assert limits["core"] == (1, 1)
     assert config["OpenStdin"] is True
     assert config["StdinOnce"] is True  # the dead-man switch: its input ends with our line
     secrets = [e for e in config["Env"] if e.partition("=")[0] in os.environ]

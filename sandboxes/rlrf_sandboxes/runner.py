@@ -989,7 +989,8 @@ class Supervisor:
     def leave(self) -> None:
         """End everything of ours. As process 1 of its namespace, our end is everybody's."""
         if self.mode == "plain":
-            self.kill_tree()
+            if self.zygote is not None:  # else all would be below it that is below process 0
+                self.kill_tree()
             try:  # the host may be dead, and would have removed it
                 if os.path.isdir(RUN):
                     empty(RUN)
@@ -1512,6 +1513,7 @@ class Supervisor:
 
     def kill_tree(self) -> None:
         """All descendants of the zygote, found by their parents, until none is left."""
+        assert self.zygote_pid > 0, "below no process is everybody"
         for _ in range(100):
             tree = self.descendants()
             if self.mode == "ns":  # the end of the first process of a namespace is everybody's
