@@ -18,6 +18,7 @@ from rich.console import Console
 import rlrf
 from rlrf import Feedback, InfraError, Outcome, ScriptedPolicy, Segment, SingleTurnEnv, Task, cli
 from rlrf.console import RolloutProgress, TrainProgress
+from rlrf.notices import notice
 from rlrf.runs import Run
 from rlrf.trainer import TrainResult
 
@@ -136,11 +137,22 @@ def needs_model(model: str) -> ScriptedPolicy:
     return ScriptedPolicy(lambda messages: model)
 
 
+def slow_path() -> ScriptedPolicy:
+    """Says that it is slow, at every reply."""
+
+    def reply(messages: Any) -> str:
+        notice("cli/slow", "the replies are slow, because they are old; send them by air")
+        return "Paris"
+
+    return ScriptedPolicy(reply)
+
+
 rlrf.register("cli-cities-v0", Cities)
 rlrf.register("cli-onlytrain-v0", OnlyTrain)
 rlrf.register("cli-nothing-held-out-v0", NothingHeldOut)
 rlrf.policies.register("cli-scripted", scripted)
 rlrf.policies.register("cli-needs-model", needs_model)
+rlrf.policies.register("cli-slow", slow_path)
 rlrf.trainers.register("cli-fake", FakeTrainer)
 rlrf.trainers.register("cli-loose", LooseTrainer)
 
@@ -435,6 +447,18 @@ def test_eval_prints_and_writes_the_report(rlrf_cli: Invoke, tmp_path: Path) -> 
     assert data["env"] == "cli-cities-v0"
     assert data["seed"] == 3
     assert [r["task_id"] for r in data["rollouts"]] == ["eval-France"] * 2 + ["eval-Peru"] * 2
+
+
+def test_eval_tells_of_a_slow_path_once_and_in_its_report(rlrf_cli: Invoke, tmp_path: Path) -> None:
+    asked = ("eval", "--env", "cli-cities-v0", "--policy", "cli-slow", "--limit", "2")
+    _, _, error = rlrf_cli(*asked, "--out", "r.json")
+    assert error.count("warning: the replies are slow, because they are old") == 1
+    (told,) = json.loads((tmp_path / "r.json").read_text())["warnings"]
+    assert told.startswith("the replies are slow")
+    rlrf_cli(*asked, "--out", "again.json")
+    assert json.loads((tmp_path / "again.json").read_text())["warnings"] == [told]
+    assert rlrf_cli(*EVAL, "--out", "fast.json")[0] in (0, 1)
+    assert json.loads((tmp_path / "fast.json").read_text())["warnings"] == []
 
 
 def test_eval_takes_the_split_feedback_and_model(rlrf_cli: Invoke, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from collections import deque
 
 import pytest
 
-from rlrf import InfraError, UsageError, run_sync
+from rlrf import InfraError, UsageError, notices, run_sync
+from rlrf.notices import SlowPathWarning
 from rlrf.sandbox import (
     CallCase,
     Limits,
@@ -679,7 +680,13 @@ def test_auto_falls_back_to_a_refusal_that_says_why(nothing_safe):
     pool = run_sync(start_sandbox("auto", allow_unsafe=True))
     assert pool.info.backend == "process"
     assert "NOT a sandbox" in pool.info.guarantee
+    with notices.collected() as told, pytest.warns(SlowPathWarning):
+        for _ in range(2):
+            pool.run_sync(Program("print('ok')"), [StdinCase("", "ok")])
     run_sync(pool.aclose())
+    (message,) = told  # once, though it was there before the one who listens
+    assert "runs programs in process, and not in what it prefers (docker: " in message
+    assert "rlrf sandbox doctor" in message
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
@@ -692,6 +699,7 @@ def test_auto_takes_the_best_there_is_and_says_so(backend, monkeypatch, caplog):
         pool = run_sync(start_sandbox("auto", slots=1))
     assert pool.info.backend == backend
     assert [r.message.split(",")[0] for r in caplog.records] == [f"sandbox: {backend}"]
+    assert bool(pool.instead_of) == (backend != "docker")
     run_sync(pool.aclose())
 
 

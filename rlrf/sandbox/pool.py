@@ -687,7 +687,10 @@ async def start_sandbox(
             continue
         pool.instead_of = "; ".join(reasons)
         return pool
-    return await _started("process", slots, {**allowed, "instead_of": "; ".join(reasons)})
+    instead_of = "; ".join(reasons)
+    pool = await _started("process", slots, {**allowed, "instead_of": instead_of})
+    pool.instead_of = instead_of
+    return pool
 
 
 async def _started(name: str, slots: int, options: dict[str, Any]) -> SandboxPool:
