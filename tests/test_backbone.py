@@ -309,6 +309,21 @@ def test_kernels_that_are_slower_than_need_be_are_told_of():
     assert backbone.attention(tiny_model()) == "sdpa"  # private there: it must stay what it is
 
 
+def test_a_gpu_that_torch_cannot_use_is_told_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backbone, "_NVIDIA_DRIVER", tmp_path)
+    with pytest.warns(SlowPathWarning, match=r"NVIDIA GPU that torch \S+ cannot use"):
+        backbone.say_kernels(tiny_model())
+
+
+def test_an_optimizer_that_is_not_fused_is_told_of():
+    model = tiny_model()
+    optimizer = MasterAdamW(model, SDPOConfig())
+    optimizer._not_fused = ["mps"]
+    with pytest.warns(SlowPathWarning, match="AdamW is not fused on mps"):
+        optimizer.step(1e-4)
+
+
 def test_the_facts_are_found_again_for_another_attention_kernel():
     model = tiny_model()
     assert sampler.can_cache(model)

@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -195,6 +196,12 @@ def say_kernels(model: Any) -> None:
             "own: activations are kept. Lower micro_batch_tokens if memory runs out",
         )
     on_gpu = next(base.parameters()).device.type == "cuda"
+    if not torch.cuda.is_available() and _NVIDIA_DRIVER.exists():
+        notice(
+            "device",
+            f"this machine has an NVIDIA GPU that torch {torch.__version__} cannot use, so models "
+            "run on the CPU; install a build of torch for its driver (see nvidia-smi)",
+        )
     if on_gpu and _is_recurrent(base) and not any(map(importlib.util.find_spec, _RECURRENT)):
         notice(
             f"recurrence/{name}",
@@ -203,6 +210,7 @@ def say_kernels(model: Any) -> None:
         )
 
 
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 _RECURRENT = ("fla", "mamba_ssm", "kernels")
 
 
