@@ -167,8 +167,8 @@ def _check_answer(answer: Outcome | Turn) -> None:
         number = _number(value)
         if not isinstance(name, str) or number is None:
             raise OutcomeError(
-                f"{what}.metrics[{_brief(name).removesuffix(' (str)')}] is {_brief(value)}; metrics are finite numbers by "
-                "name (a string). Leave out what is not known"
+                f"{what}.metrics[{_brief(name).removesuffix(' (str)')}] is {_brief(value)}; "
+                "metrics are finite numbers by name (a string). Leave out what is not known"
             )
         metrics[name] = number
     object.__setattr__(answer, "reward", reward)

@@ -617,7 +617,7 @@ def test_a_model_that_cannot_call_tools_is_refused_at_the_start():
         rlrf.rollout(Guess(), HFPolicy(MODEL, silent))
     other = tiny_tokenizer()
     other.chat_template = CHATML.replace("tool_call>'", "other_call>'")
-    with pytest.raises(UsageError, match="cannot be read.*set tokenizer.response_template"):
+    with pytest.raises(UsageError, match=r"cannot be read.*set tokenizer\.response_template"):
         rlrf.rollout(Guess(), HFPolicy(MODEL, other))
     other.response_template = RESPONSE_TEMPLATE
     HFPolicy(MODEL, other).check_tools(TOOLS)

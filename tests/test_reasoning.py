@@ -351,3 +351,35 @@ def test_a_prompt_of_a_policy_is_still_a_message():
     assert completion.text == "<think>a</think>b"
     assert completion.assistant_message["content"] == "b"
     assert completion.whole_message == {"role": "assistant", "content": "<think>a</think>b"}
+
+
+# --- programs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_programs_are_taken_from_the_answer(compat):
+    renderer = "sdpo-compat" if compat else "rlrf"
+    env = rlrf.make(
+        "code-basics-v0", sandbox="process", allow_unsafe=True, slots=1, renderer=renderer
+    )
+    try:
+        task = env.tasks("all")[0].id
+        right = env.reference_solution(env._find_task(task))
+        wrong = "```python\nx = 1\n" + "# a longer, wrong draft\n" * 50 + "```"
+        for text, reward in (
+            (f"<think>{wrong}</think>{right}", 1.0),
+            (f"<think>{right}", 0.0),
+            (f"<think>{right}</think>{wrong}", 0.0),
+            (f"{wrong}</think>\n{right}", 1.0),
+            (f"<think>```python\nopen\n</think>{right}", 1.0),
+        ):
+            if not compat:
+                got, feedback = env.grade(task, text)
+                assert got == reward, text
+                if text == f"<think>{right}":
+                    assert feedback.kinds[0] == "truncated_attempt"
+        if compat:  # the longest block of all, as in the official code
+            assert env.grade(task, f"<think>{right}").reward == 1.0
+            assert env.grade(task, f"<think>{wrong}</think>{right}").reward == 0.0
+    finally:
+        env.close()
