@@ -43,6 +43,7 @@ from rlrf.config import (
     TrainConfig,
     TrainerSection,
     build_config,
+    check_output,
     in_range,
     load_train_config,
     parse_assignment,
@@ -493,8 +494,7 @@ def eval_(
     in_range("max-concurrency", max_concurrency, most=100_000)
     in_range("max-tokens", max_tokens, most=100_000_000)
     in_range("seed", seed, least=0, most=2**63 - 1)
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
+    check_output("out", out)
     given = {"split": split, "feedback": feedback}
     policy_options = _assignments(policy_option)
     policy_options |= {
@@ -695,7 +695,7 @@ def train(
     progress = context.with_resource(TrainProgress()) if _is_main() else None
     with phase(f"loading the trainer {settings.trainer.name!r}"):
         trainer_config = _trainer_config(settings.trainer)
-    if settings.model and (folder := Path(settings.model).expanduser()).is_dir():
+    if settings.model and (folder := Path(os.path.expanduser(settings.model))).is_dir():
         settings.model = os.path.abspath(folder)  # a run may be gone on with from elsewhere
     path = _run_dir(settings)
     if resume is None and _is_main():
@@ -922,6 +922,7 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where to write the page.")] = None,
 ) -> None:
     """Write one self-contained HTML page about one or several runs."""
+    check_output("out", out)
     _report(run, out)
 
 

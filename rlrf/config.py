@@ -236,6 +236,27 @@ def in_range(option: str, value: int | None, *, least: int = 1, most: int | None
     raise ConfigError(f"--{option} is {told}; it must be {limits}")
 
 
+def check_output(option: str, path: Path | None) -> None:
+    """Refuse a place for a file where none can be written, or where what is there is no file.
+
+    A file is written beside and renamed: a device or a pipe would be replaced by it.
+
+    Raises:
+        ConfigError: the folder is not there, or something that is no regular file is.
+    """
+    if path is None:
+        return
+    try:
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{option} {str(path)!r}: there is no folder {str(path.parent)!r}")
+        if path.is_dir() or not path.name:
+            raise ConfigError(f"--{option} {str(path)!r} is a folder; name a file")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"--{option} {str(path)!r} is a device or a pipe; name a file")
+    except OSError as error:  # a name that is too long, a folder that may not be searched
+        raise ConfigError(f"--{option} {str(path)!r}: {error.strerror}") from None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

@@ -36,7 +36,7 @@ from rich.table import Table
 import rlrf
 from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, user
 from rlrf._interrupt import keeping, same_command
-from rlrf.config import build_config, in_range, load_train_config, parse_assignment
+from rlrf.config import build_config, check_output, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
 from rlrf.progress import phase
@@ -747,8 +747,7 @@ def _discover(
     in_range("seeds", seeds, most=100_000)
     in_range("seed", seed, least=0, most=2**62)
     in_range("max-prompt-len", max_prompt_len)
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}")
+    check_output("out", out)
     methods = _methods(name.strip() for name in method.split(",") if name.strip())
     given: dict[str, Any] = {"model": model, "env.id": env}
     given |= {"env.split": split, "env.feedback": feedback}

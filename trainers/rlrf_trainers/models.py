@@ -159,7 +159,7 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
         RlrfError: the model exists but could not be had; the message says why.
     """
     say = say or _print_to_stderr
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))  # which leaves a ~user that is not there as it is
     if folder.is_dir():
         if is_run(folder):
             model = folder / "model"
