@@ -18,7 +18,8 @@ GROUPS = ("environments", "trainers", "policies", "sandboxes", "commands")
 SOURCES = {
     "syntax": "class Thing:\n    def broken(:\n",
     "exits": "import sys\nsys.exit('not today')\n",
-    "raises": "class Odd(BaseException):\n    def __str__(self):\n        raise ValueError\nraise Odd\n",
+    "raises": "class Odd(BaseException):\n"
+    "    def __str__(self):\n        raise ValueError\nraise Odd\n",
     "nulls": "x = 1\0\n",
     "latin": b"x = 'caf\xe9'\n",
     "absent": None,
