@@ -402,7 +402,7 @@ def test_the_ema_moves_once_per_generation_batch(monkeypatch):
 
 def test_all_fail_groups_without_feedback_warn_and_change_nothing(tmp_path):
     for make in (sdpo, grpo):
-        trainer = make(Mute(), run_dir=tmp_path / make.__name__, max_steps=5)
+        trainer = make(Mute(feedback="none"), run_dir=tmp_path / make.__name__, max_steps=5)
         before = weights(trainer)
         with pytest.warns(RuntimeWarning, match="are all equal|teacher prompt"):
             history = trainer.train().history
