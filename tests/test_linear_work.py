@@ -616,7 +616,8 @@ def test_work_on_100_kb_of_untrusted_text_is_linear(name):
         PROBES[name]("x")
     except ImportError:
         pytest.skip(f"{name} is not here")
-    assert not offenders(name, 102_400)
+    assert not offenders(name, 102_400, QUICK)
+    assert not offenders(name, 12_800)
 
 
 def test_the_measure_finds_what_is_quadratic():

@@ -26,7 +26,7 @@ class Checker(Protocol):
 
 
 log = logging.getLogger("rlrf.sandbox")
-_COMPLAINED: set[tuple[str, str]] = set()
+_COMPLAINED: set[tuple[Any, str]] = set()
 
 
 def accepted(checker: Checker, raw: RawRun, case: Case) -> bool:
@@ -46,12 +46,14 @@ def accepted(checker: Checker, raw: RawRun, case: Case) -> bool:
     except RlrfError:
         raise
     except (Exception, SystemExit) as error:
-        name = str(getattr(checker, "name", type(checker).__name__))
-        if (name, type(error).__name__) not in _COMPLAINED:
-            _COMPLAINED.add((name, type(error).__name__))
+        # Whose fault it may be: a function, or a class of checkers.
+        whose: Any = getattr(checker, "function", None)
+        whose = whose if hasattr(whose, "__name__") else type(checker)
+        if (whose, type(error).__name__) not in _COMPLAINED:
+            _COMPLAINED.add((whose, type(error).__name__))
             log.warning(
                 "the checker %r raised %s: %s; the answer counts as wrong (said once)",
-                name,
+                whose.__name__,
                 type(error).__name__,
                 _words(error),
             )

@@ -386,10 +386,6 @@ class _Function:
 
     function: Callable[[Any, Case], bool]
 
-    @property
-    def name(self) -> str:
-        return getattr(self.function, "__name__", type(self.function).__name__)
-
     def accepts(self, raw: RawRun, case: Case) -> bool:
         answer = raw.text if isinstance(case, StdinCase) else raw.result
         return answer is not MISSING and bool(self.function(answer, case))
