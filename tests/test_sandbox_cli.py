@@ -68,6 +68,7 @@ def test_what_auto_takes():
 
 @needs_bwrap
 def test_the_doctor_runs_programs():
+    pytest.importorskip("docker", reason="needs the extra 'docker'")
     ran = CliRunner().invoke(app, ["doctor", "--json", "--docker-host", "unix:///nonexistent"])
     assert ran.exit_code == 0
     told = json.loads(ran.stdout)
