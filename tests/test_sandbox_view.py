@@ -17,7 +17,7 @@ import rlrf_environments
 from rlrf import UsageError, run_sync
 from rlrf.sandbox import Program, StdinCase, open_sandbox
 from rlrf_sandboxes import bubblewrap, host, images
-from tests.backends import WALLED, options
+from tests.backends import WALLED, needs_bwrap, options
 
 LOOK = """
 import os, sys
@@ -122,11 +122,11 @@ READABLE = """
 """
 
 
+@needs_bwrap
 @pytest.mark.parametrize(
     "whose", ["the system's", pytest.param("one with a prefix", marks=pytest.mark.slow)]
 )
 def test_what_is_installed_under_usr_is_in_no_sandbox(whose, tmp_path):
-    options("bubblewrap")
     (tmp_path / "needle.txt").write_text(NEEDLE)
     source = Path(rlrf_environments.__file__).parent
     script, python = textwrap.dedent(INSTALLED), "/usr/bin/python3"
@@ -176,10 +176,10 @@ NUMPY = """
 """
 
 
+@needs_bwrap
 @pytest.mark.slow
 def test_numpy_can_be_imported_where_the_sandboxs_python_has_it():
     numpy = pytest.importorskip("numpy")
-    options("bubblewrap")
     try:
         system = host.Python("/usr/bin/python3")
     except OSError:
