@@ -15,7 +15,7 @@ import pytest
 
 import rlrf_environments
 from rlrf import UsageError, run_sync
-from rlrf.sandbox import Program, StdinCase, open_sandbox
+from rlrf.sandbox import Limits, Program, StdinCase, open_sandbox
 from rlrf_sandboxes import bubblewrap, host, images
 from tests.backends import WALLED, needs_bwrap, options
 
@@ -78,7 +78,7 @@ def private_usr(script: str, *args: str, cwd: Path | None = None) -> str:
 INSTALLED = """
     import io, json, os, shutil, sys
     from rlrf import run_sync
-    from rlrf.sandbox import Program, StdinCase, open_sandbox
+    from rlrf.sandbox import Limits, Program, StdinCase, open_sandbox
     from rlrf_sandboxes import host, images
 
     source, look, python = sys.argv[1:]
@@ -98,7 +98,8 @@ INSTALLED = """
 
     async def go():
         async with open_sandbox("bubblewrap", slots=1, python=python) as pool:
-            return await pool.run(Program(look), [StdinCase("", "")])
+            patient = Limits(cpu_s=60, wall_s=200)
+            return await pool.run(Program(look), [StdinCase("", "")], limits=patient)
 
     raw = run_sync(go()).cases[0].raw
     with images._Archive(io.BytesIO()) as archive:  # what `import --from-host` puts in
@@ -151,7 +152,8 @@ def test_nothing_of_the_owner_is_in_a_sandbox(backend, tmp_path, monkeypatch):
 
     async def go():
         async with open_sandbox(backend, slots=1, **options(backend)) as pool:
-            return await pool.run(Program(LOOK), [StdinCase("", "")])
+            patient = Limits(cpu_s=60, wall_s=200)
+            return await pool.run(Program(LOOK), [StdinCase("", "")], limits=patient)
 
     assert run_sync(go()).cases[0].raw.text == "[] False\n"
 
