@@ -363,7 +363,7 @@ def test_programs_are_taken_from_the_answer(compat):
         "code-basics-v0", sandbox="process", allow_unsafe=True, slots=1, renderer=renderer
     )
     try:
-        task = env.tasks("all")[0].id
+        task = env.tasks()[0].id
         right = env.reference_solution(env._find_task(task))
         wrong = "```python\nx = 1\n" + "# a longer, wrong draft\n" * 50 + "```"
         for text, reward in (
