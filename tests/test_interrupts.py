@@ -8,6 +8,7 @@ import random
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -133,6 +134,51 @@ def test_sigterm_is_an_interrupt_too(tmp_path: Path) -> None:
     found = interrupted(tmp_path, COMMANDS["train"], shares, signal.SIGTERM)
     for share, (code, _, error) in zip(shares, found, strict=True):
         clear_ending(code, error, share, 143)
+
+
+@needs_torch
+@pytest.mark.slow
+def test_every_process_of_a_run_ends(tmp_path: Path) -> None:
+    from tests.tiny_model import save_tiny
+
+    save_tiny(tmp_path / "tiny")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code = (
+        "import signal, sys\nsys.argv[0] = 'rlrf'\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import rlrf\nfrom tests.resume_driver import CountA\n"
+        "rlrf.register('count-a-v0', CountA)\n"
+        "from rlrf.cli import main\nmain()\n"
+    )
+    given = [*TRAIN, "--run-dir", "run", "--no-report", "--set", "trainer.max_steps=100000"]
+    env = ENV | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *given],
+            cwd=tmp_path,
+            env=env | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / f"error{rank}").open("w"),
+            text=True,
+        )
+        for rank in "01"
+    ]
+    first = processes[0].stdout
+    assert first is not None
+    while line := first.readline():
+        if line.startswith("step 2"):
+            break
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
+        process.communicate(timeout=120)
+    assert [p.returncode for p in processes] == [130, 130]
+    told = [(tmp_path / f"error{rank}").read_text() for rank in "01"]
+    assert told[0].endswith("to go on: rlrf train --resume run\n")
+    assert "interrupted" not in told[1]  # the first one talks
+    assert all("Traceback" not in text for text in told)
 
 
 STUCK = """
