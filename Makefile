@@ -30,20 +30,26 @@ help:
 	@echo "make bench           every benchmark, the quick way"
 	@echo "make lock            take today's newest libraries into requirements.lock"
 
+# One line for every library: set-up is not silent while it downloads.
+PIP_SAYS := --disable-pip-version-check --progress-bar off
+
 # venv FOLDER, PIP'S CONSTRAINTS, EXTRAS: hatchling comes first, so that the build uses that one.
 define venv
-	$(PYTHON) -m venv $(1)
-	$(1)/bin/python -m pip install --quiet $(2) pip hatchling editables
-	$(1)/bin/python -m pip install --quiet $(2) --no-build-isolation -e '.[$(3)]'
+	@$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install $(PIP_SAYS) $(2) pip hatchling editables
+	$(1)/bin/python -m pip install $(PIP_SAYS) $(2) --no-build-isolation -e '.[$(3)]'
 endef
 
 $(VENV)/.ready: pyproject.toml constraints.txt requirements.lock
+	@echo "setting up $(VENV) with what requirements.lock pins: some hundred MB, a minute or two"
 	$(call venv,$(VENV),$(LOCKED),all)
 	@touch $@
 
 setup: $(VENV)/.ready
 
 demo: $(VENV)/.ready
+	@echo "the demo: fetches $(MODEL) if it is not here (0.5 GB), trains it with SDPO on"
+	@echo "format-rules-v0, and writes a report to runs/demo-sdpo-$(SEED); about 10 minutes on 2 cores"
 	$(BIN)/rlrf train docs/examples/demo_sdpo.toml --model $(MODEL) \
 	  --run-dir runs/demo-sdpo-$(SEED) --set trainer.seed=$(SEED) --overwrite
 ifdef COMPARE
