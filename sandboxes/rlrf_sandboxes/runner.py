@@ -523,7 +523,8 @@ class Zygote:
         self.runner = sys.modules["__main__"]
         sys.modules["__main__"] = self.module
         compile("print(1)", FILENAME, "exec")
-        share_page_tables()
+        if self.mode != "ns":  # where every test is two forks away, copying them costs more
+            share_page_tables()
         if self.mode == "uid" and kernel.has_landlock():
             self.rules = kernel.landlock(os.path.dirname(RUN_DIR))
         kernel.dumpable(0)
