@@ -726,7 +726,7 @@ def test_the_command_from_one_end_to_the_other(command, tmp_path, folder):
         assert name in out
     assert "mean attempts" in out
     assert "written to found.json" in out
-    assert "6/6 multi_turn task-1 seed 1: " in error
+    assert "6/6 multi_turn task-1 seed " in error
     data = json.loads((tmp_path / "found.json").read_text())
     assert data["env"] == "discover-test-v0"
     assert (data["tasks"], data["seeds"], data["method"]) == (["task-1"], [0, 1], list(METHODS))

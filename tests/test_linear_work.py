@@ -178,12 +178,15 @@ SITES: dict[str, dict[str, str]] = {
         "ChatTokenizer._parsed": "trusted: the tokenizer's own patterns, as its author wrote them",
     },
     "trainers/rlrf_trainers/policies/hf.py": {"HFPolicy.update_weights": OURS},
-    "trainers/rlrf_trainers/policies/openai.py": dict.fromkeys(
-        ("OpenAIPolicy._post", "_reply", "_error"),
-        "trusted: one JSON document of bounded size from the server that the user names",
-    ),
+    "rlrf/redact.py": {"_SECRET": OURS, "safe_url": OURS},
+    "rlrf/transport.py": {
+        "JsonClient._read": "trusted: unpacked to a bounded size",
+        "JsonClient.post": "server",
+        "_LONE": "server",
+        "_said": "server",
+    },
+    "trainers/rlrf_trainers/policies/openai.py": {"_TOO_LONG": "server", "_of_all": "server"},
     "trainers/rlrf_trainers/preflight.py": {"plain": OURS},
-    "trainers/rlrf_trainers/reprompt.py": {"_THINKING": "strip_thinking"},
     "trainers/rlrf_trainers/trackers.py": {"open_trackers": FILES, "_wandb_id": FILES},
 }  # fmt: skip
 
@@ -497,9 +500,14 @@ def _frames(text: str) -> None:
     slot.program_error({"type": text, "message": text, "frames": [[1, text]] * 9, "line": 1})
 
 
-def _strip_thinking(text: str) -> None:
-    found = importlib.import_module("rlrf_trainers.reprompt")
-    getattr(found, "strip_thinking", str)(text)
+def _server(text: str) -> None:
+    transport = importlib.import_module("rlrf.transport")
+    openai = importlib.import_module("rlrf_trainers.policies.openai")
+    data = text.encode("utf-8", "surrogatepass")
+    transport._LONE.sub(b"", data)
+    said = transport._said(data[:65_536]).lower()  # no more is read of what is refused
+    openai._TOO_LONG.search(said)
+    openai._of_all({"top_k": 1}).search(said)
 
 
 def _split_reasoning(text: str) -> None:
@@ -547,7 +555,7 @@ PROBES: dict[str, Callable[[str], None]] = {
     "explain result": _explain_result,
     "format rules": _format_rules,
     "frames": _frames,
-    "strip_thinking": _strip_thinking,
+    "server": _server,
     "split_reasoning": _split_reasoning,
     "parse_hermes": _parse_hermes,
     "chat": _turn,

@@ -196,11 +196,11 @@ def test_alpha_one_is_student_first_and_alpha_zero_teacher_first() -> None:
 
 def test_endpoints_are_kl_and_not_the_limit_of_the_jsd() -> None:
     student, teacher = randn(5, 7), randn(5, 7, seed=1)
-    for end, near in ((0.0, 1e-6), (1.0, 1 - 1e-6)):
+    for end, near in ((0.0, 1e-3), (1.0, 1 - 1e-3)):
         kl, _ = self_distillation_loss(student, teacher, alpha=end, topk=None)
         jsd, _ = self_distillation_loss(student, teacher, alpha=near, topk=None)
         assert (kl > 0.05).all()
-        assert (jsd < 1e-4).all()
+        assert (jsd < 1e-2).all()
 
 
 def test_near_agreement_the_jsd_is_alpha_times_one_minus_alpha_of_the_kl() -> None:

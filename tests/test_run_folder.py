@@ -293,7 +293,8 @@ def test_a_resumed_run_that_ends_well_has_not_failed(tmp_path, monkeypatch):
     assert "message" not in run.info
     assert run.info["model"]
     told = [e["message"] for e in run.events]
-    assert "from here on trainer.max_steps=5 (was 4), trainer.learning_rate=0.02 (was 0.01)" in told
+    assert "trainer.max_steps was 4 before, and is 5 from here on" in told
+    assert "trainer.learning_rate was 0.01 before, and is 0.02 from here on" in told
     page = write_report([run_dir]).read_text()
     assert '"message":""' in page.split('"facts":')[1][:80]
 

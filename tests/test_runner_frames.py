@@ -338,7 +338,7 @@ def test_a_syntax_error_is_told_though_its_leader_ended_before_it_was_heard(monk
     monkeypatch.setattr(supervisor, "forget_leader", lambda: None, raising=False)
     channel = os.memfd_create("channel")
     os.write(channel, b'{"error": {"type": "SyntaxError"}}')
-    supervisor.files = [0, 0, 0, 0, channel]
+    supervisor.files = [channel]
     outcome = {"kind": "X", "status": 0, "cpu": 0.0}
     assert "SyntaxError" in supervisor.not_compiled(outcome)["message"]
     # Of a compiler that crashed, what is on the channel is not believed.

@@ -403,6 +403,7 @@ class Overshoot(Echo):
         return wrong(span=(0, len(completion.encode(errors="replace")) + 1))
 
 
+@pytest.mark.filterwarnings("default:old:DeprecationWarning")  # what an environment does
 @pytest.mark.parametrize(("cls", "ids"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
 def test_every_fault_is_found_and_no_other(cls, ids):
     env = cls(max_turns=4) if issubclass(cls, rlrf.MultiTurnEnv) else cls()

@@ -128,6 +128,9 @@ def new_folder(out: Path | str) -> Iterator[Callable[[Callable[[Path], Any]], Pa
         Unwritable: the disk is full.
     """
     out = check_name(Path(out))
+    there = UsageError(f"{str(out)!r} is there already; remove it or name another folder")
+    if not out.name:  # "." or "/"
+        raise there
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,7 +148,7 @@ def new_folder(out: Path | str) -> Iterator[Callable[[Callable[[Path], Any]], Pa
     claim = Claim(out.with_name(f".{out.name}.lock"), f"the folder {str(out)!r}")
     try:
         if os.path.lexists(out):
-            raise UsageError(f"{str(out)!r} is there already; remove it or name another folder")
+            raise there
         yield fill
     finally:
         claim.close()
