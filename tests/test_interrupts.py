@@ -236,7 +236,7 @@ def test_an_interrupt_inside_c_code_that_hears_no_signal(tmp_path: Path) -> None
     assert process.returncode == 130
     told = re.search(
         "^interrupted\n"
-        r"kept: ([12]) of 3 rollouts, in r\.json\.partial\n"  # the second may be on its way
+        r"kept: ([0-2]) of 3 rollouts, in r\.json\.partial\n"  # the first two may be on their way
         r"to go on: rlrf eval --env stuck-v0 --policy stuck --out r\.json$",
         error,
         re.M,
@@ -246,7 +246,7 @@ def test_an_interrupt_inside_c_code_that_hears_no_signal(tmp_path: Path) -> None
     process = _started(again, tmp_path, "go")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert re.search("continuing r.json.partial: [12] done", error)
+    assert told[1] == "0" or f"continuing r.json.partial: {told[1]} done" in error
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
