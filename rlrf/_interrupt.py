@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import re
 import select
 import shlex
 import signal
@@ -30,6 +29,8 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Self
+
+from rlrf.redact import safe_argv
 
 GRACE_S = 1.5
 """Seconds the main thread has to unwind."""
@@ -71,13 +72,8 @@ def kept() -> bool:
 
 def same_command() -> str:
     """The command line that goes on with the work: as it was given, but for ``--overwrite``."""
-    words = [
-        # What is typed again need not be logged again.
-        re.sub(r"(?i)^((?:.*=)?\w*(?:key|token|secret|password)=).+", r"\1...", word, flags=re.S)
-        for word in sys.argv[1:]
-        if word != "--overwrite"
-    ]
-    return shlex.join(["rlrf", *words])
+    words = safe_argv(sys.argv[1:])  # what is typed again need not be logged again
+    return shlex.join(["rlrf", *(word for word in words if word != "--overwrite")])
 
 
 class Interrupts:

@@ -6,27 +6,27 @@ import itertools
 import re
 from collections.abc import Sequence
 
-_SECRET = re.compile(r"(?i)(.*[-_])?(api[-_]?key|key|token|secret|password|passwd|sig|signature)")
+_NAME = r"(?:\w*[-_])?(?:api[-_]?key|key|token|secret|password|passwd|sig|signature)"
+_OPTION = re.compile(rf"(?i)--?{_NAME}")
+_GIVEN = re.compile(rf"(?i)(?<![a-z0-9]){_NAME}[\"']?\s*[=:]\s*")
+_ADDRESS = re.compile(r"[a-zA-Z][\w+.-]*://[^\s\"',}]+")
 
 
 def safe_url(url: str) -> str:
-    """An address as it may be shown: no user, no password, no values of its query."""
-    head, _, query = re.sub(r"//[^/?#]*@", "//", url).partition("?")
+    """An address as it may be shown: no user, no password, no values of its query, no fragment."""
+    head, _, query = re.sub(r"//[^/?#]*@", "//", url).partition("#")[0].partition("?")
     names = [part.partition("=")[0] for part in query.split("&") if part]
     return head.rstrip("/") + ("?" + "&".join(f"{n}=***" for n in names) if names else "")
 
 
 def safe_argv(argv: Sequence[str]) -> list[str]:
-    """A command line as it may be recorded: values of secret options hidden, addresses safe."""
+    """A command line as it may be recorded: what follows a secret's name hidden, addresses safe."""
     shown = []
     for before, word in itertools.pairwise(["", *argv]):
-        name, equals, _ = word.partition("=")
-        if equals and _SECRET.fullmatch(name.lstrip("-").rpartition(".")[2]):
-            word = f"{name}=***"
-        elif before.startswith("--") and _SECRET.fullmatch(before.lstrip("-")):
+        word = _ADDRESS.sub(lambda found: safe_url(found[0]), word)
+        if _OPTION.fullmatch(before):
             word = "***"
-        elif "://" in word:
-            named = "=" in word.partition("://")[0]
-            word = f"{name}={safe_url(word[len(name) + 1 :])}" if named else safe_url(word)
+        elif found := _GIVEN.search(word):  # also within a table; the rest of it is hidden, too
+            word = word[: found.end()] + "***"
         shown.append(word)
     return shown

@@ -15,6 +15,7 @@ request:
 from __future__ import annotations
 
 import asyncio
+import base64
 import email.utils
 import json
 import logging
@@ -78,6 +79,8 @@ class JsonClient:
             )
         if isinstance(retries, bool) or not isinstance(retries, int) or retries < 0:
             raise ConfigError(f"retries is {retries!r}; it must be a whole number >= 0")
+        if retries > _MOST_RETRIES:
+            raise ConfigError(f"retries is {retries}; it must be at most {_MOST_RETRIES}")
         if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s <= _LONGEST:
             raise ConfigError(f"timeout_s is {timeout_s!r}; it must be in (0, {_LONGEST}]")
         if not all(" " <= c <= "~" for c in api_key):
@@ -90,6 +93,8 @@ class JsonClient:
             self._headers["Authorization"] = f"Bearer {api_key}"
         secrets = {api_key, url.username, url.password, *url.params.values()}
         secrets |= {quote(secret, safe="") for secret in secrets}
+        if url.userinfo:
+            secrets.add(base64.b64encode(f"{url.username}:{url.password}".encode()).decode())
         self._secrets = sorted((s for s in secrets if len(s) >= 4), key=len, reverse=True)
         # A client belongs to the event loop it was first used on.
         self._clients: weakref.WeakKeyDictionary[Any, httpx.AsyncClient] = (
@@ -266,6 +271,7 @@ class JsonClient:
 
 
 _LONGEST = 86_400 * 7
+_MOST_RETRIES = 100
 _LONE = re.compile(rb"\xed[\xa0-\xbf][\x80-\xbf]")  # surrogates, as "surrogatepass" writes them
 
 

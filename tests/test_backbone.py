@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
 
@@ -94,6 +96,12 @@ def told(model):
 # --- families ---------------------------------------------------------------------------------
 
 
+def few(names: Iterable[str], fast: int) -> Iterator[Any]:
+    """The names as parameters, of which all but the first few are slow tests."""
+    for n, name in enumerate(names):
+        yield pytest.param(name, marks=[] if n < fast else [pytest.mark.slow])
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_the_common_families_are_cached_and_share_their_prompts(name):
     model = tiny_model(config=PLAIN[name]())
@@ -111,7 +119,7 @@ def test_sliding_windows_are_cached_and_say_that_prompts_are_not_shared(name):
     check_right(model)
 
 
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", [*few(RECURRENT, 4)])
 def test_padding_never_enters_a_recurrent_state(name):
     model = tiny_model(config=RECURRENT[name]())
     cached, shared, messages = told(model)
@@ -121,7 +129,7 @@ def test_padding_never_enters_a_recurrent_state(name):
     check_right(model)
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize("name", [*few(OTHER, 2)])
 def test_older_families_are_fast_too(name):
     model = tiny_model(config=OTHER[name]())
     assert told(model) == (True, True, [])

@@ -373,9 +373,21 @@ def frozen_half(dtype=torch.float32):
     return HFPolicy(model, tiny_tokenizer())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("cls", [SDPOTrainer, GRPOTrainer])
+@pytest.mark.parametrize(
+    ("cls", "checkpointing", "dtype"),
+    [
+        (SDPOTrainer, False, torch.float32),
+        (GRPOTrainer, True, torch.bfloat16),
+        *(
+            pytest.param(cls, checkpointing, dtype, marks=pytest.mark.slow)
+            for cls, checkpointing, dtype in (
+                (SDPOTrainer, True, torch.float32),
+                (SDPOTrainer, False, torch.bfloat16),
+                (GRPOTrainer, False, torch.float32),
+            )
+        ),
+    ],
+)
 def test_what_is_frozen_stays_frozen(cls, checkpointing, dtype, tmp_path):
     given = frozen_half(dtype)
     before = {n: p.detach().clone() for n, p in given.model.named_parameters()}
@@ -457,8 +469,17 @@ def altered(folder, how):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-@pytest.mark.parametrize("how", ["another", "one number", "template"])
+@pytest.mark.parametrize(
+    ("how", "lora_r"),
+    [
+        ("one number", 2),
+        ("template", 0),
+        pytest.param("another", 0, marks=pytest.mark.slow),
+        pytest.param("another", 2, marks=pytest.mark.slow),
+        pytest.param("one number", 0, marks=pytest.mark.slow),
+        pytest.param("template", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_weights_replaced_in_place_are_noticed(how, lora_r, tmp_path):
     folder, run_dir = save_tiny(tmp_path / "model"), tmp_path / "run"
 

@@ -34,7 +34,7 @@ rewards = st.one_of(
     dtype=st.sampled_from([torch.float32, torch.float64]),
     std=st.sampled_from([None, 0.0, 1e-7, 0.3]),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_a_group_of_equal_rewards_has_no_advantage(groups, scale, dtype, std):
     values = torch.tensor([r for r, n in groups for _ in range(n)], dtype=torch.float64).to(dtype)
     ids = [i for i, (_, n) in enumerate(groups) for _ in range(n)]
@@ -54,7 +54,7 @@ def test_a_group_of_equal_rewards_has_no_advantage(groups, scale, dtype, std):
     scale=st.sampled_from(SCALES),
     n=st.integers(2, 9),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 def test_nor_has_it_beside_others_whose_advantages_are_finite(flat, other, scale, n):
     values = torch.tensor([flat] * n + other, dtype=torch.float64)
     found = group_advantages(values, [0] * n + [1] * len(other), scale_rewards=scale)

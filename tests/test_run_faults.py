@@ -60,14 +60,14 @@ def results(name: str, fault: str | int, stride: int, start: int = 0) -> Any:
 def test_a_few_faults_of_each_kind_are_understood(tmp_path):
     cases = drive(
         tmp_path,
-        sweep("overwrite", KILL, 45, 8),
-        sweep("fresh", ENOSPC, 80, 30),
-        results("eval", KILL, 12, 4),
-        ("together", {"rounds": 2}),
+        sweep("overwrite", KILL, 90, 8),
+        results("eval", KILL, 24, 4),
+        ("together", {"rounds": 1}),
     )
-    assert cases >= 8
+    assert cases >= 3
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_is_said_and_gone_on_from(tmp_path):
     if not can_mount(tmp_path):
         pytest.skip("mounting a small disk needs root")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import socket
@@ -14,13 +15,14 @@ import stamina
 
 import rlrf
 from rlrf import ConfigError, InfraError, UsageError
+from rlrf._interrupt import same_command
 from rlrf.errors import PromptTooLongError, UnavailableError
 from rlrf.policy import Prompt, SamplingParams
 from rlrf.redact import safe_argv, safe_url
 from rlrf.runs import environment_lock
 from rlrf.transport import JsonClient, RefusedError, _seconds
 from rlrf_trainers.policies.openai import OpenAIPolicy
-from tests.environments_for_tests import Echo
+from tests.environments_for_tests import Echo, Guess
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
@@ -196,7 +198,8 @@ def test_no_message_holds_a_secret(serve, caplog):
     with pytest.raises(ConfigError) as wrong:
         OpenAIPolicy("m", base_url="ftp://hunter2:p@ss@x/v1?key=tok-en")
     shown = [told, str(gone.value), str(wrong.value), policy.base_url, caplog.text]
-    for secret in ("sk-verysecret", "hunter2", "p%40ss", "p@ss", "tok-en"):
+    basic = base64.b64encode(b"hunter2:p@ss").decode()
+    for secret in (basic, "sk-verysecret", "hunter2", "p%40ss", "p@ss", "tok-en"):
         assert not [text for text in shown if secret in text]
     assert caught.value.__cause__ is None  # nor what a traceback shows
 
@@ -204,18 +207,34 @@ def test_no_message_holds_a_secret(serve, caplog):
 def test_no_record_holds_a_secret(monkeypatch):
     argv = ["rlrf", "eval", "--policy-option", "api_key=sk-1", "--api-key", "sk-1", "--token=sk-1"]
     argv += ["--base-url", "http://u:sk-1@h/v1?k=sk-1&j", "base_url=http://u:sk-1@h/v1"]
+    argv += ["--policy-option=api_key=sk-1", "--set=env.options.api_key=sk-1 and more"]
+    argv += ["extra_body={'api_key': 'sk-1'}", 'x={"token" : "sk-1", "a": 1}', "https://h/v1#sk-1"]
     argv += ["--set", "trainer.max_tokens=5"]
     monkeypatch.setattr("sys.argv", argv)
     shown = environment_lock()["argv"]
     assert shown == safe_argv(argv)
     assert "sk-1" not in str(shown)
-    assert shown[-5:] == [
-        "--base-url",
-        "http://h/v1?k=***&j=***",
-        "base_url=http://h/v1",
-        *argv[-2:],
-    ]
+    assert shown[7:10] == ["--base-url", "http://h/v1?k=***&j=***", "base_url=http://h/v1"]
+    assert shown[-2:] == argv[-2:]
+    assert "sk-1" not in same_command()
     assert safe_url("http://localhost:8000/v1/") == "http://localhost:8000/v1"
+
+
+def test_a_server_gets_the_reasoning_back_only_if_it_told_it(serve):
+    seen: list[list[dict[str, str]]] = []
+
+    def answer(send: Callable[[bytes], None], request: bytes) -> None:
+        seen.append(json.loads(request.partition(b"\r\n\r\n")[2])["messages"])
+        told = {"reasoning_content": "hm"} if len(seen) > 2 else {}
+        message = {"content": "<think>so</think>5", **told}
+        replies(json.dumps({"choices": [{"message": message}]}).encode())(send, request)
+
+    policy = OpenAIPolicy("m", base_url=serve(answer).url)
+    for _ in range(2):
+        rlrf.rollout(Guess(max_turns=2), policy, [Guess().tasks()[0]])
+    fields = [[sorted(m) for m in asked if m["role"] == "assistant"] for asked in seen]
+    plain = ["content", "role"]
+    assert fields == [[], [plain], [], [["content", "reasoning_content", "role"]]]
 
 
 def test_options_that_cannot_work():
@@ -224,6 +243,7 @@ def test_options_that_cannot_work():
         ({"timeout_s": float("nan")}, "timeout_s is nan"),
         ({"timeout_s": "5"}, "timeout_s is '5'"),
         ({"retries": 1.5}, r"retries is 1\.5"),
+        ({"retries": 10**20}, "it must be at most 100"),
         ({"api_key": "k\n"}, "api_key holds a character"),
         ({"api_key": "schl\u00fcssel"}, "api_key holds a character"),
     ):
@@ -267,14 +287,27 @@ def test_a_prompt_that_is_too_long_in_any_servers_words(serve, error):
         ({"message": "Failed to call a function", "code": "tool_use_failed"}, "policy_refused"),
         ({"message": "the temperature of this text", "type": "content_policy"}, "policy_refused"),
         ({"message": "messages.0: what is that?"}, "policy_refused"),
+        (
+            {"message": "'set temperature to 3' was flagged", "code": "invalid_prompt"},
+            "policy_refused",
+        ),
+        (
+            {"message": '{"input": {"temperature": 1.0}} is invalid', "status": 422},
+            "policy_refused",
+        ),
+        ({"message": "input was flagged by moderation", "status": 403}, "policy_refused"),
+        ({"message": "tool not found", "status": 404}, "policy_refused"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:task 'train-no' is left unscored")
 def test_one_request_refused_costs_its_own_rollout(serve, error, kind):
     def answer(send: Callable[[bytes], None], request: bytes) -> None:
-        (say(400, **error) if b"no" in request.partition(b"messages")[2] else GOOD)(send, request)
+        refused = say(**{"status": 400, **error})
+        (refused if b"no" in request.partition(b"messages")[2] else GOOD)(send, request)
 
-    found = rlrf.rollout(Echo(), OpenAIPolicy("m", base_url=serve(answer).url), group_size=3)
+    policy = OpenAIPolicy("m", base_url=serve(answer).url)
+    assert rlrf.rollout(Echo(), policy, ["train-yes"])[0].scored
+    found = rlrf.rollout(Echo(), policy, group_size=3)
     told = {r.task_id: r.failure and r.failure.partition(":")[0] for r in found}
     assert told["train-no"] == kind
     assert [r.reward for r in found if r.task_id == "train-yes"] == [1.0] * 3

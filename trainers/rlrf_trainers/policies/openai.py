@@ -35,7 +35,10 @@ _TOO_LONG = re.compile(
     r"|string_above_max_length"
 )
 """How servers (OpenAI, vLLM, SGLang, llama.cpp, Azure, Gemini, Anthropic) say so."""
-_OF_ONE = ("content_filter", "content_policy", "responsibleai", "tool_use_failed")
+_OF_ONE = re.compile(
+    r"content_filter|content_policy|responsibleai|tool_use_failed|invalid_prompt|moderation|flagged"
+    r"|usage polic|safety"
+)
 """Codes of refusals that are about this prompt, or this reply, whatever else they mention."""
 _REFUSED_IN_A_ROW = 16
 
@@ -93,6 +96,10 @@ class OpenAIPolicy:
         self.token_ids, self.extra_body = token_ids, dict(extra_body or {})
         self.max_tokens_field = max_tokens_field
         self._refused = 0  # requests in a row
+        self._worked = False  # whether the server has taken any
+        # Fields of ours. What could not be read of a call is in the content, too; reasoning goes
+        # back to servers that tell it themselves: others may refuse a field they do not know.
+        self._not_for_servers = {"invalid_tool_calls", "reasoning_content"}
 
     # --- Policy ---------------------------------------------------------------------------
 
@@ -140,9 +147,9 @@ class OpenAIPolicy:
     def _body(self, prompt: Prompt, params: SamplingParams) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
-            # What could not be read of a call is in the content, too; no server knows the field.
             "messages": [
-                {k: v for k, v in m.items() if k != "invalid_tool_calls"} for m in prompt.messages
+                {k: v for k, v in m.items() if k not in self._not_for_servers}
+                for m in prompt.messages
             ],
             "temperature": params.temperature,
             "top_p": params.top_p,
@@ -183,9 +190,13 @@ class OpenAIPolicy:
             404: f"; is {self.model!r} served there, and does base_url end in /v1?",
             429: "; raise the account's quota",
         }.get(error.status, "")
-        if not any(words in error.said for words in _OF_ONE) and (
-            remedy or _of_all(self.extra_body).search(error.said)
-        ):
+        # A server that has taken other requests has nothing against what all of them hold.
+        of_all = error.status in (401, 429) or (
+            not self._worked
+            and not _OF_ONE.search(error.said)
+            and bool(remedy or _of_all(self.extra_body).search(error.said))
+        )
+        if of_all:
             return UsageError(f"{error}{remedy}")
         # Of one prompt, as far as one can tell; where it is of all, they are many.
         self._refused += 1
@@ -194,11 +205,13 @@ class OpenAIPolicy:
         return error
 
     def _read(self, data: Any, prompt: Prompt) -> Completion:
-        self._refused = 0
+        self._refused, self._worked = 0, True
         try:
             choice = data["choices"][0]
             raw = choice["message"]
             text, thought = _text(raw.get("content")), _thought(raw)
+            if "reasoning_content" in raw:
+                self._not_for_servers.discard("reasoning_content")
             message: Message = {"role": "assistant", "content": text}
             if raw.get("tool_calls"):
                 message["tool_calls"] = list(raw["tool_calls"])
