@@ -101,19 +101,22 @@ def _timed(learner: Learner, rows: list[list[int]]) -> tuple[float, float]:
             times.append(time.perf_counter())
         return times[-1] - times[0] > _LONGEST_S
 
-    for _ in range(1 + (learner.device.type != "cpu")):  # a GPU is slow at first
+    def run(some: list[list[int]], tokens: int) -> None:
         del times[1:]
         times[0] = time.perf_counter()
         sampler.sample(
             learner.policy.model,
-            rows,
-            SamplingParams(max_tokens=_TIMED_TOKENS),
+            some,
+            SamplingParams(max_tokens=tokens),
             end_ids=(),
-            seeds=[(i,) for i in range(len(rows))],
-            max_batch_size=len(rows),
+            seeds=[(i,) for i in range(len(some))],
+            max_batch_size=len(some),
             context=learner.policy.context,
             stop=token,
         )
+
+    run(rows[:1], 2)  # the first time a GPU compiles, and a CPU reads the weights from the disk
+    run(rows, _TIMED_TOKENS)
     if len(times) < 3:  # prompts that fill the context, or a slow machine: as for the prompt
         spent = times[-1] - times[0]
         return spent, spent * len(rows) / sum(map(len, rows))
