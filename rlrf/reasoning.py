@@ -2,13 +2,15 @@
 
 One function, :func:`split_reasoning`, for every policy and every environment. The rule:
 
-1. A section opens where the reply begins, whitespace apart (or the chat template has opened it at
-   the end of the prompt), and reaches to its closing mark; sections may follow each other and be
-   nested. What follows is the answer. A section that is never closed has none.
+1. A section opens where the reply begins, whitespace and marks of a beginning apart (or the chat
+   template has opened it at the end of the prompt), and reaches to its closing mark; to one of
+   another kind where its own does not come. Sections may follow each other and be nested. What
+   follows is the answer. A section that is never closed has none.
 2. A closing mark that nothing opens ends a section that the chat template opened: what stands
-   before the last such mark is reasoning. Likewise a later section, if it begins a line or if the
-   reply began with one: what stands before its end is reasoning (vLLM's and SGLang's parsers read
-   both so). A later section that is never closed is text.
+   before the last such mark is reasoning. Likewise a later section: what stands before its end is
+   reasoning (vLLM's and SGLang's parsers read both so), unless nothing stands behind it: then the
+   answer came before. A later section that begins a line and is never closed leaves no answer,
+   unless a closed block of code stands before it. Elsewhere such a mark is text.
 3. A mark that is quoted is text: between quotes or backticks on its line, or within a closed block
    of code. A fence that is open in the reasoning hides no mark: such a block is not closed.
 4. gpt-oss channels: the answer is the ``final`` one; a reply in channels without it has none.
@@ -52,9 +54,16 @@ _MARK = re.compile("|".join(re.escape(m) for pair in _PAIRS for m in pair), _CAS
 _OPENS = re.compile("|".join(re.escape(o) for o, _ in _PAIRS), _CASE)
 _LONGEST = max(map(len, _FAMILY))
 _SPACE = re.compile(r"\s*")
+# What may stand before the first word of a reply and is none of it.
+_BEGIN = re.compile(
+    r"(?:\s|[\ufeff\u200b]|<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>"
+    r"|<\|start\|>assistant(?=<\|channel\|>))*"
+)
 _LABELLED = ("<|channel>", "<unused94>")
 _LABEL = re.compile(r"^thought(?:\s+|$)")
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})(.*)$", re.MULTILINE)
+# Directly behind a fence: it opens a block, also within another, say in a docstring.
+_WORD = re.compile(r"[A-Za-z][\w.+#-]*")
 _QUOTES = "\"'`"
 # An apostrophe within a word is none, nor is a fence.
 _QUOTE = re.compile(r"\"|(?<!\w)'|'(?!\w)|(?<!`)`{1,2}(?!`)")
@@ -109,20 +118,23 @@ def split_reasoning(text: str, opened: str = "", *, strays: bool = True) -> Repl
 
 
 def _split(text: str, opened: str, strays: bool) -> Reply:
-    if opened.startswith(_CHANNEL) or (text.lstrip().startswith(_CHANNEL) and _MESSAGE in text):
+    begin = _skip(text, 0)
+    if opened.startswith(_CHANNEL) or (text.startswith(_CHANNEL, begin) and _MESSAGE in text):
         return _channels(text, opened)
-    if text.startswith("analysis") and _BARE_FINAL in text:
+    if text.startswith("analysis", begin) and _BARE_FINAL in text:
         at = text.rindex(_BARE_FINAL)
-        return Reply(text[len("analysis") : at].strip(), at + len(_BARE_FINAL), len(text))
+        return Reply(text[begin + len("analysis") : at].strip(), at + len(_BARE_FINAL), len(text))
     marks = list(_marks(text))
     if not marks and not opened:
         return Reply(None, 0, len(text))
-    start = _sections(text, marks, 0, opened)
+    start, end = _sections(text, marks, opened), len(text)
     if start is not None and strays:
-        thinks = start > 0 or bool(opened)
-        start = _sections(text, marks, _stray(text, marks, start, thinks), "")
+        start, end = _strays(text, marks, start)
     if start is None:
         return Reply(_plain(text), len(text), len(text))
+    if end < len(text):  # the answer came before the last section
+        reasoning = "\n\n".join(filter(None, (_plain(text[:start]), _plain(text[end:]))))
+        return Reply(reasoning, _skip(text, start) if start else 0, end)
     if not start:
         return Reply(None, 0, len(text))
     return Reply(_plain(text[:start]), _skip(text, start), len(text))
@@ -137,13 +149,13 @@ def opened_by(prompt: str) -> str:
 
 
 def _skip(text: str, start: int) -> int:
-    found = _SPACE.match(text, start)
+    found = (_SPACE if start else _BEGIN).match(text, start)
     return found.end() if found else start
 
 
 def _plain(text: str) -> str:
     """Reasoning without its marks at either end."""
-    text = text.strip()
+    text = text[_skip(text, 0) :].rstrip()
     while (found := _OPENS.match(text)) is not None:
         text = text[found.end() :].lstrip()
         if found[0] in _LABELLED:
@@ -188,8 +200,10 @@ def _marks(text: str) -> Iterator[_Mark]:
         )
 
 
-def _sections(text: str, marks: list[_Mark], start: int, opened: str) -> int | None:
-    """Where the sections end that follow each other from ``start``; None if the last has no end."""
+def _sections(text: str, marks: list[_Mark], opened: str) -> int | None:
+    """Where the sections end with which the text begins; None if the last has no end."""
+    start = 0
+    last = {mark.family: mark.start for mark in marks if mark.closes and not mark.quoted}
     while True:
         begin = _skip(text, start)
         index = _first(marks, begin)
@@ -198,7 +212,8 @@ def _sections(text: str, marks: list[_Mark], start: int, opened: str) -> int | N
         opens = here is not None and not here.closes and family in (-1, here.family)
         if not (opened or opens):
             return start
-        end = _closing(marks, index + opens, here.family if here and opens else family)
+        family = here.family if here and opens else family
+        end = _closing(marks, index + opens, family, last.get(family, -1))
         if end is None:
             return None
         start, opened = end, ""
@@ -209,13 +224,22 @@ def _first(marks: list[_Mark], position: int) -> int:
     return bisect_right(marks, position - 1, key=lambda m: m.start)
 
 
-def _closing(marks: list[_Mark], index: int, family: int) -> int | None:
-    """Where the section ends in which ``marks[index]`` is the first mark; None if nowhere."""
+def _closing(marks: list[_Mark], index: int, family: int, last: int) -> int | None:
+    """Where the section ends in which ``marks[index]`` is the first mark; None if nowhere.
+
+    ``last``: where the last mark stands that closes the family; behind it any that closes will do.
+    """
     depth, quoted = 1, None
+    others: dict[int, int] = {}  # open sections of other families
     for mark in map(marks.__getitem__, range(index, len(marks))):  # no copy of the rest
         if mark.family != family:
-            continue
-        if mark.quoted:
+            if mark.quoted or (not mark.closes and mark.mentioned):
+                continue
+            open_ = others.get(mark.family, 0)
+            if mark.closes and not open_ and last < mark.start:
+                return mark.end
+            others[mark.family] = max(0, open_ - 1) if mark.closes else open_ + 1
+        elif mark.quoted:
             quoted = mark.end if mark.closes and quoted is None else quoted
         elif mark.closes:
             depth -= 1
@@ -226,14 +250,14 @@ def _closing(marks: list[_Mark], index: int, family: int) -> int | None:
     return quoted if depth == 1 else None
 
 
-def _stray(text: str, marks: list[_Mark], start: int, thinks: bool) -> int:
-    """The end of the last section that does not open what begins at ``start``; else ``start``.
+def _strays(text: str, marks: list[_Mark], start: int) -> tuple[int | None, int]:
+    """The answer in what begins at ``start`` and may have sections further on.
 
-    ``thinks``: whether the reply has had a section already.
+    Where it begins and ends: None if there is none.
     """
     index = _first(marks, start)
     if index == len(marks):
-        return start
+        return start, len(text)
     blocks = _blocks(text, start)
     ends = [b for _, b in blocks]
 
@@ -242,7 +266,7 @@ def _stray(text: str, marks: list[_Mark], start: int, thinks: bool) -> int:
         return i < len(blocks) and blocks[i][0] <= position
 
     open_: dict[int, list[_Mark]] = {}
-    end = start
+    sections: list[tuple[int, int]] = []  # those behind ``start``, none within another
     for mark in map(marks.__getitem__, range(index, len(marks))):  # no copy of the rest
         others = open_.setdefault(mark.family, [])
         if not mark.closes:
@@ -250,28 +274,61 @@ def _stray(text: str, marks: list[_Mark], start: int, thinks: bool) -> int:
                 others.append(mark)
         elif others:
             opener = others.pop()
-            if (opener.begins or thinks) and not opener.quoted and not in_code(opener.start):
-                end = mark.end
+            if opener.quoted or in_code(opener.start):
+                continue
+            while sections and sections[-1][0] > opener.start:
+                sections.pop()
+            if opener.start < start:
+                start = mark.end
+            else:
+                sections.append((opener.start, mark.end))
         elif mark.alone or not (mark.quoted or in_code(mark.start)):
-            end = mark.end
-    return end
+            start = mark.end
+            sections.clear()
+    answered = sections[-1][1] if sections else start
+    cut = min(
+        (
+            mark.start
+            for left in open_.values()
+            for mark in left
+            if mark.start >= answered
+            and mark.begins
+            and not mark.quoted
+            and not in_code(mark.start)
+        ),
+        default=None,
+    )
+    if cut is not None:  # within a section: an answer is there only if it came before
+        if not any(start <= a and b <= cut for a, b in blocks):
+            return None, len(text)
+        sections.append((cut, len(text)))
+    stop = len(text)
+    while sections:
+        begin, end = sections.pop()
+        if text[end:stop].strip():
+            return end, stop
+        stop = begin
+    if stop < len(text) and not text[start:stop].strip():
+        return None, len(text)
+    return start, stop
 
 
 def _blocks(text: str, start: int) -> list[tuple[int, int]]:
     """The closed blocks of code.
 
-    A fence with words after it closes none: the block before was never closed, as where a draft
-    breaks off.
+    A fence with a word directly behind it closes none: the block before was never closed, as where
+    a draft breaks off.
     """
     blocks: list[tuple[int, int]] = []
     fence, opened = "", 0
     # A mark ends a line: "```</think>" closes a block, "</think>```python" opens one.
     lines = _MARK.sub(lambda found: "\n" * len(found[0]), text)
     for found in _FENCE.finditer(lines, start):
-        if fence and found[1].startswith(fence) and not found[2].strip():
+        behind = found[2].rstrip()
+        if fence and found[1].startswith(fence) and not _WORD.fullmatch(behind):
             blocks.append((opened, found.end()))
             fence = ""
-        elif not fence or found[2].strip():
+        elif not fence or behind:
             fence, opened = found[1], found.start()
     return blocks
 

@@ -91,7 +91,33 @@ def test_a_section_that_the_template_opened(closes):
         ("<think>it ends with `</think>`, so</think>d", "it ends with `</think>`, so", "d"),
         # a fence that is open in the reasoning, without <think>
         ("```\nx\n</think>\n```\nd\n```", "```\nx", "```\nd\n```"),
+        ("Okay.\n<think>\na", "Okay.\n<think>\na", ""),
+        (f"Okay.\n<think>\n{RIGHT}\nhm", f"Okay.\n<think>\n{RIGHT}\nhm", ""),
+        (f"{RIGHT}\n<think>\nhm", "hm", f"{RIGHT}\n"),
+        # within a line
+        ("Sure. <think>a</think>\nd", "Sure. <think>a", "d"),
+        (f"Sure. <think>{WRONG}</think>\n{RIGHT}", f"Sure. <think>{WRONG}", RIGHT),
+        # after the answer
+        ("d\n<think>a</think>\n", "a", "d\n"),
+        ("<think>a</think>d <think>b</think> [THINK]c[/THINK]", "a\n\nb</think> [THINK]c", "d "),
+        ("d\n<think>a<think>b</think></think>", "a<think>b</think>", "d\n"),
+        ("[THINK]a</think>b[/THINK]c", "a</think>b", "c"),
+        ("a [THINK]b</think>c[/THINK]d", "a [THINK]b</think>c", "d"),
+        # closed by another mark
+        ("<think>a</thinking>d", "a", "d"),
+        ("<thinking>a</think>\nd", "a", "d"),
+        ("Sure.\n<think>a</thinking>d", "Sure.\n<think>a", "d"),
+        ("<think>a[THINK]b[/THINK]c</think>d", "a[THINK]b[/THINK]c", "d"),
+        ("<think>a</thinking>b</think>d", "a</thinking>b", "d"),
+        # what is no text
+        ("\ufeff<think>a</think>d", "a", "d"),
+        ("\u200b\n<think>a</think>d", "a", "d"),
+        ("<s> <think>a</think><s>d</s>", "a", "<s>d</s>"),
+        ("<|begin_of_text|>[THINK]a", "a", ""),
+        ("\ufeffanalysis a assistantfinald", "a", "d"),
         # channels
+        ("<|start|>assistant<|channel|>analysis<|message|>a", "a", ""),
+        ("<|start|>assistant<|channel|>final<|message|>d", "", "d"),
         ("<|channel|>final<|message|>d<|return|>", "", "d"),
         (
             "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary"
@@ -103,6 +129,9 @@ def test_a_section_that_the_template_opened(closes):
 )
 def test_where_the_reasoning_ends(text, reasoning, answer):
     assert parts(text) == (reasoning, answer)
+
+
+FENCE_ENDS = (" That is all.", " done", "</answer>", "<|im_end|>")
 
 
 @pytest.mark.parametrize(
@@ -118,13 +147,13 @@ def test_where_the_reasoning_ends(text, reasoning, answer):
         '```python\nP = """<think>\nhm\n</think>\n"""\n```',
         "```xml\n<think>\nhm\n</think>\n```",
         "~~~\na</think>b\n~~~",
-        "The answer: 5\n<think>and then",
         "the <think> tag",
+        *(f"```python\n# strip </think> tags\n```{behind}" for behind in FENCE_ENDS),
     ],
 )
 def test_what_is_quoted_is_text(text):
     assert parts(text) == (None, text)
-    assert parts(f"<think>a</think>{text}") == ("a", text) or text.startswith("The answer")
+    assert parts(f"<think>a</think>{text}") == ("a", text)
     assert action_message(action_message(f"<think>a</think>{text}")) == action_message(
         f"<think>a</think>{text}"
     )
@@ -167,6 +196,7 @@ def test_any_text_is_taken_apart_once(text, opened):
 def test_linear_in_the_text():
     units = ["<think>", "</think>", "\n<think>", "</think>\n", "`</think>", "'", '"</think>"']
     units += ["```\n", "~~~", "<|channel|>a<|message|>", "<think> ", "analysis", "assistantfinal"]
+    units += ["<think></thinking>", "a <think>b</think>\n", "<s>", "\ufeff", "<think>\n```\n```\n"]
     units += ["[THINK]<think>", "\n```python\n</think>", "<think></think>", "a'a</think>", " "]
 
     def cost(unit, size):
@@ -372,11 +402,13 @@ def test_programs_are_taken_from_the_answer(compat):
             (f"<think>{right}</think>{wrong}", 0.0),
             (f"{wrong}</think>\n{right}", 1.0),
             (f"<think>```python\nopen\n</think>{right}", 1.0),
+            (f"Okay.\n<think>\n{right}\nhm, but wait", 0.0),
+            (f"{right}\n<think>\n{wrong}\n</think>", 1.0),
         ):
             if not compat:
                 got, feedback = env.grade(task, text)
                 assert got == reward, text
-                if text == f"<think>{right}":
+                if text in (f"<think>{right}", f"Okay.\n<think>\n{right}\nhm, but wait"):
                     assert feedback.kinds[0] == "truncated_attempt"
         if compat:  # the longest block of all, as in the official code
             assert env.grade(task, f"<think>{right}").reward == 1.0
