@@ -155,7 +155,10 @@ class Completion:
         if self.message is None:
             return spoken(self.text)
         message: Message = {**self.message, "content": self.text}
-        message.pop("reasoning_content", None)
+        if self.text != (self.message["content"] or "") and _holds(
+            self.text, message.get("reasoning_content") or ""
+        ):
+            message.pop("reasoning_content", None)
         return spoken(message)
 
     @property
@@ -197,16 +200,33 @@ class Completion:
         return ((start, end),) if start >= 0 else ()
 
 
+def _holds(text: str, reasoning: str) -> bool:
+    """Whether a text has the reasoning in it, whose sections may stand apart there."""
+    position = 0
+    for section in reasoning.split("\n\n"):
+        position = text.find(section, position)
+        if position < 0:
+            return False
+        position += len(section)
+    return True
+
+
 def check_completion(completion: Any) -> None:
     """See that what a policy gave is a completion.
 
     Raises:
         InfraError: it is not: ids that are none, log-probabilities that are no finite number <= 0,
-            texts that are none. No reward may be drawn from it.
+            texts that are none. No reward may be drawn from it. It is not ``retryable`` where the
+            message is none: the policy's own code made it.
     """
+    said = "the policy gave a completion that is none: "
     fault = _fault(completion)
     if fault is not None:
-        raise InfraError(f"the policy gave a completion that is none: {fault}", kind="policy_error")
+        raise InfraError(said + fault, kind="policy_error")
+    try:
+        completion.assistant_message  # noqa: B018  # reads the message
+    except UsageError as error:
+        raise InfraError(f"{said}{error}", kind="policy_error", retryable=False) from error
 
 
 _MAX_ID = 2**31
@@ -223,23 +243,38 @@ def _fault(completion: Any) -> str | None:
         for i in ids:
             if not _is_id(i):
                 return f"{name} has {i!r}, which is no token id"
-    if completion.logprobs:
-        if len(completion.logprobs) != len(completion.token_ids):
-            return f"{len(completion.logprobs)} logprobs for {len(completion.token_ids)} token_ids"
-        for x in completion.logprobs:
-            if not _is_logprob(x):
-                return f"logprobs has {x!r}; it must be a finite number <= 0"
+    logprobs: Any = completion.logprobs
+    if not isinstance(logprobs, (tuple, list)):
+        return f"logprobs is a {type(logprobs).__name__}, not a tuple (empty if there are none)"
+    if logprobs and len(logprobs) != len(completion.token_ids):
+        return f"{len(logprobs)} logprobs for {len(completion.token_ids)} token_ids"
+    for x in logprobs:
+        if not _is_logprob(x):
+            return f"logprobs has {x!r}; it must be a finite number <= 0"
     if not isinstance(completion.text, str):
         return f"text is a {type(completion.text).__name__}, not a string"
     if completion.finish_reason not in ("stop", "length", "abort"):
         return f"finish_reason is {completion.finish_reason!r}"
+    for name in ("offsets", "ranges"):
+        spans: Any = getattr(completion, name)
+        if name == "ranges" and spans is None:
+            continue
+        if not isinstance(spans, (tuple, list)):
+            return f"{name} is a {type(spans).__name__}, not a tuple"
+        for span in spans:
+            if not _is_span(span):
+                return f"{name} has {span!r}, which is no pair of positions in the text"
     if completion.offsets and len(completion.offsets) != len(completion.token_ids):
         return f"{len(completion.offsets)} offsets for {len(completion.token_ids)} token_ids"
-    try:
-        completion.assistant_message  # noqa: B018  # reads the message
-    except UsageError as error:
-        return str(error)
     return None
+
+
+def _is_span(value: Any) -> bool:
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(x, numbers.Integral) for x in value)
+    )
 
 
 def _is_id(value: Any) -> bool:
@@ -335,9 +370,12 @@ class ScriptedPolicy:
 
     def _complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
         reply = self.reply(prompt.messages)
-        message = spoken(reply) if isinstance(reply, Mapping) else None
         new = prompt.messages if prompt.prefix_ids is None else prompt.new_messages
         before = b"".join(_bytes(m["content"] or "") for m in new)
+        try:
+            message = spoken(reply) if isinstance(reply, Mapping) else None
+        except UsageError:  # this reply's alone: who looks at its completion says so
+            return Completion((prompt.prefix_ids or ()) + tuple(before), (), (), "", message=reply)
         text = whole_text(str(reply) if message is None else message["content"] or "")
         sampled = (*_bytes(text), 256)[: params.max_tokens]
         cut = sampled[-1] != 256

@@ -314,6 +314,22 @@ def test_an_environment_may_read_the_reasoning():
     assert rlrf.rollout(wrapped, lambda messages: "<think>a</think>right")[0].reward == 0.0
 
 
+def test_reasoning_that_is_not_in_the_text_stays_beside_it():
+    for reply in (
+        {"content": "ans", "reasoning_content": "so"},
+        {"content": "also", "reasoning_content": "so"},
+        {"content": "", "reasoning_content": "so"},
+        {"content": None, "reasoning_content": "so", "tool_calls": [{"id": "1"}]},
+    ):
+        (rollout,) = rlrf.rollout(Whole(), lambda messages, reply=reply: reply)
+        assert rollout.messages[-1]["content"] == (reply["content"] or "")
+        assert rollout.messages[-1]["reasoning_content"] == "so"
+    text = "analysis aassistantcommentary bassistantfinalc"
+    message = {"role": "assistant", "content": "c", "reasoning_content": "a\n\nb"}
+    whole = Completion((1,), (2,), (), text, message=message).whole_message
+    assert whole == {"role": "assistant", "content": text}
+
+
 # --- policies -----------------------------------------------------------------------------------
 
 
