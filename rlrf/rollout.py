@@ -661,8 +661,10 @@ class _Batcher:
         try:
             call = call_hook if self.limit is None else call_in_turn
             completions: list[Completion] = await call(self.policy.generate, prompts, params)
-        except RlrfError:
+        except (UsageError, InfraError):
             raise
+        except RlrfError as error:  # on purpose, and so again with the same prompt and seed
+            raise _PolicyRaised(str(error), kind="policy_error", retryable=False) from error
         except Exception as error:
             raise _PolicyRaised(
                 f"the policy failed: {describe(error)}", kind="policy_error"

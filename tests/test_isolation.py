@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -389,6 +390,14 @@ GOOD = {"prompt_ids": (1,), "token_ids": (2, 3), "logprobs": (-0.5, 0.0), "text"
         {"message": {"role": "assistant", "content": "x", "tool_calls": 3}},
         {"message": {"role": "assistant", "content": "x", "tool_calls": [{"a": object()}]}},
         {"offsets": ((0, 1),)},
+        {"offsets": 5},
+        {"offsets": (0, 1)},
+        {"logprobs": None},
+        {"logprobs": np.array([-0.5, 0.0])},
+        {"logprobs": 5},
+        {"ranges": 5},
+        {"ranges": (0, 1)},
+        {"ranges": (("a", "b"),)},
     ],
 )
 def test_a_completion_that_is_none_is_no_reward(fields):
@@ -451,6 +460,51 @@ def test_ids_and_logprobs_of_a_server_are_looked_at(choice):
         server.close()
     check(done, {"bad": "policy_error: "})
     assert done["good-1"].completion_ids == (5, 6)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"content": 5},
+        {"role": "user", "content": "a"},
+        {"content": "x", "tool_calls": "z"},
+        {"content": "x", "reasoning_content": 5},
+        {"content": None, "tool_calls": [{"x": math.nan}]},
+    ],
+)
+def test_a_reply_that_is_no_message_costs_its_own_rollout(reply):
+    asked = []
+
+    def answer(messages):
+        bad = "bad" in messages[-1]["content"]
+        asked.append(bad)
+        return reply if bad else "ok"
+
+    for policy in (answer, ScriptedPolicy(answer)):
+        asked.clear()
+        done = collect(Plain(["good-1", "bad", "good-2"]), policy, retries=2)
+        check(done, {"bad": "policy_error: "})
+        assert sum(asked) == 1  # not retried
+
+
+@pytest.mark.parametrize("spoilt", ["one", "all"])
+def test_logits_that_are_not_finite_cost_their_own_prompt(spoilt):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    (bad,) = tokenizer("Z", add_special_tokens=False)["input_ids"]
+
+    def spoil(module, inputs, embedded):  # no weight: the head has the same ones
+        return torch.where((inputs[0] == bad)[..., None] | (spoilt == "all"), math.nan, embedded)
+
+    model.get_input_embeddings().register_forward_hook(spoil)
+
+    class Ask(Plain):
+        def load_tasks(self, split):
+            return [Task(i, "Z" if i == "bad" else "q") for i in self.ids]
+
+    ids = ["good-1", "good-2", "bad", "good-3"]
+    done = collect(Ask(ids), HFPolicy(model, tokenizer))
+    lost = "policy_error: the model's logits are not finite: its weights have diverged"
+    check(done, dict.fromkeys(["bad"] if spoilt == "one" else ids, lost))
 
 
 def test_one_engine_failure_does_not_fail_its_neighbours_for_ever():
