@@ -579,7 +579,8 @@ def eval_(
                 file=sys.stderr,
             )
     if report.pass_rate is None:
-        print("error: no rollout could be scored", file=sys.stderr)
+        why = "".join(f". The first failed with {r.failure}" for r in report.rollouts[:1])
+        print(f"error: no rollout could be scored{why}", file=sys.stderr)
         raise typer.Exit(1)
 
 

@@ -124,7 +124,9 @@ class EvalReport:
 
     def __str__(self) -> str:
         if self.pass_rate is None or self.pass_rate_ci is None:
-            return f"nothing scored: all {self.n_rollouts} rollouts failed ({dict(self.failures)})"
+            why = "".join(f"; the first: {r.failure}" for r in self.rollouts[:1])
+            counts = dict(self.failures)
+            return f"nothing scored: all {self.n_rollouts} rollouts failed ({counts}){why}"
         low, high = self.pass_rate_ci
         text = (
             f"pass rate {self.pass_rate:.1%} (95 % CI {low:.1%} to {high:.1%}), "

@@ -505,6 +505,8 @@ def test_logits_that_are_not_finite_cost_their_own_prompt(spoilt):
     done = collect(Ask(ids), HFPolicy(model, tokenizer))
     lost = "policy_error: the model's logits are not finite: its weights have diverged"
     check(done, dict.fromkeys(["bad"] if spoilt == "one" else ids, lost))
+    if spoilt == "all":
+        assert lost in str(rlrf.EvalReport.of(done.values()))
 
 
 def test_one_engine_failure_does_not_fail_its_neighbours_for_ever():
