@@ -78,6 +78,34 @@ def check_free(path: Path | str, *, overwrite: bool = False) -> None:
         raise UsageError(f"{str(path)!r} holds a folder 'status.json'; choose another")
 
 
+def check_output_of(path: Path | str) -> None:
+    """Refuse to write a file over what a run is made of; its ``report.html`` may be.
+
+    Raises:
+        UsageError: it is a file of a run, or lies among its checkpoints or in its model.
+    """
+    place = Path(os.path.realpath(check_name(Path(path))))
+    child = place
+    for folder in place.parents:
+        ours = (hidden_target(child) or child).name
+        taken = (
+            ours in _FOLDERS
+            if child != place
+            else ours != "report.html"
+            and (
+                ours in (*FILES, *_FOLDERS, "trackers.json", ".lock")
+                or ours.startswith("config.")
+                or ours.endswith(".jsonl")
+            )
+        )
+        if taken and is_run(folder):
+            raise UsageError(
+                f"{str(path)!r} belongs to the run {str(folder)!r}, which would be spoilt; name "
+                "another file"
+            )
+        child = folder
+
+
 def clear(path: Path | str) -> None:
     """Delete the files of a run from a folder; whatever else is there (a model) stays."""
     for name in FILES:

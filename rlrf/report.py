@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import rlrf
-from rlrf._files import check_name, refused, write_whole
+from rlrf._files import refused, write_whole
+from rlrf._run_folder import check_output_of
 from rlrf.config import read_config
 from rlrf.errors import ConfigError, UsageError
 from rlrf.evaluate import pass_rate_interval
@@ -54,7 +55,8 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
         Where the page is.
 
     Raises:
-        UsageError: no runs, a folder without a run, or an ``out`` that cannot be written.
+        UsageError: no runs, a folder without a run, or an ``out`` that cannot be written or that
+            a run needs (its ``status.json``, a file of its model).
         Unwritable: the disk is full; an older page stays.
     """
     if not runs:
@@ -68,7 +70,8 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
                 f"{str(out)!r} is a link, and the report is not written through it; delete it, or "
                 "name a file with --out"
             )
-    out = check_name(Path(out))
+    out = Path(out)
+    check_output_of(out)
     names = _names([run.path for run in opened])
     budget = MAX_ROLLOUTS // len(opened), MAX_BYTES // len(opened)
     data = {

@@ -20,13 +20,13 @@ from rlrf._files import (
     InUse,
     Unwritable,
     append,
-    check_name,
     open_text,
     parse_json,
     reason,
     refused,
     write_whole,
 )
+from rlrf._run_folder import check_output_of
 from rlrf.errors import UsageError
 from rlrf.evaluate import EvalReport
 from rlrf.rollout import Rollout
@@ -55,7 +55,8 @@ class ResultsFile:
     def __init__(
         self, path: Path | str, settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
-        self.path = check_name(Path(path))
+        self.path = Path(path)
+        check_output_of(self.path)
         self.partial = self.path.with_name(self.path.name + ".partial")
         self.settings: dict[str, Any] = json.loads(json.dumps(dict(settings), default=str))
         self.overwrite = overwrite

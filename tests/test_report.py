@@ -15,6 +15,7 @@ import pytest
 import rlrf.report
 from rlrf import UsageError
 from rlrf.report import write_report
+from rlrf.results import ResultsFile
 from rlrf.runs import Run
 from tests.fake_run import HOSTILE, make_fake_run
 
@@ -75,6 +76,41 @@ def test_hostile_text_cannot_leave_the_data(hostile_dir: Path) -> None:
 def test_the_title_is_escaped(tmp_path: Path) -> None:
     path = write_report([make_fake_run(tmp_path / "<b>&x", steps=1)])
     assert "<title>&lt;b&gt;&amp;x" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("status.json", "config.json", "config.toml", "lock.json", "trackers.json", ".lock"),
+        *("metrics.jsonl", "other.jsonl", "checkpoints/step-00000001/state.json"),
+        *("model/config.json", "model/new.html", ".model.new/config.json", "link.html", "model"),
+    ],
+)
+def test_no_page_takes_the_place_of_what_a_run_is_made_of(tmp_path: Path, name: str) -> None:
+    path = make_fake_run(tmp_path / "run", steps=1)
+    out = path / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if name == "link.html":
+        out.symlink_to("status.json")
+    elif not out.exists():
+        out.write_text("ours")
+    before = out.read_text()
+    with pytest.raises(UsageError, match="belongs to the run"):
+        write_report([path], out)
+    with pytest.raises(UsageError, match="belongs to the run"):
+        write_report([path], tmp_path / "run" / ".." / "run" / name)
+    assert out.read_text() == before
+    with pytest.raises(UsageError, match="belongs to the run"):
+        ResultsFile(out, {}, overwrite=True)
+    assert Run.open(path).status == "done"
+
+
+def test_a_page_may_lie_in_a_run_and_beside_it(tmp_path: Path) -> None:
+    path = make_fake_run(tmp_path / "model", steps=1)
+    for out in (path / "report.html", path / "mine.html", path / "pages" / "a.html"):
+        out.parent.mkdir(exist_ok=True)
+        assert write_report([path], out).stat().st_size > 1000
+    assert write_report([path], tmp_path / "status.json").stat().st_size > 1000
 
 
 def test_lone_surrogates_do_not_stop_the_page(tmp_path: Path) -> None:
