@@ -24,6 +24,7 @@ import gymnasium
 import numpy as np
 
 from rlrf._async import call_hook, run_sync
+from rlrf.config import check_whole
 from rlrf.errors import OutcomeError, UnknownIdError, UsageError
 from rlrf.feedback import MAX_SEGMENTS, Feedback, Level, Segment
 from rlrf.messages import (
@@ -383,6 +384,13 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             self.default_feedback_level if feedback is None else feedback
         )
         self.split = self._check_split(split)
+        if tokenizer is not None and (
+            isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None))
+        ):
+            raise UsageError(
+                f"tokenizer is {_brief(tokenizer)}; it must be a tokenizer, with a method encode"
+            )
+        check_whole("max_feedback_tokens", max_feedback_tokens, least=0)
         self.tokenizer = tokenizer
         self.max_feedback_tokens = max_feedback_tokens
         self.observation_space = Chat("observation")

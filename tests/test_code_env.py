@@ -143,8 +143,11 @@ def test_splits_by_word_and_by_hash(tasks):
         ({"limits": {"cpu": 1}}, r"limits\.cpu: unknown; limits are cpu_s"),
         ({"limits": 5}, "limits is 5; it must be a mapping"),
         ({"explain_failures": "2"}, "explain_failures is '2'"),
-        ({"slots": 0}, "slots is 0; it must be a whole number >= 1"),
+        ({"slots": 0}, "slots is 0; it must be a whole number from 1 to 4096"),
+        ({"slots": 10**11}, "slots is 100000000000; it must be a whole number from 1 to 4096"),
         ({"quote": "no"}, "quote is 'no'; it must be true or false"),
+        ({"checkers": 5}, "checkers is 5; it must be a mapping of names to checkers"),
+        ({"checkers": {"even": 5}}, "checkers is {'even': 5}; it must be a mapping"),
     ],
 )
 def test_wrong_options(tasks, options, why):

@@ -29,6 +29,20 @@ def test_one_shot_episode_and_grade(cls):
     assert env.grade("eval-yes", {"role": "assistant", "content": "yes"}).reward == 1.0
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"tokenizer": 5}, r"tokenizer is 5 \(int\); it must be a tokenizer"),
+        ({"tokenizer": "gpt2"}, "tokenizer is 'gpt2'"),
+        ({"max_feedback_tokens": -5}, "max_feedback_tokens is -5; it must be a whole number >= 0"),
+        ({"max_feedback_tokens": "x"}, "max_feedback_tokens is 'x'"),
+    ],
+)
+def test_options_of_every_environment_are_checked(options, told):
+    with pytest.raises(UsageError, match=told):
+        Echo(**options)
+
+
 def test_async_face_inside_a_running_loop():
     async def go():
         env = AsyncEcho()

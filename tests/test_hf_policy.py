@@ -732,6 +732,26 @@ def test_a_folder_loads(tmp_path):
     assert all(math.isfinite(x) for x in p.generate(prompts, params)[0].logprobs)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("max_batch_size", 1.5, "max_batch_size is 1.5; it must be a whole number >= 1"),
+        ("max_batch_size", "x", "max_batch_size is 'x'; it must be a whole number"),
+        ("max_batch_size", True, "max_batch_size is True"),
+        ("max_context", -5, "max_context is -5; it must be a whole number >= 1"),
+        ("max_context", "x", "max_context is 'x'"),
+        ("tokenizer", 5, "tokenizer is 5; it must be a tokenizer of transformers"),
+        ("tokenizer", "gpt2", "tokenizer is 'gpt2'; it must be a tokenizer of transformers"),
+        ("device", "zz", "cannot be put on device=zz.*give device=cpu"),
+        ("device", "cuda:99", "cannot be put on device=cuda:99.*give device=cpu"),
+        ("dtype", "int8", "as dtype=torch.int8.*a floating-point dtype"),
+    ],
+)
+def test_an_option_of_the_wrong_kind_is_wrong_usage(option, value, told):
+    with pytest.raises(UsageError, match=told):
+        HFPolicy(MODEL, **{"tokenizer": TOKENIZER, option: value})
+
+
 def test_errors_say_what_to_do(tmp_path):
     p = policy(max_context=20)
     with pytest.raises(PromptTooLongError, match=r"has \d+ tokens and 9 more.*context is 20"):

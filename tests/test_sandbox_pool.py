@@ -141,6 +141,12 @@ def test_too_few_results_are_a_failure_not_a_pass():
     asyncio.run(go())
 
 
+@pytest.mark.parametrize("slots", [0, -1, 10**11, 1.5, "2"])
+def test_slots_are_a_number_that_a_machine_may_have(slots):
+    with pytest.raises(UsageError, match=r"slots is .*whole number from 1 to 4096"):
+        SandboxPool(lambda: None, slots)
+
+
 def test_no_more_run_at_once_than_there_are_slots():
     async def go():
         fakes = Fakes()

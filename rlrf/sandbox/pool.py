@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from rlrf._async import background_loop, call_hook
+from rlrf.config import check_whole
 from rlrf.errors import InfraError, RlrfError, UsageError
 from rlrf.notices import notice
 from rlrf.plugins import Registry
@@ -40,6 +41,8 @@ sandboxes = Registry("rlrf.sandboxes", "sandbox")
 
 PREFERRED = ("docker", "bubblewrap")
 """What ``auto`` tries, best first; then ``process``, which refuses."""
+MAX_SLOTS = 4096
+"""Most programs at once in one pool."""
 
 
 @dataclass
@@ -174,8 +177,7 @@ class SandboxPool:
         failures: int = 3,
         cooldown_s: float = 5.0,
     ) -> None:
-        if slots < 1:
-            raise UsageError(f"slots is {slots}; it must be >= 1")
+        check_whole("slots", slots, most=MAX_SLOTS)
         self.slots, self.retries = slots, retries
         self._make = make
         self._recycle_programs, self._recycle_s = recycle_programs, recycle_s

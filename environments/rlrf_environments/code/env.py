@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError, run_sync
+from rlrf.config import check_whole
 from rlrf.sandbox import Limits, SandboxPool, start_sandbox
+from rlrf.sandbox.pool import MAX_SLOTS
 from rlrf_environments.code.extract import Take
 from rlrf_environments.code.grading import Memory, Problem, Renderer, Style, grade_completion
 from rlrf_environments.code.sources import named_file
@@ -84,13 +86,9 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         for name, flag in (("run_all", run_all), ("quote", quote), ("allow_unsafe", allow_unsafe)):
             if not isinstance(flag, bool):
                 raise UsageError(f"{name} is {flag!r}; it must be true or false")
-        for name, number, least in (
-            ("explain_failures", explain_failures, 1),
-            ("remember", remember, 0),
-            ("slots", 1 if slots is None else slots, 1),
-        ):
-            if not isinstance(number, int) or number < least:
-                raise UsageError(f"{name} is {number!r}; it must be a whole number >= {least}")
+        check_whole("explain_failures", explain_failures)
+        check_whole("remember", remember, least=0)
+        check_whole("slots", 1 if slots is None else slots, most=MAX_SLOTS)
         if explain_failures > 1 and not run_all:
             raise UsageError(
                 f"explain_failures is {explain_failures}, but tests stop at the first failure; "
@@ -210,6 +208,13 @@ class Code(CodeEnv):
                 "are described in the documentation of code environments"
             )
         self.data = found
+        if not isinstance(checkers or {}, Mapping) or not all(
+            callable(c) or hasattr(c, "accepts") for c in dict(checkers or {}).values()
+        ):
+            raise UsageError(
+                f"checkers is {checkers!r:.200}; it must be a mapping of names to checkers, each "
+                "a rlrf.sandbox.Checker or a function (answer, case) -> bool"
+            )
         self._checkers = dict(checkers or {})
         self._all: list[CodeTask] | None = None
 

@@ -16,12 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlrf import progress
+from rlrf.config import check_whole
 from rlrf.errors import (
     MissingDependencyError,
     PromptError,
     PromptTooLongError,
     RlrfError,
     UsageError,
+    describe,
 )
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
@@ -58,8 +60,8 @@ class HFPolicy:
         weight_version: the version of the last :meth:`update_weights`.
 
     Raises:
-        UsageError: a model without a tokenizer, an unknown dtype, a model that is not a causal
-            language model.
+        UsageError: a model without a tokenizer, an unknown dtype, a device that cannot take it, a
+            model that is not a causal language model; a number that is none.
     """
 
     def __init__(
@@ -73,8 +75,16 @@ class HFPolicy:
         max_batch_size: int = 64,
         max_context: int | None = None,
     ) -> None:
-        if max_batch_size < 1:
-            raise UsageError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        check_whole("max_batch_size", max_batch_size)
+        if max_context is not None:
+            check_whole("max_context", max_context)
+        if tokenizer is not None and not all(
+            callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")
+        ):
+            raise UsageError(
+                f"tokenizer is {tokenizer!r:.200}; it must be a tokenizer of transformers, or None "
+                "for the one beside the model"
+            )
         dtype = _dtype(dtype)
         self.source: Path | None = None  # the folder the model was read from
         if isinstance(model, (str, Path)):
@@ -108,7 +118,15 @@ class HFPolicy:
                 "have no ids; use LoRA"
             )
         if device is not None or dtype is not None:
-            model.to(device=device, dtype=dtype)
+            try:
+                model.to(device=device, dtype=dtype)
+            # torch without CUDA asserts it
+            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                raise UsageError(
+                    f"the model cannot be put on device={device!s} as dtype={dtype}: "
+                    f"{describe(error)}; give device=cpu, or a device of this machine that has "
+                    "memory for it, and a floating-point dtype"
+                ) from error
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size = max_batch_size
         self.context: int | None = max_context or getattr(
