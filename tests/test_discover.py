@@ -119,6 +119,31 @@ def made(method="sdpo", task="t", seed=0, *, time=None, budget=8, **fields):
     return DiscoveryRun(task, seed, method, budget, (0.0,) * (time or budget), successes, **fields)
 
 
+@pytest.mark.parametrize("methods", [("best_of_k", "multi_turn"), "best_of_k", "sdpo"])
+def test_a_task_that_asks_nothing_is_refused_before_any_is_tried(methods):
+    policy = Script(script())
+    last = {"role": "assistant", "content": "and now?"}
+    tasks = [Task("good", "?", hidden="right"), Task("bad", [user("?"), last], hidden="right")]
+    with pytest.raises(UsageError, match=r"1 of the 2 tasks does not end.*'bad' is 'assistant'"):
+        discover(Riddle(), policy, tasks, methods=methods, budget=4)
+    assert not policy.prompts
+
+
+def test_only_best_of_k_goes_on_from_what_a_tool_said():
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = [
+        user("?"),
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "5", "tool_call_id": "1"},
+    ]
+    tasks = [Task("t", said, hidden="right")]
+    policy = Script(script())
+    with pytest.raises(UsageError, match=r"message of the user: .*'t' is 'tool'"):
+        discover(Riddle(), policy, tasks, methods="multi_turn", budget=4)
+    assert not policy.prompts
+    assert discover(Riddle(), policy, tasks, methods="best_of_k", budget=4).runs[0].attempts == 4
+
+
 # --- what counts ----------------------------------------------------------------------------
 
 

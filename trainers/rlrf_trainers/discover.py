@@ -44,6 +44,7 @@ from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
 from rlrf_trainers.config import SDPOConfig
 from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.preflight import check_questions
 from rlrf_trainers.reprompt import Hint, build_reprompt, choose_hints
 from rlrf_trainers.sdpo import SDPOTrainer
 
@@ -404,6 +405,9 @@ def discover(
     found = [env._find_task(t) for t in ([given] if isinstance(given, str) else given)]
     if not found:
         raise UsageError("discover() was given no tasks; pass ids, Tasks, or None for the split")
+    # A reprompt is built around the user's question; best-of-k builds none.
+    answers = ("user",) if {"sdpo", "multi_turn"} & set(wanted) else ("user", "tool")
+    check_questions(found, answers, "tasks")
     if not isinstance(config, SDPOConfig):
         config = discovery_config(env, config)
     steps = math.ceil(budget / config.num_generations)
