@@ -18,6 +18,7 @@ torch = pytest.importorskip("torch")
 import rlrf  # noqa: E402
 from rlrf import Feedback, InfraError, Outcome, Task, UsageError, cli, user  # noqa: E402
 from rlrf.evaluate import pass_at_k  # noqa: E402
+from rlrf.notices import notice  # noqa: E402
 from rlrf.policy import Completion  # noqa: E402
 from rlrf_trainers import discover as module  # noqa: E402
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
@@ -699,6 +700,7 @@ class Stoppable(Letters):
     graded = 0
     lock = threading.Lock()
     broken = False
+    slow = ""
 
     def __init__(self, *, tall: bool = False, **kwargs):
         super().__init__(**kwargs)
@@ -707,6 +709,8 @@ class Stoppable(Letters):
     def grade(self, task, completion):
         with Stoppable.lock:
             Stoppable.graded += 1
+            if self.slow:
+                notice("discover-test/slow", self.slow)
             if self.broken:
                 raise InfraError("no sandbox", kind="sandbox_died", retryable=False)
             return super().grade(task, completion)
@@ -767,6 +771,17 @@ def test_the_command_from_one_end_to_the_other(command, tmp_path, folder):
     assert len(sdpo["values"]) == len(sdpo["low"]) == 12
     assert list(sdpo["discovery_at_k"]) == ["1", "4", "12"]
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_slow_paths_are_in_the_report(command, tmp_path, monkeypatch):
+    words = "the grader is slow, because it is old; get another"
+    monkeypatch.setattr(Stoppable, "slow", words)
+    code, _, error = command(
+        *("--budget", "4", "--limit", "1", "--method", "best_of_k", "--out", "x.json")
+    )
+    assert code == 0, error
+    assert error.count(words) == 1
+    assert json.loads((tmp_path / "x.json").read_text())["warnings"] == [words]
 
 
 def test_a_terminal_shows_bars_and_still_a_line_per_run(command, monkeypatch):

@@ -34,7 +34,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import rlrf
-from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, user
+from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, notices, user
 from rlrf._interrupt import keeping, same_command
 from rlrf.config import build_config, check_output, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
@@ -815,7 +815,12 @@ def _discover(
                 f"to go on: {same_command()}",
             ]
 
-        with results, nullcontext(HFPolicy(settings.model)) as policy, keeping(kept):
+        with (
+            results,
+            notices.collected() as slow,
+            nullcontext(HFPolicy(settings.model)) as policy,
+            keeping(kept),
+        ):
 
             def finished(run: DiscoveryRun) -> None:
                 results.add(run)
@@ -834,7 +839,8 @@ def _discover(
                 on_run=finished,
                 done=results.done,
             )
-            results.finish(report, {"lock": environment_lock(environment)})
+            lock = environment_lock(environment)
+            results.finish(report, {"lock": lock, "warnings": slow})
     finally:
         environment.close()
     _print_report(Console(), report)
