@@ -211,7 +211,23 @@ def test_a_block_that_is_cut_off_is_none():
     assert extract("```python\ndef f(").kind == "truncated_attempt"
     found = extract(f"```python\n{PROGRAM}```\nBetter:\n```python\ndef f(", entry="f")
     assert (found.code, found.cut) == (PROGRAM, True)
-    assert extract("```python\n" + "x = 1\n" * 9 + "```python").kind == "truncated_attempt"
+
+
+@pytest.mark.parametrize("word", ["Done", "python", "end", "text"])
+@pytest.mark.parametrize("opening", ["```python", "Here: ```python", "```", "~~~py"])
+def test_a_closing_fence_may_have_one_word_directly_behind(opening, word):
+    fence = "~~~" if "~" in opening else "```"
+    for ending in (word, word + "\n", f"{word}\n\nIt prints:\n{fence}\n1 2 3\n{fence}\n"):
+        found = extract(f"{opening}\n{PROGRAM}{fence}{ending}")
+        assert (found.code, found.cut) == (PROGRAM, False), ending
+    listed = f"1. So:\n   {fence}python\n{_indent(PROGRAM, 3)}   {fence}{word}\n"
+    assert program(listed) == PROGRAM
+    # Where the reading without it gives a program, it ends nothing; nor where it gives none.
+    docstring = f'def f(x):\n    """Add.\n{fence}{word}\nf(1)\n'
+    whole = f'{docstring}    """\n    return x\n'
+    assert program(f"{fence}python\n{whole}{fence}") == whole
+    assert extract(f"{fence}python\n{docstring}").kind == "truncated_attempt"
+    assert extract(f"{fence}python\n{fence}{word}\n").kind == "truncated_attempt"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,8 @@ def extract(completion: str, take: Take = "program", entry: str | None = None) -
     gives no block, or leaves one open, or its program is no Python, a closing fence may have other
     text after it (``</answer>``, ``That is all.``). Only where there is still none, a fence may
     also follow words on its line, and a closing one the last line of code, as models write them.
+    And where no reading gives Python, one word may stand directly behind a closing fence
+    (```` ```Done ````), if that gives some.
 
     Args:
         completion: the policy's reply.
@@ -148,11 +150,16 @@ def _read(completion: str, choose: Callable[[list[_Block]], _Block]) -> _Found:
     if opened is not None or not blocks:
         loose = _loose_blocks(lines)
         readings.append(loose if loose[0] else _loose_blocks(lines, indented=True))
-    if all(reading == strict for reading in readings):
-        return strict
     some = [reading for reading in readings if reading[0]] or [strict]
     right = [reading for reading in some if reading[0] and _is_python(choose(reading[0]).code)]
-    return next((r for r in right if r[1] is None), (right or some)[0])
+    if right:
+        return next((r for r in right if r[1] is None), right[0])
+    # A fence with one word directly behind looks as if it opened a block: here it ends one.
+    for reading in (_blocks(lines, trailing=True, word=True), _loose_blocks(lines, word=True)):
+        code = choose(reading[0]).code if reading[0] else ""
+        if code.strip() and _is_python(code):
+            return reading
+    return some[0]
 
 
 def _choose(blocks: list[_Block], take: Take, entry: str | None) -> tuple[_Block, str]:
@@ -257,8 +264,8 @@ def _enter(line: str, containers: Sequence[int]) -> tuple[int, int, int]:
     return len(containers), at, column
 
 
-def _blocks(lines: Sequence[str], *, trailing: bool = False) -> _Found:
-    """The fenced blocks of CommonMark; with ``trailing``, text may follow a closing fence.
+def _blocks(lines: Sequence[str], *, trailing: bool = False, word: bool = False) -> _Found:
+    """The fenced blocks of CommonMark; ``trailing`` and ``word`` are those of :func:`_closes`.
 
     A list's block may hold lines that are not indented as the list is, as models forget that.
     """
@@ -281,7 +288,9 @@ def _blocks(lines: Sequence[str], *, trailing: bool = False) -> _Found:
         if fence:
             first, to = _skip(line, at, column)
             left = matched < len(containers)
-            if (left or to - column <= 3) and _closes(line, first, fence, trailing=trailing):
+            if (left or to - column <= 3) and _closes(
+                line, first, fence, trailing=trailing, word=word
+            ):
                 blocks.append(_Block(start, position, info, "".join(plain if flush else code)))
                 fence = ""
             else:
@@ -340,18 +349,21 @@ def _begins_item(line: str, marker: re.Match[str], *, in_text: bool) -> bool:
     return not in_text or (not empty and (not marker[1][:-1] or int(marker[1][:-1]) == 1))
 
 
-def _closes(line: str, at: int, fence: str, *, trailing: bool) -> bool:
-    """Whether a closing fence begins ``at``."""
+def _closes(line: str, at: int, fence: str, *, trailing: bool, word: bool) -> bool:
+    """Whether a closing fence begins ``at``.
+
+    With ``trailing``, text may follow it; with ``word``, that may be one word directly behind it.
+    """
     if not line.startswith(fence, at):
         return False
     rest = line[at:].lstrip(fence[0])
     if not rest.strip(" \t"):
         return True
-    # One word directly behind it opens a block within the block, say in a docstring.
-    return trailing and not _WORD.fullmatch(rest.rstrip())
+    # Such a word opens a block within the block, say in a docstring.
+    return trailing and (word or not _WORD.fullmatch(rest.rstrip()))
 
 
-def _loose_blocks(lines: Sequence[str], *, indented: bool = False) -> _Found:
+def _loose_blocks(lines: Sequence[str], *, indented: bool = False, word: bool = False) -> _Found:
     """Blocks whose fences follow words on their lines; a closing one may be ``indented`` anyhow."""
     blocks: list[_Block] = []
     fence, info, opened, start, indent, position = "", "", 0, 0, 0, 0
@@ -361,7 +373,9 @@ def _loose_blocks(lines: Sequence[str], *, indented: bool = False) -> _Found:
         bare = line.strip()
         if fence:
             first, to = _skip(line, 0, 0)
-            ends = (indented or to <= indent + 3) and _closes(line, first, fence, trailing=True)
+            ends = (indented or to <= indent + 3) and _closes(
+                line, first, fence, trailing=True, word=word
+            )
             code_before = bare[: -len(fence)] if bare.endswith(fence) else ""
             if ends or (code_before and fence[0] not in code_before):
                 end = position if ends else position + line.rindex(fence)
