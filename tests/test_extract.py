@@ -192,6 +192,54 @@ def test_the_block_that_defines_what_is_asked_for_is_the_program():
     assert program(f"```text\n{USAGE}```", "f") == USAGE
 
 
+@pytest.mark.parametrize(
+    "shown",
+    [
+        "1 2 3 " * 30,
+        "1\n2\n" * 30,
+        str(list(range(60))),
+        str({"a": [(1, -2.5)] * 20}),
+        "YES\nNO\n" * 20,
+        "total: 5\n" * 20,
+        "python main.py < input.txt" + " " * 90,
+        "Case #1: 3\n" * 20,
+    ],
+)
+@pytest.mark.parametrize("mark", ["", "python"])
+def test_of_blocks_alike_what_is_shown_of_data_is_not_the_program(mark, shown):
+    other = f"```{mark}\n{shown}\n```\n"
+    for code in (
+        "n=int(input())\nprint(n)\n",
+        "import sys\n\nprint(*sys.stdin)\n",
+        "print(input())\n",
+        "n = int(input(\nprint(n)\n",  # a broken one is an answer, too
+    ):
+        block = f"```{mark}\n{code}```\n"
+        for reply in (f"{block}Output:\n{other}", f"Of\n{other}makes:\n{block}"):
+            assert program(reply) == code
+            assert extract(reply).chosen == "the longest of those that do something"
+    assert program(other + f"```{mark}\n5\n```") == shown + "\n"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "f: Callable = lambda x: x\n",
+        "f : Callable[[int], int]=lambda x: x\n",
+        "from m import x as f\n",
+        "from a.b import (x as f)\n",
+        "import x as f\n",
+    ],
+)
+def test_every_way_to_define_what_is_asked_for_counts(code):
+    assert program(f"```python\n{code}```\n```python\n{USAGE}```\n", "f") == code
+    # To use it is not to define it.
+    usage = f"from solution import f\n{USAGE}d = {{\n    f: 1,\n}}\nif f == 1:\n    f = 2\n"
+    assert program(f"```python\n{code}```\n```python\n{usage}```\n", "f") == code
+    method = "class Solution:\n    f: Callable = lambda self, x: x\n"
+    assert program(f"```python\n{method}```\n```python\n{USAGE}```\n", "Solution.f") == method
+
+
 def test_which_block_was_graded_is_said():
     reply = f"```python\n{PROGRAM}```\n```python\n{USAGE}```\n"
     assert extract(reply, entry="f").chosen == "the one that defines what is asked for"

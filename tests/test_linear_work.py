@@ -95,6 +95,7 @@ SITES: dict[str, dict[str, str]] = {
         "_PYTHON": "extract",
         "_mark": "extract",
         "_defines": "extract",
+        "_STATEMENT": "extract",
         "_FENCE": "extract",
         "_MARKER": "extract",
         "_RULE": "extract",

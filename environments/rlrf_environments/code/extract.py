@@ -88,9 +88,9 @@ def extract(completion: str, take: Take = "program", entry: str | None = None) -
     Args:
         completion: the policy's reply.
         take: ``program``: of the blocks that define ``entry`` (of all, if none does) those marked
-            as Python, else those without a mark; of these the longest. ``longest``: of all, as
-            the official SDPO grader has it. ``last``: what stands between the last two lines
-            that hold a fence, as LiveCodeBench has it.
+            as Python, else those without a mark; of these the longest that seems to be a program,
+            not data or output. ``longest``: of all, as the official SDPO grader has it. ``last``:
+            what stands between the last two lines that hold a fence, as LiveCodeBench has it.
         entry: what the program has to define: ``"f"``, ``"Solution.f"``, or None.
 
     Returns:
@@ -157,7 +157,7 @@ def _read(completion: str, choose: Callable[[list[_Block]], _Block]) -> _Found:
     # A fence with one word directly behind looks as if it opened a block: here it ends one.
     for reading in (_blocks(lines, trailing=True, word=True), _loose_blocks(lines, word=True)):
         code = choose(reading[0]).code if reading[0] else ""
-        if code.strip() and _is_python(code):
+        if _is_python(code) and _does_something(code):
             return reading
     return some[0]
 
@@ -173,11 +173,15 @@ def _choose(blocks: list[_Block], take: Take, entry: str | None) -> tuple[_Block
         return longest, "the longest"
     defining = [b for b in blocks if _defines(b.code, entry)] if entry else []
     best = min(map(_mark, defining or blocks))
-    found = max((b for b in defining or blocks if _mark(b) == best), key=length)
+    marked = [b for b in defining or blocks if _mark(b) == best]
+    doing = [b for b in marked if _does_something(b.code)] if len(marked) > 1 else []
+    found = max(doing or marked, key=length)
     if length(found) == length(longest):
         return found, "the longest"
     if length(found) == max(map(length, defining), default=-1):
         return found, "the one that defines what is asked for"
+    if doing and len(doing) < len(marked):
+        return found, "the longest of those that do something"
     return found, "the longest of those that are marked as Python" if best == 0 else "the first"
 
 
@@ -194,14 +198,40 @@ def _mark(block: _Block) -> int:
 
 def _defines(code: str, entry: str) -> bool:
     """Whether a source seems to define a function or a method; it may be no Python at all."""
-    return all(
-        re.search(
-            rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b|^{name}[ \t]*=(?!=)",
-            code,
-            re.MULTILINE,
+    indent = ""
+    for name in map(re.escape, entry.split(".")):
+        bound = (
+            rf"^[ \t]*(?:(?:async[ \t]+)?def|class)[ \t]+{name}\b"
+            rf"|^{indent}{name}[ \t]*(?::[^=\r\n]*)?=(?!=)"
+            rf"|^[ \t]*(?:from[ \t]+[\w.]+[ \t]+)?import\b[^\r\n]*\bas[ \t]+{name}\b"
         )
-        for name in map(re.escape, entry.split("."))
-    )
+        if not re.search(bound, code, re.MULTILINE):
+            return False
+        indent = r"[ \t]*"  # what a class holds
+    return True
+
+
+_STATEMENT = re.compile(
+    r"^[ \t]*(?:(?:async[ \t]+)?(?:def|class)[ \t]+\w|import[ \t]+\w|from[ \t]+[\w.]+[ \t]+import\b"
+    r"|\w[\w.]*(?:\(|[ \t]*=(?!=)))",
+    re.MULTILINE,
+)
+
+
+def _does_something(code: str) -> bool:
+    """Whether a source has statements, unlike what is shown of data: numbers, words, literals.
+
+    It may be no Python at all: then a line that begins as one of a program's decides.
+    """
+    tree = parse_attempt(code)
+    if tree is None:
+        return _STATEMENT.search(code) is not None
+    for node in tree.body:
+        if isinstance(node, ast.AnnAssign) and node.value is None:  # a label, as in "total: 5"
+            continue
+        if not isinstance(node, ast.Expr) or any(isinstance(n, ast.Call) for n in ast.walk(node)):
+            return True
+    return False
 
 
 # CommonMark's block structure, as far as it decides where fences stand: lists, quotes, paragraphs
