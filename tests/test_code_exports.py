@@ -123,6 +123,35 @@ def test_nan_is_refused_with_its_place(tmp_path, changes, field):
         read_tasks(data)
 
 
+STDIN = {"stdin": "1", "expected": float("nan")}
+CALL = {"args": [1], "expected": [1, [float("nan")]]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"tests": json.dumps([STDIN])}, "tests.0.expected"),
+        ({"tests": json.dumps([CALL]), "entry_point": "f"}, "tests.0.expected.1.0"),
+        ({"tests": json.dumps(json.dumps([CALL])), "entry_point": "f"}, "tests.0.expected.1.0"),
+        ({"tests": json.dumps({"args": [[1]], "expected": [float("nan")]})}, "tests.expected.0"),
+        ({"metadata": '{"a": {"b": NaN}}'}, "metadata.a.b"),
+        ({"limits": '{"cpu_s": NaN}'}, "limits.cpu_s"),
+    ],
+)
+def test_nan_in_what_is_nested_is_refused_with_its_place(tmp_path, changes, field):
+    data = write_jsonl(tmp_path / "t.jsonl", [code_tasks()[1], {**code_tasks()[0], **changes}])
+    with pytest.raises(UsageError, match=rf"t\.jsonl, line 2: {field} is NaN"):
+        read_tasks(data)
+
+
+def test_nan_among_nested_arguments_is_none_of_ours(tmp_path):
+    for args in ([float("nan")], "[NaN]"):
+        tests = json.dumps([{"args": args, "expected": 1}])
+        row = {**code_tasks()[0], "entry_point": "f", "tests": tests}
+        (task,) = read_tasks(write_jsonl(tmp_path / "t.jsonl", [row]))
+        assert str(task.problem.tests()[0].case.args) == "(nan,)"
+
+
 def test_infinity_is_an_answer_but_no_tolerance(tmp_path):
     row = {**code_tasks()[0], "entry_point": "f"}
     row["tests"] = [{"args": [float("nan")], "expected": float("inf")}]
@@ -148,6 +177,18 @@ def test_tests_may_be_lists_by_now(tmp_path, hidden, public):
     tests = load_tests(read_rows(file, 6)[0])
     assert [t.public for t in tests] == [True] * bool(public) + [False]
     assert {(t.case.stdin, t.case.expected) for t in tests} == {("9", "9")}
+
+
+@pytest.mark.parametrize("field", ["public_test_cases", "private_test_cases"])
+@pytest.mark.parametrize("lost", [float("nan"), None])
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_a_test_that_an_export_has_lost_is_told(tmp_path, field, lost, name):
+    tests = json.dumps([TESTS[0], {**TESTS[0], name: lost}])
+    for written in (tests, code_data.packed(json.loads(tests))):
+        row = question(0, **{field: written if field.startswith("private") else tests})
+        (read,) = read_rows(write_jsonl(tmp_path / "q.jsonl", [row]), 6)
+        with pytest.raises(UsageError, match=r"broken test: .*(1\.\w+ is NaN|is null)"):
+            load_tests(read)
 
 
 def test_fields_that_are_null(tmp_path):
@@ -232,6 +273,8 @@ def test_lists_of_mbpp_may_be_null_or_json(tmp_path, written):
         ("humaneval-v0", code_data.humaneval(1), {"prompt": float("nan")}, "prompt is NaN"),
         ("mbpp-v0", code_data.mbpp(11), {"text": None}, "text is None"),
         ("mbpp-v0", code_data.mbpp(11), {"test_list": "x"}, "'x' is no list"),
+        ("mbpp-v0", code_data.mbpp(11), {"test_list": "[NaN]"}, "test 0 is nan; it must be"),
+        ("mbpp-v0", code_data.mbpp(11), {"test_list": ["assert 1", None]}, "test 1 is None"),
         ("mbpp-plus-v0", code_data.mbpp_plus(11), {"atol": float("nan")}, "atol is NaN"),
         ("mbpp-plus-v0", code_data.mbpp_plus(11), {"atol": float("inf")}, "atol is inf; it must"),
         ("mbpp-plus-v0", code_data.mbpp_plus(11), {"atol": -1}, "atol is -1.0; it must"),

@@ -190,6 +190,15 @@ def _listed(value: Any) -> list[Any]:
     return value
 
 
+def _texts(value: Any) -> list[str]:
+    """A list of strings: null or NaN in it would be run as a program's line."""
+    found = _listed(value)
+    for i, text in enumerate(found):
+        if not isinstance(text, str):
+            raise TypeError(f"test {i} is {text!r:.50}; it must be a string")
+    return found
+
+
 class MBPP(_Benchmark):
     """MBPP: 974 small functions, each told in a sentence and three asserts.
 
@@ -211,8 +220,8 @@ class MBPP(_Benchmark):
         return first <= number <= last
 
     def _code_task(self, row: dict[str, Any]) -> CodeTask:
-        asserts = [str(t).strip() for t in _listed(row["test_list"])]
-        challenge = [str(t) for t in _listed(row.get("challenge_test_list"))]
+        asserts = [t.strip() for t in _texts(row["test_list"])]
+        challenge = _texts(row.get("challenge_test_list"))
         code = _text(row, "code").replace("\r\n", "\n")
         entry = called(asserts, _defined(code))
         setup = "import sys\n" + str(row.get("test_setup_code") or "")

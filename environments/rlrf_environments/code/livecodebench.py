@@ -33,7 +33,14 @@ from rlrf_environments.code.explain import Test
 from rlrf_environments.code.extract import Take
 from rlrf_environments.code.grading import Problem, Renderer
 from rlrf_environments.code.sources import named_file
-from rlrf_environments.code.tasks import CodeTask, in_split, list_of_rows, read_object, where_nan
+from rlrf_environments.code.tasks import (
+    LOST,
+    CodeTask,
+    in_split,
+    list_of_rows,
+    read_object,
+    where_nan,
+)
 
 HUB_ID = "livecodebench/code_generation_lite"
 VARIABLE = "RLRF_LIVECODEBENCH"
@@ -508,7 +515,13 @@ def load_tests(row: Row, *, half: bool = False) -> list[Test]:
 def _cases(items: Any, task_id: str) -> list[Case]:
     cases: list[Case] = []
     try:
-        for item in list_of_rows(items) or ():
+        items = list_of_rows(items) or []
+        lost = where_nan(items)
+        if lost is not None:
+            raise ValueError(LOST.format(lost))
+        for item in items:
+            if item["input"] is None or item["output"] is None:
+                raise ValueError("its input or output is null")
             if item["testtype"] == "stdin":
                 cases.append(StdinCase(str(item["input"]), str(item["output"])))
             else:

@@ -74,7 +74,7 @@ class _Strict(BaseModel):
         }
         for name in cls.nested:
             if isinstance(row.get(name), str):
-                row[name] = nested_json(row[name])
+                row[name] = _sound(name, nested_json(row[name]))
         return row
 
 
@@ -137,7 +137,7 @@ class TaskRow(_Strict):
     @field_validator("tests", mode="before")
     @classmethod
     def _one_by_one(cls, value: Any) -> Any:
-        return list_of_rows(value)
+        return _sound("tests", list_of_rows(value))
 
     @field_validator("limits", mode="before")
     @classmethod
@@ -213,6 +213,9 @@ def read_tasks(
             task = _task(row, limits or Limits(), checkers or {})
         except ValidationError as error:
             first = error.errors()[0]
+            cause = first.get("ctx", {}).get("error")
+            if isinstance(cause, UsageError):  # names the field itself
+                raise UsageError(f"{path}, line {number}: {cause}") from None
             place = ".".join(map(str, first["loc"])) or "the task"
             problem = first["msg"].removeprefix("Value error, ")
             raise UsageError(f"{path}, line {number}: {place}: {problem}") from None
@@ -260,10 +263,20 @@ def read_object(place: str, line: str) -> dict[str, Any]:
         raise UsageError(f"{place}: a JSON object is expected")
     lost = where_nan(data) if "NaN" in line else None
     if lost is not None:
-        raise UsageError(
-            f"{place}: {lost} is NaN, which equals nothing; write null, or leave it out"
-        )
+        raise UsageError(f"{place}: {LOST.format(lost)}")
     return data
+
+
+LOST = "{} is NaN, which equals nothing; write null, or leave it out"
+"""The fault of data whose :func:`where_nan` is the ``{}``."""
+
+
+def _sound(name: str, value: Any) -> Any:
+    """What stood as a JSON string in a field; :func:`read_object` could not look into that."""
+    lost = where_nan({name: value})
+    if lost is not None:
+        raise UsageError(LOST.format(lost))
+    return value
 
 
 _ARGUMENTS = ("args", "base_input", "plus_input")
