@@ -26,7 +26,6 @@ import tomllib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -235,18 +234,6 @@ def in_range(option: str, value: int | None, *, least: int = 1, most: int | None
     limits = f"at least {least}" if most is None else f"from {least} to {most}"
     told = str(value) if abs(value) < 10**30 else f"{str(value)[:30]}..."
     raise ConfigError(f"--{option} is {told}; it must be {limits}")
-
-
-def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
-    """Refuse the value of an option of that name if it is no whole number, or is out of range.
-
-    Raises:
-        ConfigError: it is.
-    """
-    whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limits = f">= {least}" if most is None else f"from {least} to {most}"
-        raise ConfigError(f"{name} is {_short(value)}; it must be a whole number {limits}")
 
 
 def check_output(option: str, path: Path | None) -> None:

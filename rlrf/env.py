@@ -24,8 +24,7 @@ import gymnasium
 import numpy as np
 
 from rlrf._async import call_hook, run_sync
-from rlrf.config import check_whole
-from rlrf.errors import OutcomeError, UnknownIdError, UsageError
+from rlrf.errors import OutcomeError, UnknownIdError, UsageError, check_whole
 from rlrf.feedback import MAX_SEGMENTS, Feedback, Level, Segment
 from rlrf.messages import (
     Action,
@@ -726,8 +725,8 @@ class MultiTurnEnv(Env):
 
     def __init__(self, *, max_turns: int | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if max_turns is not None and max_turns < 1:
-            raise UsageError(f"max_turns is {max_turns}; it must be >= 1 or None")
+        if max_turns is not None:
+            check_whole("max_turns", max_turns)
         self.max_turns = max_turns
         self._start_takes_rng = "rng" in inspect.signature(self.start).parameters
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
+from typing import Any
 
 
 class RlrfError(Exception):
@@ -126,6 +128,18 @@ class UnavailableError(InfraError):
 
     Every further attempt would fail alike, after as long a wait. What has been done is kept.
     """
+
+
+def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
+    """Refuse the value of an option of that name if it is no whole number, or is out of range.
+
+    Raises:
+        UsageError: it is.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        limits = f">= {least}" if most is None else f"from {least} to {most}"
+        raise UsageError(f"{name} is {value!r:.80}; it must be a whole number {limits}")
 
 
 def describe(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlrf._async import run_sync
 from rlrf.env import Env, Task
-from rlrf.errors import UsageError
+from rlrf.errors import UsageError, check_whole
 from rlrf.policy import Policy, SamplingParams
 from rlrf.rollout import Rollout, arollout
 
@@ -202,8 +202,8 @@ async def aevaluate(
 ) -> EvalReport:
     """Async twin of :func:`evaluate`."""
     for name, value in (("samples_per_task", samples_per_task), ("limit", limit)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} is {value}; it must be at least 1")
+        if value is not None:
+            check_whole(name, value)
     chosen: Iterable[str | Task] = env.tasks() if tasks is None else tasks
     # Twice the same task would be two groups of samples, and pose as two independent tasks.
     unique = {getattr(t, "id", t): t for t in chosen}

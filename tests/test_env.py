@@ -43,6 +43,12 @@ def test_options_of_every_environment_are_checked(options, told):
         Echo(**options)
 
 
+@pytest.mark.parametrize("turns", [0, "x", 1.5])
+def test_turns_are_a_whole_number(turns):
+    with pytest.raises(UsageError, match=r"max_turns is .*; it must be a whole number >= 1"):
+        Guess(max_turns=turns)
+
+
 def test_async_face_inside_a_running_loop():
     async def go():
         env = AsyncEcho()

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from rlrf._async import background_loop, call_hook
-from rlrf.config import check_whole
-from rlrf.errors import InfraError, RlrfError, UsageError
+from rlrf.errors import InfraError, RlrfError, UsageError, check_whole
 from rlrf.notices import notice
 from rlrf.plugins import Registry
 from rlrf.sandbox.checkers import Asserts, Checker, Exact, Lines, Returns, Text, Tokens, accepted

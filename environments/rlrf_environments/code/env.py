@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError, run_sync
-from rlrf.config import check_whole
+from rlrf.errors import check_whole
 from rlrf.sandbox import Limits, SandboxPool, start_sandbox
 from rlrf.sandbox.pool import MAX_SLOTS
 from rlrf_environments.code.extract import Take

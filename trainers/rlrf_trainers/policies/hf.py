@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlrf import progress
-from rlrf.config import check_whole
 from rlrf.errors import (
     MissingDependencyError,
     PromptError,
     PromptTooLongError,
     RlrfError,
     UsageError,
+    check_whole,
     describe,
 )
 from rlrf.messages import Messages
