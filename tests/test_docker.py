@@ -218,6 +218,27 @@ def test_a_fork_while_a_container_is_attached_costs_a_retry(client, monkeypatch)
     assert eventually(lambda: not ours(client), 10)
 
 
+@pytest.mark.parametrize("why", [InfraError("it is full", kind="full"), SystemExit(3)])
+def test_a_failed_start_says_why_also_where_its_container_cannot_be_removed(
+    why, client, monkeypatch
+):
+    remove = _Container.remove
+
+    def attach(self):
+        raise why
+
+    def unremoved(self):
+        remove(self)
+        raise InfraError("the daemon is away", kind="sandbox_remove")
+
+    monkeypatch.setattr(_Container, "attach", attach)
+    monkeypatch.setattr(_Container, "remove", unremoved)
+    with pytest.raises(type(why)) as caught:
+        DockerSandbox()._start_container(_Container())
+    assert caught.value is why
+    assert not ours(client)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3, 4])
 def test_a_start_that_is_cut_off_has_been_undone_when_the_pool_has_closed(
     stage, client, monkeypatch

@@ -175,7 +175,8 @@ class DockerSandbox:
             container.check()
         except BaseException as error:
             container.hang_up()
-            container.remove()
+            with contextlib.suppress(InfraError):  # which would hide why the start failed
+                container.remove()
             if isinstance(error, InfraError) or not isinstance(error, Exception):
                 raise
             raise InfraError(
