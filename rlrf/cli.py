@@ -51,7 +51,7 @@ from rlrf.config import (
 )
 from rlrf.console import Display, RolloutProgress, TrainProgress
 from rlrf.env import Env, StepResult, Task
-from rlrf.errors import ConfigError, RlrfError, UsageError
+from rlrf.errors import ConfigError, RlrfError, UsageError, describe
 from rlrf.evaluate import EvalReport, evaluate
 from rlrf.feedback import Level
 from rlrf.messages import Messages
@@ -162,16 +162,11 @@ def _say_error(error: BaseException) -> int:
     elif isinstance(error, RlrfError):
         told = str(error) or type(error).__name__
     else:
-        try:
-            told = str(error)
-        except Exception:
-            told = ""
-        name = type(error).__name__
-        if isinstance(error, OSError) and error.strerror:
-            name = f"{error.filename}" if error.filename else name
-            told = error.strerror
-        told = f"{name}: {told}" if told else name
-        if not isinstance(error, OSError):
+        told = describe(error)
+        if isinstance(error, OSError):
+            if error.strerror:
+                told = f"{error.filename or type(error).__name__}: {error.strerror}"
+        else:
             told += "\n(RLRF_DEBUG=1 shows where)"
     for line in told.splitlines():
         if len(line) > _LONGEST_LINE:  # it names what was given, and that may be anything
@@ -756,10 +751,6 @@ def _to_resume(run: Path, config: Path | None, run_dir: str | None, overwrite: b
     return run / "config.toml"
 
 
-def _progress(max_steps: int | None) -> contextlib.AbstractContextManager[Any]:
-    return TrainProgress(max_steps) if _is_main() else contextlib.nullcontext()
-
-
 def _is_main() -> bool:
     """Whether this process talks: the first of those that a launcher starts, or the only one."""
     return os.environ.get("RANK", "0") == "0"
@@ -836,7 +827,7 @@ def _train(
         status = "interrupted"
         raise
     except BaseException as error:
-        message = f"{type(error).__name__}: {error}"
+        message = describe(error)
         if isinstance(error, OSError) and runs.unwritten(path, error):
             raise RlrfError(
                 f"the run {str(path)!r} could not be written: {reason(error)}"

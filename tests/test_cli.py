@@ -78,6 +78,13 @@ class FakeConfig(BaseModel):
     fail: str = ""
 
 
+class Odd(Exception):
+    """Of another library: not even its text can be had."""
+
+    def __str__(self) -> str:
+        raise ValueError
+
+
 class FakeTrainer:
     """Learns nothing, but leaves a run."""
 
@@ -104,6 +111,8 @@ class FakeTrainer:
         for step in range(self.config.max_steps + 1):
             if step == 2 and self.config.fail == "interrupt":
                 raise KeyboardInterrupt
+            if step == 2 and self.config.fail == "odd":
+                raise Odd
             if step == 2 and self.config.fail == "infra":
                 raise InfraError("the sampler died")
             line = {"step": float(step), "reward": step / 10, "loss": 1 / (step + 1)}
@@ -599,6 +608,15 @@ def test_ctrl_c_marks_the_run_interrupted(rlrf_cli: Invoke) -> None:
     assert "Traceback" not in error
     assert Run.open("a").status == "interrupted"
     assert "report: a/report.html" in out
+
+
+def test_an_error_without_a_text_is_told_like_any_other(rlrf_cli: Invoke) -> None:
+    code, _, error = rlrf_cli(*TRAIN, "--run-dir", "a", "--set", "trainer.fail=odd")
+    told = "Odd: (its text cannot be had: __str__ raised ValueError)"
+    assert code == 1
+    assert error.splitlines()[-2:] == [f"error: {told}", "(RLRF_DEBUG=1 shows where)"]
+    run = Run.open("a")
+    assert (run.status, run.info["message"]) == ("failed", told)
 
 
 def test_a_run_that_fails_says_so_and_exits_with_1(rlrf_cli: Invoke) -> None:

@@ -747,7 +747,7 @@ def _discover(
     A discovery that was cut off is continued.
     """
     in_range("limit", limit)
-    in_range("budget", budget, most=1_000_000)
+    in_range("budget", budget, most=MOST_ATTEMPTS)
     in_range("seeds", seeds, most=100_000)
     in_range("seed", seed, least=0, most=2**62)
     in_range("max-prompt-len", max_prompt_len)

@@ -25,7 +25,7 @@ from torch import Tensor
 import rlrf
 from rlrf import Env, Rollout, SamplingParams, Task, progress
 from rlrf._files import Unwritable, put_folder, reason, settle_folder
-from rlrf.errors import RlrfError, UsageError
+from rlrf.errors import RlrfError, UsageError, describe
 from rlrf.notices import notice
 from rlrf.runs import Run, environment_lock, is_run, own, unwritten
 from rlrf_trainers import distributed, preflight
@@ -750,7 +750,7 @@ class Learner:
             with progress.phase("timing the model"):
                 told = estimate(self)
         except Exception as error:  # what is wrong with a prompt or a model shows where it is used
-            told = f"how long it takes cannot be said: {error}"
+            told = f"how long it takes cannot be said: {describe(error)}"
         progress.say(told)
 
     def resumed(self, trainer: Stateful) -> bool:
@@ -1142,7 +1142,7 @@ class Learner:
         moved = self.world.size == 1 and self.step > self._first_step
         if status == "interrupted" and self.config.save_steps:
             moved = False  # its checkpoints are there to go on from, and there is little time
-        told = f"{type(error).__name__}: {error}"
+        told = describe(error)
         saved = None
         with contextlib.suppress(OSError):
             run.event("error", told)
