@@ -745,6 +745,7 @@ def test_a_folder_loads(tmp_path):
         ("device", "zz", "cannot be put on device=zz.*give device=cpu"),
         ("device", "cuda:99", "cannot be put on device=cuda:99.*give device=cpu"),
         ("dtype", "int8", "as dtype=torch.int8.*a floating-point dtype"),
+        ("enable_thinking", "x", "enable_thinking is 'x'; it must be true or false"),
     ],
 )
 def test_an_option_of_the_wrong_kind_is_wrong_usage(option, value, told):

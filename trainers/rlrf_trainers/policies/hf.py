@@ -85,6 +85,10 @@ class HFPolicy:
                 f"tokenizer is {tokenizer!r:.200}; it must be a tokenizer of transformers, or None "
                 "for the one beside the model"
             )
+        if enable_thinking is not None and not isinstance(enable_thinking, bool):
+            raise UsageError(
+                f"enable_thinking is {enable_thinking!r:.80}; it must be true or false"
+            )
         dtype = _dtype(dtype)
         self.source: Path | None = None  # the folder the model was read from
         if isinstance(model, (str, Path)):
@@ -122,10 +126,11 @@ class HFPolicy:
                 model.to(device=device, dtype=dtype)
             # torch without CUDA asserts it
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+                as_dtype = "" if dtype is None else f" as dtype={dtype}"
                 raise UsageError(
-                    f"the model cannot be put on device={device!s} as dtype={dtype}: "
-                    f"{describe(error)}; give device=cpu, or a device of this machine that has "
-                    "memory for it, and a floating-point dtype"
+                    f"the model cannot be put on device={device}{as_dtype}; give device=cpu, or a "
+                    "device of this machine that has memory for it, and a floating-point dtype: "
+                    f"{describe(error)}"
                 ) from error
         self.model, self.tokenizer = model, tokenizer
         self.max_batch_size = max_batch_size
