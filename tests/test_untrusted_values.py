@@ -88,7 +88,7 @@ def cpu_s(message):
     return time.thread_time() - start, raw
 
 
-@pytest.fixture(params=["usual", "no limit of digits"])
+@pytest.fixture
 def digits(request):
     before = sys.get_int_max_str_digits()
     if request.param != "usual":
@@ -97,7 +97,18 @@ def digits(request):
     sys.set_int_max_str_digits(before)
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+def _limits(name):
+    """With the usual limit of digits and without; that matters most where many digits are."""
+    marks = (
+        () if name in ("set of decimals", "digits", "half way", "exponent") else pytest.mark.slow
+    )
+    yield pytest.param(name, "usual", id=name)
+    yield pytest.param(name, "none", id=f"{name}, no limit of digits", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("name", "digits"), [case for name in HOSTILE for case in _limits(name)], indirect=["digits"]
+)
 def test_the_worst_result_costs_what_an_honest_one_of_its_length_costs(name, digits):
     message = HOSTILE[name]()
     honest = '{"list":[%s]}' % many(lambda i: '{"tuple":[%d,"x"]}' % i, len(message))
