@@ -73,7 +73,8 @@ def kept() -> bool:
 def same_command() -> str:
     """The command line that goes on with the work: as it was given, but for ``--overwrite``."""
     words = safe_argv(sys.argv[1:])  # what is typed again need not be logged again
-    return shlex.join(["rlrf", *(word for word in words if word != "--overwrite")])
+    command = shlex.join(["rlrf", *(word for word in words if word != "--overwrite")])
+    return command if words == sys.argv[1:] else f"{command}  # with your secrets put back"
 
 
 class Interrupts:

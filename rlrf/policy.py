@@ -373,9 +373,12 @@ class ScriptedPolicy:
         new = prompt.messages if prompt.prefix_ids is None else prompt.new_messages
         before = b"".join(_bytes(m["content"] or "") for m in new)
         try:
+            if not isinstance(reply, (str, Mapping)):  # a function that forgets its return, say
+                raise UsageError(f"a reply is a text or a message, got {reply!r}")
             message = spoken(reply) if isinstance(reply, Mapping) else None
         except UsageError:  # this reply's alone: who looks at its completion says so
-            return Completion((prompt.prefix_ids or ()) + tuple(before), (), (), "", message=reply)
+            told: Any = (None,) if reply is None else reply  # not None, which is no message
+            return Completion((prompt.prefix_ids or ()) + tuple(before), (), (), "", message=told)
         text = whole_text(str(reply) if message is None else message["content"] or "")
         sampled = (*_bytes(text), 256)[: params.max_tokens]
         cut = sampled[-1] != 256

@@ -470,6 +470,9 @@ def test_ids_and_logprobs_of_a_server_are_looked_at(choice):
         {"content": "x", "tool_calls": "z"},
         {"content": "x", "reasoning_content": 5},
         {"content": None, "tool_calls": [{"x": math.nan}]},
+        None,
+        5,
+        b"ok",
     ],
 )
 def test_a_reply_that_is_no_message_costs_its_own_rollout(reply):

@@ -179,14 +179,16 @@ SITES: dict[str, dict[str, str]] = {
         "ChatTokenizer._parsed": "trusted: the tokenizer's own patterns, as its author wrote them",
     },
     "trainers/rlrf_trainers/policies/hf.py": {"HFPolicy.update_weights": OURS},
-    "rlrf/redact.py": {"_SECRET": OURS, "safe_url": OURS},
+    "rlrf/redact.py": dict.fromkeys(("_OPTION", "_GIVEN", "_ADDRESS", "safe_url"), OURS),
     "rlrf/transport.py": {
         "JsonClient._read": "trusted: unpacked to a bounded size",
         "JsonClient.post": "server",
         "_LONE": "server",
         "_said": "server",
     },
-    "trainers/rlrf_trainers/policies/openai.py": {"_TOO_LONG": "server", "_of_all": "server"},
+    "trainers/rlrf_trainers/policies/openai.py": dict.fromkeys(
+        ("_TOO_LONG", "_OF_ONE", "_of_all"), "server"
+    ),
     "trainers/rlrf_trainers/preflight.py": {"plain": OURS},
     "trainers/rlrf_trainers/trackers.py": {"open_trackers": FILES, "_wandb_id": FILES},
 }  # fmt: skip
@@ -508,6 +510,7 @@ def _server(text: str) -> None:
     transport._LONE.sub(b"", data)
     said = transport._said(data[:65_536]).lower()  # no more is read of what is refused
     openai._TOO_LONG.search(said)
+    openai._OF_ONE.search(said)
     openai._of_all({"top_k": 1}).search(said)
 
 

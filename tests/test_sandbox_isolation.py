@@ -202,6 +202,5 @@ def test_a_runner_that_is_left_before_it_has_begun_ends_nobody(monkeypatch):
     supervisor.mode, supervisor.zygote, supervisor.zygote_pid = "plain", None, 0
     supervisor.leave()
     assert ended == [0]
-    with pytest.raises(AssertionError):
-        supervisor.kill_tree()
+    supervisor.kill_tree()
     assert ended == [0]
