@@ -50,7 +50,7 @@ from rlrf.config import (
     to_toml,
 )
 from rlrf.console import Display, RolloutProgress, TrainProgress
-from rlrf.env import Env, StepResult, Task
+from rlrf.env import EmptySplitError, Env, StepResult, Task
 from rlrf.errors import ConfigError, RlrfError, UsageError, describe
 from rlrf.evaluate import EvalReport, evaluate
 from rlrf.feedback import Level
@@ -380,7 +380,7 @@ def info(
         console.print(doc, markup=False, highlight=False)
         console.print()
         _print_options(console, type(found))
-        sizes = {name: len(found.tasks(name)) for name in found.splits}
+        sizes = {name: _size(found, name) for name in found.splits}
         told = ", ".join(f"{name} {size} tasks" for name, size in sizes.items())
         console.print(f"[bold]Splits[/]  {told}")
         low, high = found.reward_range
@@ -388,13 +388,22 @@ def info(
             f"[bold]Reward[/]  {low:g} to {high:g}, solved at {found.success_threshold:g}\n",
             highlight=False,
         )
-        task = found.tasks()[0]
-        console.print(f"[bold]Example task[/]  {escape(task.id)} ({found.split})")
+        shown = next((n for n in (found.split, *found.splits) if sizes[n]), found.split)
+        task = found.tasks(shown)[0]
+        console.print(f"[bold]Example task[/]  {escape(task.id)} ({shown})")
         _print_messages(console, task.messages)
         console.print()
         _print_levels(console, found, task)
     finally:
         found.close()
+
+
+def _size(env: Env, split: str) -> int:
+    """Tasks of a split; 0 where the environment has none."""
+    try:
+        return len(env.tasks(split))
+    except EmptySplitError:
+        return 0
 
 
 def _print_options(console: Console, cls: type[Env]) -> None:

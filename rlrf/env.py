@@ -209,7 +209,7 @@ class StepResult(NamedTuple):
     info: dict[str, Any]
 
 
-class _EmptySplitError(UsageError):
+class EmptySplitError(UsageError):
     """A split without tasks."""
 
 
@@ -439,7 +439,12 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         return self._task_cache[split]
 
     def _load(self, split: str) -> Sequence[Task]:
-        tasks: Any = self.load_tasks(split)
+        try:
+            tasks: Any = self.load_tasks(split)
+        except KeyError as error:
+            if error.args != (split,):
+                raise
+            tasks = []  # a table of splits that has no such one
         where = f"{type(self).__name__}.load_tasks({split!r})"
         if isinstance(tasks, Iterable) and not isinstance(tasks, (Sequence, Mapping, Set, str)):
             tasks = list(tasks)  # a generator gives its tasks once
@@ -456,7 +461,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
                         "Task('my-id', 'the question', hidden='the answer')"
                     )
         if not len(tasks):
-            raise _EmptySplitError(
+            raise EmptySplitError(
                 f"{type(self).__name__} has no task in split {split!r}; "
                 "check the data source, the filters, or choose another split"
             )
@@ -479,7 +484,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             try:
                 tasks = self._full_tasks(name)
                 found = tasks.get(task_id)
-            except _EmptySplitError:
+            except EmptySplitError:
                 continue
             if found is not None:
                 if isinstance(task, Task):  # it may be posed otherwise, replace(task, messages=...)

@@ -301,6 +301,13 @@ def test_info_takes_options_and_a_split(rlrf_cli: Invoke) -> None:
     assert "eval-France" in out
 
 
+def test_info_of_an_environment_without_held_out_tasks(rlrf_cli: Invoke) -> None:
+    code, out, error = rlrf_cli("info", "cli-nothing-held-out-v0")
+    assert (code, error) == (0, "")
+    assert "eval 0 tasks" in out
+    assert "Example task" in out
+
+
 def test_info_survives_a_grader_that_cannot_run_here(rlrf_cli: Invoke) -> None:
     code, out, _ = rlrf_cli("info", "cli-cities-v0", "--option", "broken=true")
     assert code == 0

@@ -386,3 +386,33 @@ def test_unknown_ids_do_not_print_a_whole_data_set():
 
 def test_rewards_may_be_numpy_numbers():
     assert type(Outcome(np.float32(0.5)).reward) is float
+
+
+@pytest.mark.parametrize("made", [{"train": [1]}, {"eval": [1]}])
+def test_a_table_of_splits_need_not_have_all(made):
+    class Table(rlrf.SingleTurnEnv):
+        def load_tasks(self, split):
+            return [rlrf.Task(f"{split}-{n}", "Say it.") for n in made[split]]
+
+        def grade(self, task, completion):
+            return rlrf.Outcome(1.0)
+
+    env = Table()
+    (there,) = made
+    (missing,) = {"train", "eval"} - {there}
+    assert len(env.tasks(there)) == 1
+    assert env.grade(f"{there}-1", "it").reward == 1
+    with pytest.raises(UsageError, match=f"has no task in split '{missing}'"):
+        len(env.tasks(missing))
+
+
+def test_another_missing_key_is_a_mistake_of_the_environment():
+    class Broken(rlrf.SingleTurnEnv):
+        def load_tasks(self, split):
+            return {}["tasks"]
+
+        def grade(self, task, completion):
+            return rlrf.Outcome(1.0)
+
+    with pytest.raises(KeyError, match="tasks"):
+        len(Broken().tasks("train"))
