@@ -363,6 +363,13 @@ class ScriptedPolicy:
     max_batch_size: int = 64
     calls: int = field(default=0, init=False)
 
+    def __post_init__(self) -> None:
+        if not callable(self.reply):
+            raise UsageError(
+                f"ScriptedPolicy was given {self.reply!r}; give a function of the messages, e.g. "
+                "lambda messages: 'yes'"
+            )
+
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """See :class:`Policy`."""
         self.calls += 1

@@ -45,3 +45,9 @@ def test_policies_come_from_the_registry(monkeypatch):
     assert (done.text, done.prompt_ids, done.token_ids) == ("ö", (195, 182), (195, 182, 256))
     with pytest.raises(UnknownIdError, match="unknown policy 'scriptd'"):
         rlrf.make_policy("scriptd")
+
+
+def test_a_script_is_a_function():
+    for odd in ("a", ["a", "b"], None):
+        with pytest.raises(UsageError, match="give a function of the messages"):
+            ScriptedPolicy(odd)
