@@ -70,10 +70,14 @@ def kept() -> bool:
     return _kept
 
 
-def same_command() -> str:
-    """The command line that goes on with the work: as it was given, but for ``--overwrite``."""
+def same_command(*more: str) -> str:
+    """The command line that goes on with the work: as it was given, but for ``--overwrite``.
+
+    Args:
+        more: words that come behind it.
+    """
     words = safe_argv(sys.argv[1:])  # what is typed again need not be logged again
-    command = shlex.join(["rlrf", *(word for word in words if word != "--overwrite")])
+    command = shlex.join(["rlrf", *(word for word in words if word != "--overwrite"), *more])
     return command if words == sys.argv[1:] else f"{command}  # with your secrets put back"
 
 

@@ -869,17 +869,13 @@ def _kept(path: Path, before: Mapping[str, Any] | None) -> list[str]:
         return ["nothing had begun", f"to begin: {_interrupt.same_command()}"]
     if run.status == "running":
         run.finish("interrupted")
-    steps = [int(line["step"]) for line in run.metrics]
-    last = max(steps, default=0)
+    last = run.last_step
     told = f"kept: {last} steps in {path}"
-    folders = (path / "checkpoints").glob("step-*")
-    saved = max((int(n) for f in folders if (n := f.name[5:]).isdigit()), default=None)
-    if saved is not None:
-        return [f"{told}, the last checkpoint of step {saved}", again]
+    if saved := run.steps:
+        return [f"{told}, the last checkpoint of step {saved[-1]}", again]
     if not last:
         return [f"{told}: the first had not ended", again]
-    trainer = run.config.get("trainer")
-    if isinstance(trainer, dict) and trainer.get("save_steps"):
+    if run.begins_anew:
         return [f"{told}, but no checkpoint yet: it begins again", again]
     if run.info.get("model"):
         model = str(path / "model")
@@ -890,7 +886,7 @@ def _kept(path: Path, before: Mapping[str, Any] | None) -> list[str]:
         ]
     return [
         f"{told}, but not the model, as trainer.save_steps is 0",
-        f"to begin again: {_interrupt.same_command()} --overwrite",
+        f"to begin again: {_interrupt.same_command('--overwrite')}",
     ]
 
 

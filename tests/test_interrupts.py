@@ -297,6 +297,9 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
 def test_what_is_secret_is_not_said_again(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ["rlrf", "eval", "--overwrite", "--policy-option", "api_key=sk-1", "--out", "a b"]
     monkeypatch.setattr(sys, "argv", given)
+    assert _interrupt.same_command("--overwrite").endswith(
+        "--overwrite  # with your secrets put back"
+    )
     assert _interrupt.same_command() == (
         "rlrf eval --policy-option 'api_key=***' --out 'a b'  # with your secrets put back"
     )

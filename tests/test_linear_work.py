@@ -61,7 +61,6 @@ HOST = "trusted: the host's own Python, packages and libraries"
 
 SITES: dict[str, dict[str, str]] = {
     "rlrf/_files.py": {"_holder": FILES, "parse_json": FILES},
-    "rlrf/_interrupt.py": {"same_command": OURS},
     "rlrf/_run_folder.py": {"_STEP": OURS},
     "rlrf/cli.py": {"_describe": OURS, "_plain": OURS},
     "rlrf/config.py": {"read_config": OURS, "parse_value": OURS, "nearest": OURS},
