@@ -14,14 +14,17 @@ OLD_EXTRAS := train$(,)docker$(,)data$(,)dev
 
 # OpenMP threads that spin while they wait starve whatever else runs on the machine.
 export OMP_WAIT_POLICY ?= PASSIVE
+# What every process of the tests would otherwise compile anew is kept.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help setup demo test test-slow test-newest test-oldest versions lock lint docs bench clean
+.PHONY: help setup demo test coverage test-slow test-newest test-oldest versions lock lint docs bench clean
 
 help:
 	@echo "make demo            train a 0.5B model with SDPO on format-rules-v0 and write a report"
 	@echo "make demo COMPARE=1  the same, and GRPO beside it, both curves in one report"
 	@echo "make setup           the virtual environment, with every extra, as requirements.lock has it"
 	@echo "make test            the fast tests, in parallel"
+	@echo "make coverage        the same, and how much of rlrf's API they reach (takes half as long again)"
 	@echo "make test-slow       tests with a real model, a real browser, real packages"
 	@echo "make test-newest     the fast tests with the newest of every library that resolves"
 	@echo "make test-oldest     the fast tests with the oldest of every library that is supported"
@@ -58,8 +61,13 @@ ifdef COMPARE
 	$(BIN)/rlrf report runs/demo-sdpo-$(SEED) runs/demo-grpo-$(SEED) --out runs/demo-$(SEED).html
 endif
 
+FAST := pytest -n auto --dist worksteal -m "not slow"
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n auto -m "not slow" --cov=rlrf --cov-report=term --cov-fail-under=90
+	$(BIN)/python -m $(FAST)
+
+coverage: $(VENV)/.ready
+	$(BIN)/python -m $(FAST) --cov=rlrf --cov-report=term --cov-fail-under=90
 
 test-slow: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
@@ -69,7 +77,7 @@ test-newest:
 	rm -rf .venv-newest
 	$(call venv,.venv-newest,-c constraints.txt,all)
 	$(MAKE) versions VENV=.venv-newest
-	.venv-newest/bin/python -m pytest -n auto -m "not slow"
+	.venv-newest/bin/python -m $(FAST)
 
 # Oldest: the libraries; what we test and build with stays as it is locked. Old libraries use what
 # others have deprecated since: not ours to mend.
@@ -79,7 +87,7 @@ test-newest:
 
 test-oldest: .venv-oldest/.ready
 	$(MAKE) versions VENV=.venv-oldest
-	.venv-oldest/bin/python -m pytest -n auto -m "not slow" \
+	.venv-oldest/bin/python -m $(FAST) \
 	  -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
 
 versions:

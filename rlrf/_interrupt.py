@@ -17,6 +17,7 @@ with a traceback while the rest is imported.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import itertools
 import os
@@ -34,6 +35,9 @@ from rlrf.redact import safe_argv
 
 GRACE_S = 1.5
 """Seconds the main thread has to unwind."""
+
+_AGAIN = b"\0"
+"""What the watcher is told when an interrupt was raised where it went nowhere."""
 
 CODES = {int(signal.SIGINT): 130, int(signal.SIGTERM): 143}
 """Signal to exit code, as shells have it."""
@@ -133,25 +137,36 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _ignored(self, unraisable: Any) -> None:
-        # Raised in a finalizer, where it goes nowhere: the watcher will end the process.
         if self.signal is None or unraisable.exc_type is not KeyboardInterrupt:
             self._unraisable(unraisable)
+        elif not self._closed:  # raised in a finalizer, where it goes nowhere
+            with contextlib.suppress(OSError):
+                os.write(self._writer, _AGAIN)
 
     def _watch(self) -> None:
         deadline: float | None = None
+        own = 0  # signals that are not the user's
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not select.select([self._reader], [], [], left)[0]:
                 self._end()
-            numbers = [n for n in os.read(self._reader, 64) if n in CODES]
+            heard = os.read(self._reader, 64)
             if self._closed:
                 os.close(self._reader)
                 return
-            for number in numbers:
-                if deadline is not None:
+            for number in heard:
+                if number == _AGAIN[0] and self.signal is not None:
+                    own, self._raised = own + 1, False
+                    _thread.interrupt_main(self.signal)
+                elif number not in CODES:
+                    continue
+                elif own:
+                    own -= 1
+                elif deadline is not None:
                     self._end(at_once=True)
-                deadline = time.monotonic() + GRACE_S
-                self.signal = self.signal or number
+                else:
+                    deadline = time.monotonic() + GRACE_S
+                    self.signal = self.signal or number
 
     def _end(self, *, at_once: bool = False) -> None:
         """End the process in the main thread's stead."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+
+# Tiny models gain nothing from threads, and workers that run beside each other lose by them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import gymnasium
 import pytest

@@ -20,6 +20,7 @@ NEEDLE = "NEEDLE-" + "".join(reversed("9d4c2b1a7f"))
 PLANTED = "PLANTED-" + "".join(reversed("3e8f6a5d0c"))
 
 SMALL = Limits(cpu_s=1, wall_s=4, memory_mb=256)
+BRIEFLY = Limits(cpu_s=0.4, wall_s=4, memory_mb=256)  # for what will use it up anyway
 LONGER = Limits(cpu_s=4, wall_s=12, memory_mb=256)
 
 SECRET: tuple[Case, ...] = (StdinCase("7\n", NEEDLE + "\n"),)
@@ -498,7 +499,7 @@ FAKING = [
 
 ENDLESS = [
     row("15_busy_loop", "while True:\n    pass", TL),
-    row("16_sleep", "import time\ntime.sleep(1000)", TL, limits=Limits(1, 1.5, memory_mb=256)),
+    row("16_sleep", "import time\ntime.sleep(1000)", TL, limits=Limits(1, 0.6, memory_mb=256)),
     row(
         "17_ignores_all_signals",
         """
@@ -957,7 +958,7 @@ KILLING = [
         "48_stops_itself",
         "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)",
         TL,
-        limits=Limits(1, 1.5, memory_mb=256),
+        limits=Limits(1, 0.6, memory_mb=256),
     ),
     row(
         "49_traces_others",
@@ -1029,7 +1030,7 @@ KILLING = [
         RE,
         OK,
         cases=PLAIN * 2,
-        limits=Limits(1, 1.5, memory_mb=256),
+        limits=Limits(1, 0.6, memory_mb=256),
         note="what counts is the next program",
     ),
     row(
@@ -1910,7 +1911,7 @@ HACKS = [
         RE,
         ML,
         cases=ASSERTS,
-        limits=Limits(1, 2, memory_mb=256),
+        limits=Limits(1, 0.8, memory_mb=256),
         entry="f",
     ),
     row(
@@ -1926,7 +1927,7 @@ HACKS = [
         TL,
         cases=ASSERTS,
         entry="f",
-        limits=Limits(1, 1.5, memory_mb=256),
+        limits=Limits(1, 0.6, memory_mb=256),
     ),
     row(
         "asserts_searched_for",

@@ -69,7 +69,10 @@ def points(name: str, module: str) -> str:
     return lines
 
 
-@pytest.mark.parametrize("fault", SOURCES)
+@pytest.mark.parametrize(
+    "fault",
+    [f if f in ("absent", "raises") else pytest.param(f, marks=pytest.mark.slow) for f in SOURCES],
+)
 def test_a_module_that_cannot_be_imported(fault, installed, monkeypatch, capsys) -> None:
     name, module = f"bad-{fault}", f"bad_{fault}_module"
     installed(f"broken-{fault}", points(name, module), **{module: SOURCES[fault]})

@@ -95,10 +95,9 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fsdp", [False, True], ids=["data-parallel", "fsdp"])
-@pytest.mark.parametrize(
-    "case", [c if c == "sdpo" else pytest.param(c, marks=pytest.mark.slow) for c in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_equal_one(case, fsdp, records):
     name, config = CASES[case]
     config = {**config, "fsdp": fsdp}

@@ -20,10 +20,22 @@ from rlrf.sandbox import (
     SandboxPool,
     StdinCase,
     Tokens,
+    Verdict,
     start_sandbox,
 )
 from tests.backends import WALLED, options
-from tests.hostile import CONTROLS, HEALTHY, HOSTILE, LONGER, NEEDLE, PAIRS, SMALL, Pair, Row
+from tests.hostile import (
+    BRIEFLY,
+    CONTROLS,
+    HEALTHY,
+    HOSTILE,
+    LONGER,
+    NEEDLE,
+    PAIRS,
+    SMALL,
+    Pair,
+    Row,
+)
 from tests.hostile_kernel import KERNEL_CONTROLS, KERNEL_HOSTILE, KERNEL_PAIRS
 
 
@@ -76,9 +88,9 @@ class Keeper:
         if pool is not None:
             run_sync(pool.aclose())
 
-    def run(self, code, cases, entry=None, limits=None):
+    def run(self, code, cases, entry=None, limits=SMALL):
         try:
-            return self.pool.run_sync(Program(code, entry), cases, limits=limits or SMALL)
+            return self.pool.run_sync(Program(code, entry), cases, limits=limits)
         except InfraError:
             self.close()  # this row fails; the next ones shall tell their own story
             raise
@@ -98,7 +110,8 @@ def replaced(pool: SandboxPool) -> int:
 
 def run(keeper: Keeper, row: Row, bait: Bait):
     code = row.code.replace("@PORT@", str(bait.port)).replace("@ABSTRACT@", bait.abstract)
-    return keeper.run(code, row.cases, row.entry, row.limits)
+    ends = Verdict.TIME_LIMIT not in row.expected
+    return keeper.run(code, row.cases, row.entry, row.limits or (SMALL if ends else BRIEFLY))
 
 
 def told(report) -> str:

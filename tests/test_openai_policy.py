@@ -18,6 +18,7 @@ import stamina
 
 import rlrf
 from rlrf import ConfigError, InfraError, UsageError
+from rlrf.cli import main
 from rlrf.errors import PromptTooLongError
 from rlrf.evaluate import EvalReport
 from rlrf.policy import Prompt, SamplingParams
@@ -55,7 +56,7 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self.http.shutdown()
@@ -211,12 +212,15 @@ def test_it_needs_no_torch():
 # --- rlrf eval --------------------------------------------------------------------------------
 
 
+def asked(server: Server) -> list[str]:
+    words = ["eval", "--env", "format-rules-v0", "--limit", "12", "--samples", "2"]
+    return [*words, "--policy", "openai", "--model", "m", "--base-url", server.url]
+
+
 def evaluate(server: Server, folder: Path, *more: str, **options: Any) -> Any:
-    command = [sys.executable, "-c", "from rlrf.cli import main; main()", "eval"]
-    command += ["--env", "format-rules-v0", "--limit", "12"]
-    command += ["--policy", "openai", "--model", "m", "--base-url", server.url, "--samples", "2"]
+    command = [sys.executable, "-c", "from rlrf.cli import main; main()"]
     return subprocess.Popen(
-        [*command, *more],
+        [*command, *asked(server), *more],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -244,7 +248,7 @@ def test_a_killed_evaluation_goes_on_and_grades_nothing_twice(server, tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     gate.set()
-    asked = [json.dumps([r["messages"], r["seed"]]) for r in server.requests[:8]]
+    before = [json.dumps([r["messages"], r["seed"]]) for r in server.requests[:8]]
     with partial.open("a") as torn:
         torn.write('{"task_id": "torn')
     server.requests.clear()
@@ -254,7 +258,7 @@ def test_a_killed_evaluation_goes_on_and_grades_nothing_twice(server, tmp_path):
     assert "8 done" in err
     assert len(server.requests) == 24 - 8
     again = [json.dumps([r["messages"], r["seed"]]) for r in server.requests]
-    assert not set(asked) & set(again)
+    assert not set(before) & set(again)
     report = json.loads(partial.with_suffix("").read_text())
     assert (report["n_tasks"], report["n_rollouts"], report["n_unscored"]) == (12, 24, 0)
     assert set(report["pass_at_k_ci"]) == {"1", "2"}
@@ -263,23 +267,31 @@ def test_a_killed_evaluation_goes_on_and_grades_nothing_twice(server, tmp_path):
     assert not partial.exists()
 
 
-def test_results_are_not_overwritten_and_settings_are_compared(server, tmp_path):
-    done = evaluate(server, tmp_path, "--out", "r.json")
-    done.communicate(timeout=120)
-    again = evaluate(server, tmp_path, "--out", "r.json")
-    _, err = again.communicate(timeout=120)
-    assert (again.returncode, "r.json exists; --overwrite replaces it" in err) == (2, True)
+def test_results_are_not_overwritten_and_settings_are_compared(
+    server, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more: str) -> tuple[Any, str]:
+        monkeypatch.setattr(sys, "argv", ["rlrf", *asked(server), "--out", "r.json", *more])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, capsys.readouterr().err
+
+    code, err = run()
+    assert code == 0
+    assert "24/24 rollouts  0.0% solved" in err  # plain lines, where there is no terminal
+    code, err = run()
+    assert (code, "r.json exists; --overwrite replaces it" in err) == (2, True)
     (tmp_path / "r.json").rename(tmp_path / "old.json")
     settings = json.loads((tmp_path / "old.json").read_text())
     partial = tmp_path / "r.json.partial"
     partial.write_text(json.dumps({"env": settings["env"], "seed": 7}) + "\n")
-    other = evaluate(server, tmp_path, "--out", "r.json")
-    _, err = other.communicate(timeout=120)
-    assert other.returncode == 2
+    code, err = run()
+    assert code == 2
     assert "rollouts made with seed=7, not 0; --overwrite starts anew" in err
-    last = evaluate(server, tmp_path, "--out", "r.json", "--overwrite")
-    last.communicate(timeout=120)
-    assert last.returncode == 0
+    code, _ = run("--overwrite")
+    assert code == 0
     assert not partial.exists()
     assert os.path.exists(tmp_path / "r.json")
 
@@ -318,8 +330,3 @@ def test_two_evaluations_do_not_write_to_one_file(tmp_path):
         pass
     with second:
         pass
-
-
-def test_progress_is_shown_in_plain_lines_where_there_is_no_terminal(server, tmp_path):
-    _, err = evaluate(server, tmp_path).communicate(timeout=120)
-    assert "24/24 rollouts  0.0% solved" in err

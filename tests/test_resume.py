@@ -61,9 +61,8 @@ def assert_same(a: Path, b: Path) -> None:
         assert torch.equal(tensor, states[1].tensors[name]), name
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "sdpo" else pytest.param(n, marks=pytest.mark.slow) for n in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_killed_at_random_moments(name, tmp_path):
     trainer, config = RUNS[name]
     seed = 7 + list(RUNS).index(name)

@@ -29,6 +29,7 @@ from rlrf.sandbox import (
 from tests.backends import BACKENDS, WALLED, options
 
 LIMITS = Limits(cpu_s=1, wall_s=5, memory_mb=256, output_kb=64)
+BRIEFLY = Limits(cpu_s=0.4, wall_s=5, memory_mb=256, output_kb=64)  # for what never ends
 
 
 def opened(backend):
@@ -158,7 +159,8 @@ def test_the_same_program_gives_the_same_bytes(pool):
     ],
 )
 def test_verdicts(pool, code, verdict):
-    assert run(pool, code).verdict == verdict
+    limits = BRIEFLY if verdict is Verdict.TIME_LIMIT else LIMITS
+    assert run(pool, code, limits=limits).verdict == verdict
     assert healthy(pool)
 
 
@@ -245,7 +247,7 @@ os._exit(0)
 
 def test_a_limit_is_paid_once_not_on_every_case(pool):
     cases = [StdinCase(str(i), "ok\n") for i in range(50)]
-    report = run(pool, "while True:\n    pass", cases, stop="never")
+    report = run(pool, "while True:\n    pass", cases, stop="never", limits=BRIEFLY)
     assert [c.verdict for c in report.cases] == [Verdict.TIME_LIMIT] + [Verdict.SKIPPED] * 49
 
 
@@ -443,7 +445,7 @@ def f(x):
 
 def test_asserts_that_never_end_cost_their_limit_only(pool):
     stuck = "def f(x):\n    while True:\n        pass"
-    assert judged(pool, stuck, "assert f(1) == 2").verdict is Verdict.TIME_LIMIT
+    assert judged(pool, stuck, "assert f(1) == 2", limits=BRIEFLY).verdict is Verdict.TIME_LIMIT
     assert healthy(pool)
 
 
@@ -593,7 +595,7 @@ def test_a_program_cannot_signal_what_ends_it():
     pool = run_sync(start_sandbox("docker", slots=1, **options("docker")))
     try:
         for _ in range(2):
-            report = run(pool, code, limits=Limits(cpu_s=30, wall_s=1, processes=8))
+            report = run(pool, code, limits=Limits(cpu_s=30, wall_s=0.4, processes=8))
             assert report.verdict is Verdict.TIME_LIMIT
             assert healthy(pool)
         assert pool.stats().replaced == 0

@@ -46,6 +46,7 @@ def a_container(client, labels):
 # --- packing --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_host_packs_to_the_same_bytes_and_brings_the_runner():
     first, second = io.BytesIO(), io.BytesIO()
     images.pack_host(first)

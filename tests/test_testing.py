@@ -78,7 +78,12 @@ def test_an_id_is_made_and_closed(registered):
         check_env("test-closin-v0")
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+OLDER = tuple(f"livecodebench-v{n}" for n in range(1, 6))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in OLDER else n for n in INSTALLED]
+)
 def test_our_environments_conform(name, tokenizer, published_code_data):
     if name != "format-rules-v0" and not shutil.which("bwrap"):
         pytest.skip(f"{name} needs the sandbox bubblewrap, which is not installed")

@@ -576,6 +576,7 @@ def in_a_process(name, folder, **environment):
     ).stdout
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_the_run(tmp_path):
     wandb = pytest.importorskip("wandb")
     used = {"project", "name", "id", "resume", "config", "dir", "reinit", "settings"}
