@@ -157,7 +157,7 @@ class Interrupts:
             for number in heard:
                 if number == _AGAIN[0] and self.signal is not None:
                     own, self._raised = own + 1, False
-                    _thread.interrupt_main(self.signal)
+                    _thread.interrupt_main(signal.Signals(self.signal))
                 elif number not in CODES:
                     continue
                 elif own:
