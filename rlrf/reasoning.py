@@ -6,17 +6,22 @@ One function, :func:`split_reasoning`, for every policy and every environment. T
    template has opened it at the end of the prompt), and reaches to its closing mark; to one of
    another kind where its own does not come. Sections may follow each other and be nested. What
    follows is the answer. A section that is never closed has none.
-2. A closing mark that nothing opens ends a section that the chat template opened: what stands
-   before the last such mark is reasoning. Likewise a later section: what stands before its end is
-   reasoning (vLLM's and SGLang's parsers read both so), unless nothing stands behind it: then the
-   answer came before. A later section that begins a line and is never closed leaves no answer,
-   unless a closed block of code stands before it. Elsewhere such a mark is text.
-3. A mark that is quoted is text: between quotes or backticks on its line, or within a closed block
-   of code. A fence that is open in the reasoning hides no mark: such a block is not closed.
+2. A closing mark that nothing opens ends a section that the chat template opened (Qwen3, R1,
+   DeepSeek V3.1): what stands before the last such mark is reasoning. Likewise a later section:
+   what stands before its end is reasoning (vLLM's and SGLang's parsers read both so, but split at
+   the first mark). Where nothing stands behind either, the answer is what came before it, after an
+   earlier section's end. A later section that begins a line or follows a sentence and is never
+   closed leaves no answer, whatever came before. Elsewhere such a mark is text.
+3. A mark that is quoted is text: between quotes or backticks on its line, within triple quotes, or
+   within a closed block of code. So is a closing mark that nothing opens and a sentence mentions:
+   "I cut at the </think> tag." Models write the mark on a line of its own or, as DeepSeek V3.1,
+   straight behind the reasoning. A fence that is open in the reasoning hides no mark: such a block
+   is not closed, or the fences behind the mark pair up without it.
 4. gpt-oss channels: the answer is the ``final`` one; a reply in channels without it has none.
 
 The marks are those that vLLM's and SGLang's reasoning parsers know (looked at 2026-11). Granite 3.2
-(plain sentences for marks) is not among them. One pass over the text and one over its marks.
+(plain sentences for marks) and Inkling (messages of typed content) are not among them. One pass
+over the text and one over its marks.
 """
 
 from __future__ import annotations
@@ -34,6 +39,8 @@ _PAIRS = (
     ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"),  # Mistral
     ("<seed:think>", "</seed:think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<think:opensource>", "</think:opensource>"),  # Hunyuan 3
     ("<mm:think>", "</mm:think>"),  # MiniMax M3
     ("◁think▷", "◁/think▷"),  # Kimi
     ("<|channel>", "<channel|>"),  # Gemma 4, with the label "thought"
@@ -57,7 +64,7 @@ _SPACE = re.compile(r"\s*")
 # What may stand before the first word of a reply and is none of it.
 _BEGIN = re.compile(
     r"(?:\s|[\ufeff\u200b]|<s>|<bos>|<\|begin_of_text\|>|<｜begin▁of▁sentence｜>"
-    r"|<\|start\|>assistant(?=<\|channel\|>))*"
+    r"|<\|start\|>assistant(?=<\|channel\|>)|assistant(?=analysis))*"
 )
 _LABELLED = ("<|channel>", "<unused94>")
 _LABEL = re.compile(r"^thought(?:\s+|$)")
@@ -67,6 +74,10 @@ _WORD = re.compile(r"[A-Za-z][\w.+#-]*")
 _QUOTES = "\"'`"
 # An apostrophe within a word is none, nor is a fence.
 _QUOTE = re.compile(r"\"|(?<!\w)'|'(?!\w)|(?<!`)`{1,2}(?!`)")
+_TRIPLES = (re.compile('"""'), re.compile("'''"))
+# What stands before and behind a closing mark in a sentence that mentions it.
+_WORDS_BEFORE = re.compile(r"[^\W_][,;:]? |.?\(")
+_WORDS_BEHIND = re.compile(r"[ \t]+[a-z]|[.,;:!?)]")
 
 _CHANNEL, _MESSAGE = "<|channel|>", "<|message|>"
 _CHANNEL_END = re.compile(r"<\|(?:end|return|call|start|channel)\|>")
@@ -93,9 +104,11 @@ class _Mark(NamedTuple):
     end: int
     family: int
     closes: bool
-    quoted: bool  # between quotes on its line
+    quoted: bool  # between quotes on its line, or triple ones
+    surely: bool  # that with a quote that opens directly before it
     begins: bool  # its line
     alone: bool  # on its line
+    follows: bool  # the end of a sentence, or of a block of code
     mentioned: bool  # within a sentence: "the <think> tag"
 
 
@@ -172,6 +185,7 @@ def _marks(text: str) -> Iterator[_Mark]:
     line_start = at = 0
     odd: dict[str, bool] = {}
     last: dict[str, int] = {}
+    triples = [[found.start() for found in quote.finditer(text)] for quote in _TRIPLES]
     for found in _MARK.finditer(text):
         start, end = found.span()
         if start > line_end:
@@ -187,16 +201,23 @@ def _marks(text: str) -> Iterator[_Mark]:
         at = start
         family, closes = _FAMILY[found[0].casefold()]
         begins = not text[line_start:start].strip() if start - line_start < 80 else False
-        follows = text[end : end + 1]
+        before, behind = text[max(start - 2, line_start) : start], text[end : end + 1]
+        if closes:
+            mentioned = bool(_WORDS_BEFORE.fullmatch(before) and _WORDS_BEHIND.match(text, end))
+        else:
+            mentioned = not (behind.isalnum() or (behind and behind in "\n<`[{("))
+        quoted = any(odd[q] and last[q] >= end for q in _QUOTES)
         yield _Mark(
             start,
             end,
             family,
             closes,
-            any(odd[q] and last[q] >= end for q in _QUOTES),
+            quoted or any(len(t) % 2 == 0 and bisect_right(t, start) % 2 for t in triples),
+            quoted and odd.get(before[-1:], False),
             begins,
             begins and line_end - end < 80 and not text[end:line_end].strip(),
-            not begins and (not follows or not (follows.isalnum() or follows in "\n<`[{(")),
+            before.rstrip()[-1:] in tuple(".!?`"),
+            not begins and mentioned,
         )
 
 
@@ -240,7 +261,8 @@ def _closing(marks: list[_Mark], index: int, family: int, last: int) -> int | No
                 return mark.end
             others[mark.family] = max(0, open_ - 1) if mark.closes else open_ + 1
         elif mark.quoted:
-            quoted = mark.end if mark.closes and quoted is None else quoted
+            if mark.closes and not mark.surely and quoted is None:
+                quoted = mark.end
         elif mark.closes:
             depth -= 1
             if depth == 0:
@@ -258,8 +280,8 @@ def _strays(text: str, marks: list[_Mark], start: int) -> tuple[int | None, int]
     index = _first(marks, start)
     if index == len(marks):
         return start, len(text)
-    blocks = _blocks(text, start)
-    ends = [b for _, b in blocks]
+    blocks, fences = _blocks(text, start)
+    ends, written = [b for _, b in blocks], len(text.rstrip())
 
     def in_code(position: int) -> bool:
         i = bisect_right(ends, position)
@@ -282,26 +304,26 @@ def _strays(text: str, marks: list[_Mark], start: int) -> tuple[int | None, int]
                 start = mark.end
             else:
                 sections.append((opener.start, mark.end))
-        elif mark.alone or not (mark.quoted or in_code(mark.start)):
+        elif mark.quoted or mark.mentioned:
+            continue
+        elif in_code(mark.start) and not (
+            mark.alone and (len(fences) - bisect_right(fences, mark.start)) % 2 == 0
+        ):
+            continue  # else the block was open in the reasoning, and the fences behind pair up
+        elif start and mark.end >= written and text[start : mark.start].strip():
+            sections.append((mark.start, len(text)))
+        else:
             start = mark.end
             sections.clear()
     answered = sections[-1][1] if sections else start
-    cut = min(
-        (
-            mark.start
-            for left in open_.values()
-            for mark in left
-            if mark.start >= answered
-            and mark.begins
-            and not mark.quoted
-            and not in_code(mark.start)
-        ),
-        default=None,
-    )
-    if cut is not None:  # within a section: an answer is there only if it came before
-        if not any(start <= a and b <= cut for a, b in blocks):
-            return None, len(text)
-        sections.append((cut, len(text)))
+    if any(
+        mark.start >= answered
+        and (mark.begins or (mark.follows and not mark.mentioned))
+        and not (mark.quoted or in_code(mark.start))
+        for left in open_.values()
+        for mark in left
+    ):
+        return None, len(text)
     stop = len(text)
     while sections:
         begin, end = sections.pop()
@@ -313,24 +335,26 @@ def _strays(text: str, marks: list[_Mark], start: int) -> tuple[int | None, int]
     return start, stop
 
 
-def _blocks(text: str, start: int) -> list[tuple[int, int]]:
-    """The closed blocks of code.
+def _blocks(text: str, start: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """The closed blocks of code, and where all fences stand.
 
     A fence with a word directly behind it closes none: the block before was never closed, as where
     a draft breaks off.
     """
     blocks: list[tuple[int, int]] = []
+    fences: list[int] = []
     fence, opened = "", 0
     # A mark ends a line: "```</think>" closes a block, "</think>```python" opens one.
     lines = _MARK.sub(lambda found: "\n" * len(found[0]), text)
     for found in _FENCE.finditer(lines, start):
         behind = found[2].rstrip()
+        fences.append(found.start())
         if fence and found[1].startswith(fence) and not _WORD.fullmatch(behind):
             blocks.append((opened, found.end()))
             fence = ""
         elif not fence or behind:
             fence, opened = found[1], found.start()
-    return blocks
+    return blocks, fences
 
 
 def _channels(text: str, opened: str) -> Reply:

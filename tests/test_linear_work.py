@@ -68,7 +68,10 @@ SITES: dict[str, dict[str, str]] = {
     "rlrf/feedback.py": {"_ANSI": "clean_text", "defuse": "defuse", "defuser": "defuse"},
     "rlrf/messages.py": {"_SURROGATE": "clean_text"},
     "rlrf/reasoning.py": dict.fromkeys(
-        "_BEGIN _CHANNEL_END _FENCE _LABEL _MARK _OPENS _QUOTE _SPACE _WORD".split(),
+        (
+            "_BEGIN _CHANNEL_END _FENCE _LABEL _MARK _OPENS _QUOTE _SPACE _TRIPLES _WORD "
+            "_WORDS_BEFORE _WORDS_BEHIND"
+        ).split(),
         "split_reasoning",
     ),
     "rlrf/registry.py": {"_ID": OURS, "_check_options": OURS},

@@ -30,6 +30,8 @@ PAIRS = [
     ("<reasoning>", "</reasoning>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
+    ("<longcat_think>", "</longcat_think>"),
+    ("<think:opensource>", "</think:opensource>"),
     ("<mm:think>", "</mm:think>"),
     ("◁think▷", "◁/think▷"),
     ("<|channel>thought\n", "<channel|>"),
@@ -44,6 +46,7 @@ PAIRS = [
         "<|end|><|start|>assistant<|channel|>final<|message|>",
     ),
     ("analysis", "assistantfinal"),
+    ("assistantanalysis", "assistantfinal"),
 ]
 
 
@@ -59,7 +62,7 @@ def test_every_mark(opens, closes):
         for answer in (RIGHT, "42", "", "two\nlines"):
             text = opens + draft + closes + answer
             assert parts(text) == (draft.strip(), answer)
-    if opens != "analysis":  # without its special tokens there is no telling
+    if closes != "assistantfinal":  # without its special tokens there is no telling
         assert parts(opens + RIGHT) == (RIGHT, "")  # cut off
         assert parts(opens) == ("", "")
 
@@ -93,7 +96,11 @@ def test_a_section_that_the_template_opened(closes):
         ("```\nx\n</think>\n```\nd\n```", "```\nx", "```\nd\n```"),
         ("Okay.\n<think>\na", "Okay.\n<think>\na", ""),
         (f"Okay.\n<think>\n{RIGHT}\nhm", f"Okay.\n<think>\n{RIGHT}\nhm", ""),
-        (f"{RIGHT}\n<think>\nhm", "hm", f"{RIGHT}\n"),
+        (f"{RIGHT}\n<think>\nhm", f"{RIGHT}\n<think>\nhm", ""),
+        (f"<think>a</think>{RIGHT}\n<think> hm", f"a</think>{RIGHT}\n<think> hm", ""),
+        (f"Okay. <think>\n{RIGHT}\nhm", f"Okay. <think>\n{RIGHT}\nhm", ""),
+        (f"{RIGHT}<think>hm", f"{RIGHT}<think>hm", ""),
+        (f"<think>print('</think>')\n{RIGHT}", f"print('</think>')\n{RIGHT}", ""),
         # within a line
         ("Sure. <think>a</think>\nd", "Sure. <think>a", "d"),
         (f"Sure. <think>{WRONG}</think>\n{RIGHT}", f"Sure. <think>{WRONG}", RIGHT),
@@ -103,6 +110,19 @@ def test_a_section_that_the_template_opened(closes):
         ("d\n<think>a<think>b</think></think>", "a<think>b</think>", "d\n"),
         ("[THINK]a</think>b[/THINK]c", "a</think>b", "c"),
         ("a [THINK]b</think>c[/THINK]d", "a [THINK]b</think>c", "d"),
+        # nothing behind the last end
+        ("<think>a</think>d</think>\n", "a", "d"),
+        ("a</think>\nd\n</think>", "a", "d\n"),
+        ("a</think>d\n<think>b</think>\n</think>", "a\n\nb</think>", "d\n"),
+        ("a</think>\n<think>b</think>\n</think>", "a</think>\n<think>b</think>", ""),
+        # mentioned in a sentence, before and after the end
+        (f"Cut at the </think> tag.\n</think>\n{RIGHT}", "Cut at the </think> tag.", RIGHT),
+        (f"hm, </think>, so</think>{RIGHT}", "hm, </think>, so", RIGHT),
+        (f"<think>a</think>{RIGHT} I cut at </think>.", "a", f"{RIGHT} I cut at </think>."),
+        # a sentence that ends, or a word: no mention
+        ("So it is 42. </think> the answer", "So it is 42.", "the answer"),
+        ("it is 42 </think> The answer", "it is 42", "The answer"),
+        ("it is 42 </think>", "it is 42", ""),
         # closed by another mark
         ("<think>a</thinking>d", "a", "d"),
         ("<thinking>a</think>\nd", "a", "d"),
@@ -148,6 +168,20 @@ FENCE_ENDS = (" That is all.", " done", "</answer>", "<|im_end|>")
         "```xml\n<think>\nhm\n</think>\n```",
         "~~~\na</think>b\n~~~",
         "the <think> tag",
+        # not quoted, but mentioned
+        "I used the </think> tag.",
+        f"{RIGHT}\nI used the </think> tag.",
+        f"All up to the </think> tag goes (all of </think>):\n{RIGHT}",
+        f"What stands between <think> and </think>, goes:\n{RIGHT}",
+        "split(</think>)",
+        # in strings of a program, on lines of their own
+        '```python\nprint("""\n</think>\n""")\n```',
+        '```python\nprint("""\n</think>\n""")\n```\nRun it:\n```\npython x.py\n```',
+        'P = """\n<think>\nhm\n</think>\n"""\nprint(P)',
+        "print('''\n</think>\n''')",
+        "```\nhm\n</think>\nanswer\n```\nis what it writes.",
+        "print('</think>')",
+        "```python\nprint('</think>')\n",
         *(f"```python\n# strip </think> tags\n```{behind}" for behind in FENCE_ENDS),
     ],
 )
@@ -198,6 +232,7 @@ def test_linear_in_the_text():
     units += ["```\n", "~~~", "<|channel|>a<|message|>", "<think> ", "analysis", "assistantfinal"]
     units += ["<think></thinking>", "a <think>b</think>\n", "<s>", "\ufeff", "<think>\n```\n```\n"]
     units += ["[THINK]<think>", "\n```python\n</think>", "<think></think>", "a'a</think>", " "]
+    units += ['"""</think>', "the </think> tag.\n", "'''\n</think>\n", "```\n</think>\n"]
 
     def cost(unit, size):
         text = unit * (size // len(unit))
