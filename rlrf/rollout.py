@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -556,6 +558,8 @@ class _Batcher:
     """
 
     linger_s = 0.2
+    most_in_a_row = 7
+    """Calls of one batch that may fail in a row: up to three bad prompts are always found."""
 
     def __init__(
         self, policy: Policy, params: SamplingParams, seed: int, concurrency: int, unfinished: int
@@ -633,21 +637,38 @@ class _Batcher:
         self._consider()
 
     async def _deliver(self, batch: list[tuple[Prompt, asyncio.Future[Completion]]]) -> None:
-        try:
-            completions = await self._call([p for p, _ in batch], self.calls)
-        except (PromptError, _PolicyRaised) as error:
-            if len(batch) == 1:
-                self._fail(batch, error)
-            else:  # one prompt may be at fault; the others must not suffer for it
-                half = len(batch) // 2
-                await self._deliver(batch[:half])
-                await self._deliver(batch[half:])
-        except Exception as error:
-            self._fail(batch, error)
-        else:
-            for (_, future), completion in zip(batch, completions, strict=True):
-                if not future.done():
-                    future.set_result(completion)
+        """Reply to a batch. One that fails is halved: a prompt may be at fault, or the size.
+
+        Level by level, so that what can be completed soon shows that the policy works. A policy
+        that nothing shows to work is not called for every prompt: those left have failed together.
+        """
+        parts, in_a_row = deque([batch]), 0
+        while parts:
+            part = parts.popleft()
+            try:
+                completions = await self._call([p for p, _ in part], self.calls)
+            except Exception as error:
+                of_one = isinstance(error, (PromptError, InfraError))
+                if not of_one or isinstance(error, UnavailableError):
+                    self._fail([*part, *itertools.chain(*parts)], error)
+                    return
+                half = len(part) // 2
+                if half:
+                    parts += (part[:half], part[half:])
+                else:
+                    self._fail(part, error)
+                if isinstance(error, InfraError):  # to refuse a prompt, a policy must work
+                    in_a_row += 1
+                    if in_a_row == self.most_in_a_row:
+                        words = f"{in_a_row} calls in a row failed, the last so: {describe(error)}"
+                        told = InfraError(words, kind=error.kind)  # each may be tried again alone
+                        self._fail(list(itertools.chain(*parts)), told)
+                        return
+            else:
+                in_a_row = 0
+                for (_, future), completion in zip(part, completions, strict=True):
+                    if not future.done():
+                        future.set_result(completion)
 
     @staticmethod
     def _fail(batch: list[tuple[Prompt, asyncio.Future[Completion]]], error: Exception) -> None:

@@ -19,6 +19,7 @@ from rlrf import (
     Completion,
     Feedback,
     InfraError,
+    MissingDependencyError,
     Outcome,
     PromptTooLongError,
     Rollout,
@@ -29,6 +30,7 @@ from rlrf import (
     UsageError,
 )
 from rlrf._async import _DaemonThreads
+from rlrf.errors import UnavailableError
 from rlrf.rollout import _Batcher
 from tests.environments_for_tests import AsyncRecorder, Echo, Gate, Guess, Recorder
 
@@ -562,6 +564,59 @@ def test_batches_are_as_full_as_they_can_be(batch, concurrency, sizes):
     policy = Recorder(batch=batch)
     rlrf.rollout(Gate(tasks=12), policy, max_concurrency=concurrency)
     assert [len(c) for c in policy.calls] == sizes
+
+
+class Picky(Recorder):
+    """Fails over some prompts, and so over every batch that has one of them."""
+
+    def __init__(self, bad, error, **kwargs):
+        super().__init__(lambda p: error() if p.messages[0]["content"] in bad else "x", **kwargs)
+
+
+HICCUPS = {
+    "raised": lambda: InfraError("a hiccup", kind="hiccup"),
+    "final": lambda: InfraError("a hiccup", kind="hiccup", retryable=False),
+    "other": lambda: ValueError("a hiccup"),
+    "refused": lambda: PromptTooLongError(9, 9, 9),
+}
+
+
+@pytest.mark.filterwarnings("ignore:task 't:UserWarning")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sets(st.integers(0, 15)), st.sampled_from([1, 3, 4, 8, 16]), st.integers(0, 2), st.data())
+def test_a_prompt_over_which_the_policy_fails_costs_its_own_rollout(bad, batch, retries, data):
+    error = data.draw(st.sampled_from(sorted(HICCUPS)))
+    policy = Picky({f"task {i}" for i in bad}, HICCUPS[error], batch=batch)
+    found = rlrf.rollout(Gate(tasks=16), policy, retries=retries)
+    lost = {i for i, r in enumerate(found) if not r.scored}
+    assert lost >= bad
+    few = all(len(bad & set(range(at, at + batch))) <= 3 for at in range(0, 16, batch))
+    if few or retries or error == "refused":
+        assert lost == bad
+    assert all("a hiccup" in found[i].failure for i in lost if error != "refused")
+    if few and error in ("raised", "other"):
+        for i in range(16):  # nobody but the bad is tried again
+            alone = policy.calls.count([f"task {i}"])
+            assert alone >= 1 + retries if i in bad else alone <= 1
+
+
+@pytest.mark.parametrize("error", [HICCUPS["raised"], HICCUPS["other"]])
+def test_a_policy_that_is_broken_is_not_asked_for_every_prompt(error):
+    policy = Picky({f"task {i}" for i in range(32)}, error, batch=32)
+    found = rlrf.rollout(Gate(tasks=32), policy, retries=0)
+    assert [len(c) for c in policy.calls] == [32, 16, 16, 8, 8, 8, 8]
+    assert all("7 calls in a row failed" in r.failure for r in found)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UnavailableError("gone"), UsageError("wrong"), MissingDependencyError("it", "torch", "all")],
+)
+def test_what_concerns_every_prompt_is_not_looked_for_in_one(error):
+    policy = Picky({"task 3"}, lambda: error)
+    with pytest.raises(type(error)):
+        rlrf.rollout(Gate(tasks=8), policy)
+    assert len(policy.calls) == 1
 
 
 @pytest.mark.parametrize("kind", [Recorder, AsyncRecorder])
