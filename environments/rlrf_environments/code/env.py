@@ -10,16 +10,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
 from rlrf import Outcome, SingleTurnEnv, Task, UsageError, run_sync
+from rlrf.env import EmptySplitError
 from rlrf.errors import check_whole
 from rlrf.sandbox import Limits, SandboxPool, start_sandbox
 from rlrf.sandbox.pool import MAX_SLOTS
 from rlrf_environments.code.extract import Take
 from rlrf_environments.code.grading import Memory, Problem, Renderer, Style, grade_completion
 from rlrf_environments.code.sources import named_file
-from rlrf_environments.code.tasks import CheckerLike, CodeTask, as_limits, of_split, read_tasks
+from rlrf_environments.code.tasks import (
+    EVAL_SHARE,
+    CheckerLike,
+    CodeTask,
+    as_limits,
+    of_split,
+    read_tasks,
+)
 
 VARIABLE = "RLRF_CODE"
 FENCE = "Reply with the whole program in one code block fenced by ```python and ```."
+BY_HASH = f"ids are dealt by their hash, {EVAL_SHARE:.0%} to eval and the others to train"
 
 
 class CodeEnv(SingleTurnEnv, abc.ABC):
@@ -58,6 +67,8 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
     default_limits: ClassVar[Limits] = Limits(cpu_s=4, wall_s=12, memory_mb=512, output_kb=256)
     instruction: ClassVar[str] = FENCE
     starter: ClassVar[str] = "program"
+    dealt: ClassVar[str] = f"{BY_HASH}; take split='all', or data with more tasks"
+    """How tasks come into splits, and what helps where one is empty."""
 
     def __init__(
         self,
@@ -122,7 +133,18 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         """The tasks of ``split``. Called once per split."""
 
     def load_tasks(self, split: str) -> list[Task]:
-        """The tasks of ``split``, with their prompts."""
+        """The tasks of ``split``, with their prompts.
+
+        Raises:
+            EmptySplitError: it has none, and why.
+        """
+        tasks = self.load_code_tasks(split)
+        if not tasks:
+            sizes = ", ".join(f"{s} {len(self.load_code_tasks(s))}" for s in self.splits)
+            raise EmptySplitError(
+                f"{type(self).__name__} has no task in split {split!r} (of its tasks: {sizes}): "
+                + self.dealt
+            )
         return [
             Task(
                 id=task.problem.id,
@@ -131,7 +153,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
                 hidden=task.problem,
                 aliases=task.aliases,
             )
-            for task in self.load_code_tasks(split)
+            for task in tasks
         ]
 
     def pose(self, task: CodeTask) -> str:
@@ -192,6 +214,11 @@ class Code(CodeEnv):
     Raises:
         UsageError: no data, or a line of it is wrong; names file, line and field.
     """
+
+    dealt: ClassVar[str] = (
+        f"a task's field 'split' says 'train' or 'eval', and without it {BY_HASH}; write that "
+        "field into the file, add tasks, or take split='all'"
+    )
 
     def __init__(
         self,
