@@ -544,10 +544,7 @@ def eval_(
         progress.begin(n_rollouts, results.done)
 
         def kept() -> list[str]:
-            return [
-                f"kept: {progress.done} of {n_rollouts} rollouts, in {results.partial}",
-                f"to go on: {_interrupt.same_command()}",
-            ]
+            return results.kept(progress.done, n_rollouts, "rollouts")
 
         with notices.collected() as slow, _interrupt.keeping(kept):
 

@@ -26,6 +26,7 @@ from rlrf._files import (
     refused,
     write_whole,
 )
+from rlrf._interrupt import same_command
 from rlrf._run_folder import check_output_of
 from rlrf.errors import UsageError
 from rlrf.evaluate import EvalReport
@@ -205,6 +206,23 @@ class ResultsFile:
             append(self.partial, _line(rollout.to_dict()))
         except OSError as error:
             raise self._unwritable(error) from None
+
+    def kept(self, done: int, total: int, what: str, rest: str = "") -> list[str]:
+        """What an interrupted command says of it: what is kept here, and how to go on.
+
+        Args:
+            done: how many were kept, by this command and before it.
+            total: of how many.
+            what: what they are: ``rollouts``.
+            rest: what becomes of the others, if there is anything to say.
+        """
+        if not done:  # nothing is written before the first; what is there is of an earlier one
+            again = same_command(*(["--overwrite"] if self.overwrite else ()))
+            return [f"kept: none of {total} {what}, as none had ended", f"to begin again: {again}"]
+        return [
+            f"kept: {done} of {total} {what}, in {self.partial}{rest}",
+            f"to go on: {same_command()}",
+        ]
 
     def finish(self, report: EvalReport, about: Mapping[str, Any]) -> None:
         """Write the report, whole or not at all, with settings, ``about`` and all rollouts.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,24 @@ def test_what_is_kept_is_looked_at_once_it_is_ours(tmp_path: Path) -> None:
         other.finish(EvalReport.of(other.done), {})
     with pytest.raises(UsageError, match="exists; --overwrite"), done:
         pass
+
+
+def test_who_is_interrupted_is_named_no_file_that_is_not_there(tmp_path, monkeypatch) -> None:
+    command = ["rlrf", "eval", "--overwrite", "--out", "r.json"]
+    monkeypatch.setattr(sys, "argv", command)
+    for overwrite in (False, True):
+        results = ResultsFile(tmp_path / "r.json", SETTINGS, overwrite=overwrite)
+        kept, again = results.kept(0, 16, "rollouts")
+        assert kept == "kept: none of 16 rollouts, as none had ended"
+        # Nothing was overwritten yet.
+        assert again == "to begin again: rlrf eval --out r.json" + " --overwrite" * overwrite
+    with results:
+        results.add(Rollout("a", "a", reward=1.0))
+    assert results.partial.exists()
+    assert results.kept(1, 16, "rollouts", "; rest") == [
+        f"kept: 1 of 16 rollouts, in {results.partial}; rest",
+        "to go on: rlrf eval --out r.json",
+    ]
 
 
 def test_overwriting_keeps_the_old_results_until_there_are_new_ones(tmp_path: Path) -> None:

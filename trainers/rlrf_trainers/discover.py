@@ -35,7 +35,7 @@ from rich.table import Table
 
 import rlrf
 from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, notices, user
-from rlrf._interrupt import keeping, same_command
+from rlrf._interrupt import keeping
 from rlrf.config import build_config, check_output, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
@@ -809,11 +809,7 @@ def _discover(
         progress.begin(n_runs, len(results.done))
 
         def kept() -> list[str]:
-            return [
-                f"kept: {progress.done} of {n_runs} runs, in {results.partial}; the one under way "
-                "begins again",
-                f"to go on: {same_command()}",
-            ]
+            return results.kept(progress.done, n_runs, "runs", "; the one under way begins again")
 
         with (
             results,
