@@ -230,18 +230,19 @@ def _say_where_it_was(path: Path, what: str, holder: Any) -> None:
 # --- writing ------------------------------------------------------------------------------
 
 
-def write_whole(path: Path, text: str, *, beside: str = "") -> None:
+def write_whole(path: Path, content: str | bytes, *, beside: str = "") -> None:
     """Write a file so that a kill, or the machine's death, leaves the old one or the new one.
 
     Args:
         path: the file; a link there is replaced, not followed.
-        text: what it shall hold.
+        content: what it shall hold.
         beside: tells apart those that may write it at once.
 
     Raises:
         OSError: it could not be written; what was there stays.
     """
     temporary = path.with_name(f".{path.name}{beside}.tmp")
+    data = content if isinstance(content, bytes) else content.encode("utf-8", SURROGATES)
     with _named(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -251,7 +252,7 @@ def write_whole(path: Path, text: str, *, beside: str = "") -> None:
             descriptor = os.open(temporary, flags, 0o666)
         try:
             try:
-                _write_all(descriptor, text.encode("utf-8", SURROGATES))
+                _write_all(descriptor, data)
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
@@ -316,7 +317,8 @@ def _named(path: Path) -> Iterator[None]:
 def put_folder(target: Path, write: Callable[[Path], Any]) -> None:
     """Have ``write`` fill a folder, which then takes the place of ``target``, whole or not at all.
 
-    Wherever a kill comes, :func:`settle_folder` finds the old one or the new one.
+    Wherever a kill comes, :func:`settle_folder` finds the old one or the new one. Its files may be
+    read by whom the umask lets, whatever ``write`` made them by.
 
     Raises:
         OSError: it could not be written; what was there stays.
@@ -326,7 +328,12 @@ def put_folder(target: Path, write: Callable[[Path], Any]) -> None:
         settle_folder(target)
         fresh.mkdir()
         write(fresh)
+        # safetensors writes through a temporary file, which nobody but its owner may read.
+        shown = fresh.stat().st_mode & 0o666
         for path in (*fresh.rglob("*"), fresh):
+            mode = path.stat().st_mode
+            if mode & shown != shown:
+                path.chmod(stat.S_IMODE(mode) | shown)
             flush(path)
         if target.exists():  # a folder cannot be renamed onto one that holds something
             target.rename(old)

@@ -645,7 +645,10 @@ def test_what_is_fetched_is_checked(tmp_path, monkeypatch, right):
     data_set = DataSet(**{**vars(SET), "sha256": digest})
     if right:
         assert locate(data_set).read_bytes() == b"data"
-        assert locate(data_set) == tmp_path / "data" / "some.jsonl"
+        found = tmp_path / "data" / "some.jsonl"
+        assert locate(data_set) == found
+        (tmp_path / "plain").touch()  # others may use the cache, if the umask lets them
+        assert found.stat().st_mode == (tmp_path / "plain").stat().st_mode
     else:
         with pytest.raises(UsageError, match="it was not kept"):
             locate(data_set)

@@ -62,6 +62,9 @@ def test_the_exported_model_is_the_trained_one(tmp_path, lora_r):
     torch.testing.assert_close(second, expected, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(first, second, atol=1e-4)
     assert logits(export_model(tmp_path / "run", tmp_path / "best", checkpoint="best")).shape
+    (tmp_path / "plain").touch()  # as the umask says
+    files = [p for p in tmp_path.rglob("*") if p.is_file() and tmp_path / "base" not in p.parents]
+    assert len({p.stat().st_mode for p in files}) == 1
 
 
 def test_an_adapter_can_stay_one(tmp_path):

@@ -8,8 +8,10 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 from pathlib import Path
@@ -255,6 +257,26 @@ def test_a_folder_takes_the_place_of_another_or_does_not(tmp_path: Path) -> None
     (tmp_path / ".model.new").mkdir()
     settle_folder(target)
     assert [p.name for p in tmp_path.rglob("*")] == ["model", "b"]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o007, 0o077])
+def test_what_is_written_may_be_read_by_whom_the_umask_lets(umask: int, tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            descriptor, temporary = tempfile.mkstemp(dir=folder)  # as safetensors does
+            os.close(descriptor)
+            os.rename(temporary, folder / name)
+
+    before = os.umask(umask)
+    try:
+        put_folder(tmp_path / "model", write)
+        write_whole(tmp_path / "whole", b"1")
+        append(tmp_path / "grown", "1")
+    finally:
+        os.umask(before)
+    files = [tmp_path / name for name in ("model/a", "model/inner/b", "whole", "grown")]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlrf import progress
-from rlrf._files import refused
+from rlrf._files import put_folder, refused
 from rlrf.console import Display
 from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, UsageError
 from rlrf.fetch import cache_dir, hub_answers
@@ -313,10 +312,10 @@ def _fetch(
                 "they are not used and have been deleted. Try again, or get the model elsewhere"
             )
         say(f"dequantizing {entry.name} to {entry.dtype}")
-        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        try:
+
+        def write(folder: Path) -> None:
             with progress.phase(f"dequantizing {entry.name}"):
-                convert(entry, gguf, scratch)
+                convert(entry, gguf, folder)
             provenance = {
                 "name": entry.name,
                 "hub_id": entry.hub_id,
@@ -324,13 +323,9 @@ def _fetch(
                 "gguf_sha256": entry.sha256,
                 "licence": entry.licence,
             }
-            (scratch / "rlrf-model.json").write_text(json.dumps(provenance, indent=2) + "\n")
-            scratch.chmod(0o755)  # mkdtemp's 0700 would hide it from other users of a shared cache
-            if out.exists():
-                shutil.rmtree(out)
-            scratch.rename(out)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            (folder / "rlrf-model.json").write_text(json.dumps(provenance, indent=2) + "\n")
+
+        put_folder(out, write)
         shutil.rmtree(partial)
     return out
 

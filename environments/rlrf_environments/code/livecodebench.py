@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from rlrf import MissingDependencyError, UsageError
+from rlrf._files import write_whole
 from rlrf.fetch import cache_dir, hub_answers
 from rlrf.sandbox import CallCase, Case, Checker, Limits, Lines, RawRun, Returns, StdinCase
 from rlrf_environments.code.answers import MANY_ANSWERS, tolerance
@@ -405,9 +406,7 @@ def _index(path: Path) -> list[Row]:
         return [Row(**item) for item in json.loads(kept.read_text(encoding="utf-8"))]
     rows = list(_scan(path))
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps([asdict(r) for r in rows]), encoding="utf-8")
-    partial.replace(kept)
+    write_whole(kept, json.dumps([asdict(r) for r in rows]), beside=f".{os.getpid()}")
     return rows
 
 

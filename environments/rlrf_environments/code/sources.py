@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from rlrf import UsageError
+from rlrf._files import write_whole
 from rlrf.fetch import cache_dir
 
 CONNECT_S = 5.0
@@ -94,24 +94,19 @@ def locate(data_set: DataSet, data: str | os.PathLike[str] | None = None) -> Pat
 
 def _fetch(data_set: DataSet, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
-    digest = hashlib.sha256()
-    partial = None
     try:
-        with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as file:
-            partial = Path(file.name)
-            timeout = httpx.Timeout(30.0, connect=CONNECT_S)
-            with httpx.stream("GET", data_set.url, timeout=timeout, follow_redirects=True) as got:
-                got.raise_for_status()
-                for chunk in got.iter_bytes():
-                    digest.update(chunk)
-                    file.write(chunk)
-        if data_set.sha256 is not None and digest.hexdigest() != data_set.sha256:
+        timeout = httpx.Timeout(30.0, connect=CONNECT_S)
+        with httpx.stream("GET", data_set.url, timeout=timeout, follow_redirects=True) as got:
+            got.raise_for_status()
+            content = got.read()
+        digest = hashlib.sha256(content).hexdigest()
+        if data_set.sha256 is not None and digest != data_set.sha256:
             raise UsageError(
-                f"{data_set.url} has the SHA-256 {digest.hexdigest()}, but {data_set.name} is "
+                f"{data_set.url} has the SHA-256 {digest}, but {data_set.name} is "
                 f"published with {data_set.sha256}; it was not kept. If the data set was updated, "
                 f"fetch it yourself and name it: data=FILE or {data_set.variable}=FILE"
             )
-        partial.replace(target)  # whole or not at all
+        write_whole(target, content, beside=f".{os.getpid()}")
         return target
     except (httpx.HTTPError, OSError) as error:
         raise UsageError(
@@ -119,6 +114,3 @@ def _fetch(data_set: DataSet, target: Path) -> Path:
             f"({type(error).__name__}: {error}). Get the file on another machine and name it: "
             f"data=FILE or {data_set.variable}=FILE"
         ) from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)
