@@ -693,6 +693,10 @@ def train(
         config, run_dir = _to_resume(resume, config, run_dir, overwrite), str(resume)
     overrides = {"trainer.name": trainer, "model": model, "env.id": env, "run.dir": run_dir}
     settings = load_train_config(config, set_ or (), overrides)
+    if resume is not None and (told := _finished(resume, settings)):
+        if _is_main():
+            print(told)
+        return
     # From here on it may take a while: to import torch, for one.
     progress = context.with_resource(TrainProgress()) if _is_main() else None
     with phase(f"loading the trainer {settings.trainer.name!r}"):
@@ -755,6 +759,39 @@ def _to_resume(run: Path, config: Path | None, run_dir: str | None, overwrite: b
     if not (run / "config.toml").exists():
         raise UsageError(f"{str(run)!r} has no config.toml: it was not made by `rlrf train`")
     return run / "config.toml"
+
+
+def _finished(path: Path, settings: TrainConfig) -> str | None:
+    """What to say of a run that has done all it was to do, and is to do no more; None: it is not.
+
+    Args:
+        path: the run.
+        settings: what it is to go on with.
+    """
+    run, same = runs.Run.open(path), {"run"}
+    before = load_train_config(path / "config.toml")
+    if run.status != "done" or settings.model_dump(exclude=same) != before.model_dump(exclude=same):
+        return None
+    section = run.config.get("trainer")
+    most = section.get("max_steps") if isinstance(section, dict) else None
+    taken, again = run.last_step, shlex.join(["rlrf", "train", "--resume", str(path), "--set"])
+    told = f"the run {str(path)!r} is finished, nothing is left to do: it took {taken} steps"
+    if not isinstance(most, int):
+        return told
+    if taken < most:
+        told += f" of {most} and stopped early"
+    if not run.steps:
+        told += "; it has no checkpoint to take more from (trainer.save_steps is 0)"
+        return f"{told}\nto train on: {_train_on(path)}" if run.info.get("model") else told
+    if taken < most:
+        return f"{told}\nto go on: {again} trainer.early_stopping_patience=0"
+    return f"{told}\nto take more, up to step N: {again} trainer.max_steps=N"
+
+
+def _train_on(path: Path) -> str:
+    """The command that trains a run's model on in a run of its own."""
+    words = ["rlrf", "train", str(path / "config.toml"), "--model", str(path / "model")]
+    return shlex.join([*words, "--run-dir", f"{path}-2"])
 
 
 def _is_main() -> bool:
@@ -875,11 +912,9 @@ def _kept(path: Path, before: Mapping[str, Any] | None) -> list[str]:
     if run.begins_anew:
         return [f"{told}, but no checkpoint yet: it begins again", again]
     if run.info.get("model"):
-        model = str(path / "model")
-        more = ["rlrf", "train", str(path / "config.toml"), "--model", model]
         return [
             f"{told}, and the model of the last; for checkpoints set trainer.save_steps",
-            f"to go on: {shlex.join([*more, '--run-dir', f'{path}-2'])}",
+            f"to go on: {_train_on(path)}",
         ]
     return [
         f"{told}, but not the model, as trainer.save_steps is 0",

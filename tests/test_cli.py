@@ -786,6 +786,17 @@ def test_resume_goes_on_with_what_the_run_was_configured_with(
     run = Run.open("a")
     assert [m["step"] for m in run.metrics] == [0, 1, 2, 3]
     assert run.config["trainer"]["max_steps"] == 3
+    before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+    for same in ((), ("--set", "trainer.max_steps=3")):
+        assert rlrf_cli("train", "--resume", "a", *same) == (
+            0,
+            "the run 'a' is finished, nothing is left to do: it took 3 steps\n"
+            "to take more, up to step N: rlrf train --resume a --set trainer.max_steps=N\n",
+            "",
+        )
+    assert before == {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+    code, out, _ = rlrf_cli("train", "--resume", "a", "--set", "trainer.save_steps=2")
+    assert (code, "all 3 steps have been taken; raise max_steps" in out) == (0, True)
     for given in (("--run-dir", "b"), ("--overwrite",), ("a/config.toml",)):
         code, _, error = rlrf_cli(*more, *given)
         assert (code, "leave out" in error) == (2, True)
@@ -806,12 +817,41 @@ def test_resume_goes_on_with_what_the_run_was_configured_with(
     assert Run.open("../a").metrics[-1]["step"] == 5
 
 
+@pytest.mark.parametrize(
+    ("trainer", "model", "told"),
+    [
+        ({"max_steps": 9}, False, "it took 3 steps of 9 and stopped early; it has no checkpoint"),
+        ({"max_steps": 3}, True, "\nto train on: rlrf train r/config.toml --model r/model --run"),
+        ({}, False, "it took 3 steps\n"),
+    ],
+)
+def test_a_run_that_is_finished_says_what_more_can_be_done(
+    rlrf_cli: Invoke, trainer: dict[str, int], model: bool, told: str
+) -> None:
+    run = Run.create("r", config={"trainer": trainer})
+    Path("r/config.toml").write_text('model = "m"\n[env]\nid = "cli-cities-v0"\n')
+    run.log(3, {"loss": 1.0})
+    run.finish("done", model=model)
+    code, out, error = rlrf_cli("train", "--resume", "r")
+    assert (code, error) == (0, "")
+    assert told in out
+    if trainer.get("max_steps") == 9:
+        for step in ("state.json", "state.safetensors"):
+            folder = Path("r/checkpoints/step-00000003")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / step).touch()
+        again = "to go on: rlrf train --resume r --set trainer.early_stopping_patience=0\n"
+        assert rlrf_cli("train", "--resume", "r")[1].endswith(again)
+
+
 def test_resume_needs_a_run_that_stands_still_and_a_trainer_that_can(rlrf_cli: Invoke) -> None:
     code, _, error = rlrf_cli("train", "--resume", "nowhere")
     assert code == 2
     assert "'nowhere' is not a folder" in error
     assert rlrf_cli(*TRAIN, "--run-dir", "a", "--no-report")[0] == 0
-    code, _, error = rlrf_cli("train", "--resume", "a")
+    code, out, _ = rlrf_cli("train", "--resume", "a")
+    assert (code, "is finished, nothing is left to do: it took 3 steps\n" in out) == (0, True)
+    code, _, error = rlrf_cli("train", "--resume", "a", "--set", "trainer.max_steps=4")
     assert code == 2
     assert "'cli-fake' cannot resume" in error
     assert Run.open("a").status == "done"

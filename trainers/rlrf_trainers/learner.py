@@ -746,6 +746,10 @@ class Learner:
         """Time the model a little, where somebody waits to hear how long the run will take."""
         if not progress.heard() or not self.world.is_main or distributed.is_sharded(self.model):
             return
+        if self.step >= self.config.max_steps or self.stops_early:
+            more = "early_stopping_patience" if self.stops_early else "max_steps"
+            progress.say(f"all {self.step} steps have been taken; raise {more} to take more")
+            return
         try:
             with progress.phase("timing the model"):
                 told = estimate(self)
