@@ -8,7 +8,6 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -31,12 +30,14 @@ from rlrf.errors import describe
 from rlrf.feedback import MAX_SEGMENTS
 from rlrf.policy import check_completion
 from rlrf.wrappers import FeedbackLevel
-from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.policies.openai import OpenAIPolicy
-from rlrf_trainers.reprompt import Hint, Reprompter
-from tests.test_openai_policy import Server, completion
-from tests.tiny_model import CHATML, tiny_model, tiny_tokenizer
+
+torch = pytest.importorskip("torch", reason="needs the extra 'train'")
+from rlrf_trainers.config import SDPOConfig  # noqa: E402
+from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.policies.openai import OpenAIPolicy  # noqa: E402
+from rlrf_trainers.reprompt import Hint, Reprompter  # noqa: E402
+from tests.test_openai_policy import Server, completion  # noqa: E402
+from tests.tiny_model import CHATML, tiny_model, tiny_tokenizer  # noqa: E402
 
 
 class Wordless(Exception):
