@@ -127,10 +127,10 @@ def test_a_split_without_tasks_says_how_tasks_come_into_splits(tasks, tmp_path):
     assert "no task in split 'train' (of its tasks: train 0, eval 1, all 1)" in str(error.value)
     for remedy in ("field 'split'", "20% to eval", "split='all'"):
         assert remedy in str(error.value)
-    with pytest.raises(UsageError, match="eval 0, all 1.*field 'split'"):
+    with pytest.raises(UsageError, match=r"eval 0, all 1.*field 'split'"):
         len(tasks({"split": "train"}).tasks("eval"))
     file = code_data.write_jsonl(tmp_path / "m.jsonl", [code_data.mbpp(11)])
-    with pytest.raises(UsageError, match="train 0, eval 0, test 1.*601 to 974 train"):
+    with pytest.raises(UsageError, match=r"train 0, eval 0, test 1.*601 to 974 train"):
         len(rlrf.make("mbpp-v0", data=file).tasks("train"))
 
 

@@ -30,8 +30,8 @@ from rlrf import (
     UsageError,
 )
 from rlrf._async import _DaemonThreads
+from rlrf._batcher import Batcher
 from rlrf.errors import UnavailableError
-from rlrf.rollout import _Batcher
 from tests.environments_for_tests import AsyncRecorder, Echo, Gate, Guess, Recorder
 
 
@@ -664,7 +664,7 @@ def test_the_order_in_which_graders_finish_does_not_show():
 
 
 def test_an_environment_that_takes_long_does_not_keep_the_others_waiting(monkeypatch):
-    monkeypatch.setattr(_Batcher, "linger_s", 0.01)
+    monkeypatch.setattr(Batcher, "linger_s", 0.01)
     second = threading.Event()
 
     class Slow(rlrf.MultiTurnEnv):
