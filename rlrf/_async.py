@@ -1,34 +1,210 @@
-"""The bridge between sync and async: one background loop, and threads that may be abandoned."""
+"""The bridge between sync and async: event loops and threads that may be left behind.
+
+Everybody's ``async def`` hooks run on one *background loop*: a hook that blocks it (``time.sleep``,
+``requests.get``) holds up everybody, and no thread can be made to stop. Therefore:
+
+- every step of a coroutine that may hold an author's code is :class:`Held`: one can see from
+  another thread who has the loop, and for how long;
+- :func:`abandon` leaves the loop to whoever blocks it. The next call starts another; the calls that
+  were on it get a :class:`LoopLostError`, and :func:`rlrf.rollout` begins again what it had under
+  way. If the hook ever comes back, what was on the loop is cancelled, and nobody hears of it;
+- what must survive that and runs no author's code (sandbox pools) lives on the *steady loop*.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import inspect
 import os
 import queue
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
+
+from rlrf.errors import LoopLostError
 
 T = TypeVar("T")
 Job = Callable[[], Callable[[], None]]
 """A call to make; what it returns is to be called to tell its outcome."""
 
-_lock = threading.Lock()
-_loop: asyncio.AbstractEventLoop | None = None
+# --- who has an event loop ------------------------------------------------------------------------
+
+LONG_S = 0.05
+"""A step that takes as long blocks its loop."""
 
 
-def background_loop() -> asyncio.AbstractEventLoop:
-    """The event loop of a daemon thread, started on first use; every sync face runs on it."""
-    global _loop
+class Holder:
+    """Whose coroutine it is that has an event loop at the moment.
+
+    Args:
+        name: in messages.
+
+    Attributes:
+        left: seconds it may take, or None.
+        held: seconds for which it has blocked its loop.
+        told: whether the watchdog has named it.
+    """
+
+    left: float | None = None
+
+    def __init__(self, name: str) -> None:
+        self.name, self.held, self.told = name, 0.0, False
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """From when a coroutine gets its loop until it awaits."""
+
+    holder: Holder
+    thread: int
+    begun: float
+    call: _Call | None
+
+    @property
+    def seconds(self) -> float:
+        """How long it has lasted."""
+        return time.monotonic() - self.begun
+
+
+_steps: dict[int, Step] = {}
+"""By thread: the step that has its event loop."""
+_blocked: dict[int, float] = {}
+"""By thread: seconds for which steps have blocked its event loop, since ever."""
+
+
+def steps() -> dict[int, Step]:
+    """By thread: the steps under way."""
+    return _steps.copy()
+
+
+def blocked_s(thread: int) -> float:
+    """Seconds for which steps have blocked the event loop of a thread, since ever."""
+    return _blocked.get(thread, 0.0)
+
+
+class Held(Coroutine[Any, Any, T]):
+    """A coroutine whose steps can be seen from other threads while they run, and are timed."""
+
+    def __init__(self, inner: Coroutine[Any, Any, T], holder: Holder) -> None:
+        self.inner, self.holder = inner, holder
+
+    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
+        thread = threading.get_ident()
+        here = _steps[thread] = Step(self.holder, thread, time.monotonic(), _waiting.get())
+        try:
+            return step(*args)
+        finally:
+            with _lock:  # from here on it cannot be abandoned any more, or it has been
+                _steps.pop(thread, None)
+            taken = here.seconds
+            if taken >= LONG_S:
+                self.holder.held += taken
+                _blocked[thread] = blocked_s(thread) + taken
+
+    def send(self, value: Any) -> Any:
+        return self._step(self.inner.send, value)
+
+    def throw(self, *args: Any) -> Any:
+        return self._step(self.inner.throw, *args)
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def __await__(self) -> Any:
+        return self
+
+    def __iter__(self) -> Any:
+        return self
+
+    def __next__(self) -> Any:
+        return self.send(None)
+
+
+# --- loops ----------------------------------------------------------------------------------------
+
+
+class Loop(threading.Thread):
+    """An event loop in a daemon thread of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name=name, daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self.calls: set[_Call] = set()
+        self.abandoned = self._over = False
+        self.start()
+
+    def submit(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine on it, from any thread."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+
+    def leave(self) -> None:
+        """End it, as soon as nothing blocks it; what is still on it is cancelled."""
+        self._over = True
+        self.loop.call_soon_threadsafe(self.loop.stop)
+
+    def run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self.loop) as runner:
+            loop = runner.get_loop()
+            while not self._over:
+                # A callback may sys.exit(): its own call hears of it, the others go on.
+                with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+            loop.set_exception_handler(lambda *_: None)  # nobody waits for any of it
+
+
+class _Call:
+    """Somebody waits in :func:`run_sync`."""
+
+    def __init__(self, name: str) -> None:
+        self.holder = Holder(name)
+        self.inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self.begun = False
+        self.lost_to = ""  # who has blocked its loop for so long that the loop was abandoned
+        self.future: concurrent.futures.Future[Any]
+
+    async def main(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        if self.lost_to:  # before its turn came: it has been taken elsewhere
+            raise asyncio.CancelledError
+        self.begun = True
+        return await coroutine
+
+
+_waiting: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("rlrf_call", default=None)
+_lock = threading.RLock()
+_background: Loop | None = None
+_steady: Loop | None = None
+
+
+def _background_loop() -> Loop:
+    global _background
+    if _background is None:
+        _background = Loop("rlrf-loop")
+    return _background
+
+
+def _steady_loop() -> Loop:
+    global _steady
+    if _steady is None:
+        _steady = Loop("rlrf-steady")
+    return _steady
+
+
+def steady_loop() -> asyncio.AbstractEventLoop:
+    """The loop of ours that no author's code runs on."""
     with _lock:
-        if _loop is None or _loop.is_closed():
-            _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="rlrf-loop", daemon=True).start()
-        return _loop
+        return _steady_loop().loop
+
+
+def lasting_loop() -> asyncio.AbstractEventLoop:
+    """The running loop; the steady one instead of another of ours, which may be abandoned."""
+    ours = isinstance(threading.current_thread(), Loop)
+    return steady_loop() if ours else asyncio.get_running_loop()
 
 
 def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -36,38 +212,110 @@ def run_sync(coroutine: Coroutine[Any, Any, T]) -> T:
 
     Raises:
         RuntimeError: called on the background loop itself, where waiting would never end.
+        InfraError: somebody else's hook has blocked the loop; it may be tried again.
     """
-    loop = background_loop()
+    return _run(coroutine, _background_loop)
+
+
+def run_steady(coroutine: Coroutine[Any, Any, T]) -> T:
+    """:func:`run_sync` on the steady loop."""
+    return _run(coroutine, _steady_loop)
+
+
+def _run(coroutine: Coroutine[Any, Any, T], loop_of: Callable[[], Loop]) -> T:
+    call = _Call(f"a call of {getattr(coroutine, '__qualname__', coroutine)}")
+    token = _waiting.set(call)
     try:
-        inside = asyncio.get_running_loop() is loop
-    except RuntimeError:
-        inside = False
-    if inside:
-        coroutine.close()
-        raise RuntimeError(
-            "a sync method of rlrf was called from an async hook; call its async twin "
-            "(areset, astep, agrade, arollout) there"
-        )
-    inbox: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-    token = _caller.set(inbox)
-    try:
-        future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+        with _lock:
+            loop = loop_of()
+            if loop is threading.current_thread():
+                coroutine.close()
+                raise RuntimeError(
+                    "a sync method of rlrf was called from an async hook; call its async twin "
+                    "(areset, astep, agrade, arollout) there"
+                )
+            call.future = loop.submit(Held(call.main(coroutine), call.holder))
+            loop.calls.add(call)
     finally:
-        _caller.reset(token)
-    future.add_done_callback(lambda _: inbox.put(None))
+        _waiting.reset(token)
+    call.future.add_done_callback(lambda _: call.inbox.put(None))
+    seen: Step | None = None
     try:
-        while (job := inbox.get()) is not None:
+        while True:
+            try:
+                job = call.inbox.get(timeout=LOOK_S)
+            except queue.Empty:
+                seen = _look_around(loop, call, seen)
+                continue
+            if job is None or call.lost_to:
+                return call.future.result()  # type: ignore[no-any-return]  # it is this call's
             job()()
-        return future.result()
+    except concurrent.futures.CancelledError:
+        if not call.lost_to:
+            raise
+        if call.begun:
+            raise LoopLostError(call.lost_to) from None
     except BaseException:
-        future.cancel()  # Ctrl-C in the caller must reach the coroutine too
+        call.future.cancel()  # Ctrl-C in the caller must reach the coroutine too
         raise
+    finally:
+        with _lock:
+            loop.calls.discard(call)
+            if loop.abandoned and not loop.calls:
+                loop.leave()
+    return _run(coroutine, loop_of)
 
 
-_caller: contextvars.ContextVar[queue.SimpleQueue[Job | None] | None] = contextvars.ContextVar(
-    "rlrf_caller", default=None
-)
-"""Jobs for the thread that waits in :func:`run_sync`."""
+LOOK_S = 1.0
+"""How often a call that waits looks who has the loop."""
+PATIENCE_S = 60.0
+"""How long it waits for another call that blocks the loop and has no deadline."""
+
+
+def _look_around(loop: Loop, call: _Call, seen: Step | None) -> Step | None:
+    """Leave the loop to another call that has blocked it for long, or that nobody waits for."""
+    step = _steps.get(loop.ident or 0)
+    # Twice the same: when the whole process was stopped, it is nobody's fault.
+    if step is not None and step is seen and step.call is not call:
+        if step.call not in loop.calls:  # Ctrl-C
+            abandon(step)
+        elif step.holder.left is None and step.seconds > PATIENCE_S:
+            abandon(step, keep=step.call)
+    return step
+
+
+def abandon(step: Step, keep: _Call | None = None) -> bool:
+    """Leave the background loop to a step that blocks it, and wake who waits for the loop.
+
+    Args:
+        step: who blocks it.
+        keep: a call that goes on waiting for it.
+
+    Returns:
+        False if the step has ended meanwhile, or blocks another loop.
+    """
+    global _background
+    with _lock:
+        loop = _background
+        if loop is None or loop.ident != step.thread or _steps.get(step.thread) is not step:
+            return False
+        _background, loop.abandoned = None, True
+        for call in tuple(loop.calls):
+            if call is not keep:
+                call.lost_to = step.holder.name
+                call.future.cancel()
+        if not loop.calls:
+            loop.leave()
+        return True
+
+
+def lost() -> bool:
+    """Whether the call that this runs for has lost its loop: nobody must hear of what it does."""
+    call = _waiting.get()
+    return call is not None and bool(call.lost_to)
+
+
+# --- threads --------------------------------------------------------------------------------------
 
 
 class _DaemonThreads:
@@ -184,21 +432,22 @@ async def call_in_turn(function: Callable[..., Any], *args: Any) -> Any:
     A model that samples now in one thread and now in another leaves memory behind in each: C
     libraries allocate per thread and keep what they freed. And Ctrl-C stops it at once.
     """
-    return await _call(_turns.run if _caller.get() is None else _in_caller, function, *args)
+    return await _call(_turns.run if _waiting.get() is None else _in_caller, function, *args)
 
 
 async def _in_caller(function: Callable[..., T], *args: Any) -> T:
-    caller = _caller.get()
-    assert caller is not None
+    call = _waiting.get()
+    assert call is not None
     future, job = _job(function, *args)
-    caller.put(job)
+    call.inbox.put(job)
     return await future
 
 
 def _after_fork() -> None:
-    """A forked child has the parent's loop and idle threads as objects, but nobody runs them."""
-    global _lock, _loop, _threads, _turns
-    _lock, _loop = threading.Lock(), None
+    """A forked child has the parent's loops and idle threads as objects, but nobody runs them."""
+    global _lock, _background, _steady, _threads, _turns
+    _lock, _background, _steady = threading.RLock(), None, None
+    _steps.clear()
     _threads, _turns = _DaemonThreads(), _DaemonThreads()
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from rlrf._async import call_hook, call_in_turn
+from rlrf._async import Held, Holder, call_hook, call_in_turn
 from rlrf.errors import (
     InfraError,
     PromptError,
@@ -51,6 +51,7 @@ class Batcher:
         self.concurrency, self.unfinished = concurrency, unfinished
         self.waiting: list[tuple[bool, int, Prompt, asyncio.Future[Completion]]] = []
         self.calls = 0
+        self.holder = Holder(f"generate() of {type(policy).__name__}")
         self.busy = False
         self.timer: asyncio.TimerHandle | None = None
         self.work: set[asyncio.Task[None]] = set()
@@ -162,7 +163,10 @@ class Batcher:
         self.calls += 1
         try:
             call = call_hook if self.limit is None else call_in_turn
-            completions: list[Completion] = await call(self.policy.generate, prompts, params)
+            # What it takes of the loop, if it is `async def`, is no environment's time.
+            completions: list[Completion] = await Held(
+                call(self.policy.generate, prompts, params), self.holder
+            )
         except (UsageError, InfraError):
             raise
         except RlrfError as error:  # on purpose, and so again with the same prompt and seed

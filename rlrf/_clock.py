@@ -1,60 +1,137 @@
-"""The deadline of an episode, and who has the event loop meanwhile."""
+"""The deadline of an episode, and what becomes of one that blocks the event loop beyond it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Coroutine, Iterator
+from typing import Any, Self, TypeVar
 
+from rlrf._async import Held, Holder, Loop, Step, abandon, blocked_s, lost, steps
+from rlrf.env import Env
 from rlrf.errors import InfraError
+from rlrf.notices import notice
 
 log = logging.getLogger("rlrf.rollout")
 T = TypeVar("T")
 
+REMEDY = "let it await, or make it a plain `def`, which gets a thread"
 
-class Clock:
-    """The environment time an episode has left."""
+_blockers: weakref.WeakSet[Env] = weakref.WeakSet()
+"""Environments whose hooks have blocked an event loop beyond a deadline."""
 
-    def __init__(self, seconds: float | None, task_id: str) -> None:
-        self.left, self.total, self.task_id = seconds, seconds, task_id
-        self.held = 0.0  # seconds for which this episode's hooks have blocked the loop
 
-    def _of_others(self) -> float:
-        """Seconds for which hooks of other episodes have blocked this loop, since ever."""
-        return _blocked.get(threading.get_ident(), 0.0) - self.held
+def blocks(env: Env) -> bool:
+    """Whether a hook of the environment has once blocked an event loop beyond its deadline."""
+    return _innermost(env) in _blockers
+
+
+def tell_of_blocker(env: Env) -> None:
+    """Notice that episodes have threads of their own, if they have."""
+    if blocks(env):
+        notice(
+            f"env/blocks/{type(env).__name__}",
+            f"{env}: a hook that is `async def` has blocked the event loop. From now on each "
+            "episode runs on an event loop of its own, in a thread of its own: slower, and "
+            "what episodes share must not be bound to a loop, as an asyncio.Lock or an HTTP "
+            f"client is. The remedy: {REMEDY}",
+        )
+
+
+def _innermost(env: Env) -> Env:
+    """An environment without its wrappers."""
+    while isinstance(inner := getattr(env, "env", None), Env):
+        env = inner
+    return env
+
+
+class Clock(Holder):
+    """The environment time an episode has left, and where its hooks run.
+
+    Args:
+        seconds: of environment time; None for no limit.
+        task_id: the episode's task.
+        env: the environment.
+
+    Attributes:
+        blocked: whether it has blocked the event loop beyond its deadline.
+    """
+
+    def __init__(self, seconds: float | None, task_id: str, env: Env) -> None:
+        super().__init__(f"an `async def` hook of task {task_id!r}")
+        self.left, self.total, self.task_id, self.env = seconds, seconds, task_id, env
+        self.blocked = False
+        self._since = self._others = 0.0
+        # On a loop of its own it blocks nobody else. One for the episode, not for each hook:
+        # what `start` opened there, `respond` may use.
+        self._own = Loop("rlrf-episode") if blocks(env) else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._own is not None:
+            self._own.leave()
+
+    def _of_others(self, thread: int) -> float:
+        """Seconds for which others have blocked the event loop of a thread, since ever."""
+        return blocked_s(thread) - self.held
+
+    def used(self, thread: int) -> float:
+        """Seconds of what is under way, but for those that others took of its thread's loop."""
+        return time.monotonic() - self._since - (self._of_others(thread) - self._others)
+
+    def error(self) -> InfraError:
+        """What to raise when there is no time left."""
+        return InfraError(
+            f"the environment took more than {self.total:g} s for task {self.task_id!r}"
+            + (f"; {self.name} blocked the event loop: {REMEDY}" if self.blocked else ""),
+            kind="deadline",
+            retryable=False,
+        )
+
+    def note_blocked(self) -> None:
+        """It has had the event loop beyond its deadline."""
+        self.blocked = True
+        _blockers.add(_innermost(self.env))
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self.left is None:
-            return await work
-        loop = asyncio.get_running_loop()
-        start, others = loop.time(), self._of_others()
+        """Do a part of the episode.
+
+        Raises:
+            InfraError: the time is over; what is still under way is cancelled and not waited for.
+        """
+        task: asyncio.Future[T]
         # Not asyncio.wait_for: it waits for the work to accept its cancellation, which a hook that
         # catches everything never does, and takes the hook's own TimeoutError for the deadline.
-        task = asyncio.ensure_future(_Held(work, self))
-
-        def used() -> float:  # what others took of the loop is not this episode's
-            return loop.time() - start - (self._of_others() - others)
-
+        if self._own is not None:
+            task = asyncio.wrap_future(self._own.submit(work))
+        elif self.left is None:
+            result: T = await Held(work, self)
+            return result
+        else:
+            task = asyncio.ensure_future(Held(work, self))
+        thread = threading.get_ident()
+        self._since, self._others = time.monotonic(), self._of_others(thread)
+        left = float("inf") if self.left is None else self.left
         try:
-            while not task.done() and used() < self.left:
-                await asyncio.wait({task}, timeout=max(self.left - used(), 0.001))
-            if task.done() and self.held <= self.left:
+            while not task.done() and (rest := left - self.used(thread)) > 0:
+                await asyncio.wait({task}, timeout=None if self.left is None else max(rest, 0.001))
+            if self.held > left:
+                self.note_blocked()
+            if task.done() and not self.blocked:
                 return task.result()
-            blocked = self.held > self.left
-            raise InfraError(
-                f"the environment took more than {self.total:g} s for task {self.task_id!r}"
-                + (f"; a hook that is `async def` {_BLOCKS}" if blocked else ""),
-                kind="deadline",
-                retryable=False,
-            )
+            raise self.error()
         finally:
-            self.left -= used()
+            if self.left is not None:
+                self.left -= self.used(thread)
             if not task.done():
                 task.cancel()
                 task.add_done_callback(_forget)
@@ -62,77 +139,60 @@ class Clock:
                 task.exception()  # it is noted
 
 
-_LONG = 0.05  # seconds; a step that takes as long blocks the loop
-_BLOCKS = "blocked the event loop: let it await, or make it a plain `def`, which gets a thread"
-
-
-class _Held(Coroutine[Any, Any, T]):
-    """A coroutine whose steps are timed, and told to the watchdog while they run."""
-
-    def __init__(self, inner: Coroutine[Any, Any, T], clock: Clock) -> None:
-        self.inner, self.clock = inner, clock
-
-    def _step(self, step: Callable[..., Any], *args: Any) -> Any:
-        begun = time.monotonic()
-        _holding[threading.get_ident()] = begun, self.clock
-        try:
-            return step(*args)
-        finally:
-            _holding.pop(threading.get_ident(), None)
-            taken = time.monotonic() - begun
-            if taken >= _LONG:
-                thread = threading.get_ident()
-                self.clock.held += taken
-                _blocked[thread] = _blocked.get(thread, 0.0) + taken
-
-    def send(self, value: Any) -> Any:
-        return self._step(self.inner.send, value)
-
-    def throw(self, *args: Any) -> Any:
-        return self._step(self.inner.throw, *args)
-
-    def close(self) -> None:
-        self.inner.close()
-
-    def __await__(self) -> Any:
-        return self.inner.__await__()
-
-
-_holding: dict[int, tuple[float, Clock]] = {}
-"""By thread: since when a step of an episode has had its event loop, and which."""
-_blocked: dict[int, float] = {}
-"""By thread: seconds for which steps of episodes have blocked its event loop."""
+_LONG = 30.0
+"""Seconds after which those that have no deadline are named."""
 
 
 @contextlib.contextmanager
-def watchdog() -> Iterator[None]:
-    """Say so while a hook blocks the event loop beyond its deadline: nothing else can."""
+def watchdog(deadline_s: float | None) -> Iterator[None]:
+    """Watch who has the event loop: it is abandoned to a hook that blocks it beyond its deadline.
+
+    Where that cannot be, on somebody else's loop, say so: nothing else can.
+    """
     over = threading.Event()
+    pause = min(1.0, max(0.01, (deadline_s or 10.0) / 10))
 
     def watch() -> None:
-        told: set[int] = set()
-        while not over.wait(1.0):
-            for thread, (since, clock) in tuple(_holding.items()):
-                seconds = time.monotonic() - since
-                if clock.total is None or seconds < clock.total or id(clock) in told:
-                    continue
-                told.add(id(clock))
-                frame = sys._current_frames().get(thread)
-                where = "".join(traceback.format_stack(frame)[-3:]) if frame else ""
-                log.error(
-                    "task %r: a hook that is `async def` has had the event loop for %.0f s, and "
-                    "nothing else can go on: it %s. It stands at\n%s",
-                    clock.task_id,
-                    seconds,
-                    _BLOCKS,
-                    where,
-                )
+        before: dict[int, Step] = {}
+        while not over.wait(pause) and not lost():
+            now = steps()
+            for step in now.values():
+                # Twice the same: when the whole process was stopped, it is not the hook's fault.
+                if before.get(step.thread) is step and not step.holder.told:
+                    _judge(step)
+            before = now
 
-    threading.Thread(target=watch, name="rlrf-watchdog", daemon=True).start()
+    here = contextvars.copy_context()
+    threading.Thread(target=here.run, args=(watch,), name="rlrf-watchdog", daemon=True).start()
     try:
         yield
     finally:
         over.set()
+
+
+def _judge(step: Step) -> None:
+    """Abandon the loop to a step that has had it for too long, or at least name it."""
+    holder, seconds = step.holder, step.seconds
+    left_behind = False
+    if isinstance(holder, Clock) and holder.left is not None:
+        if holder.used(step.thread) < holder.left:
+            return
+        holder.note_blocked()
+        left_behind = abandon(step)
+    elif seconds < _LONG:
+        return
+    if not left_behind and steps().get(step.thread) is not step:
+        return  # it has ended meanwhile
+    holder.told = True
+    frame = sys._current_frames().get(step.thread)
+    log.error(
+        "%s has had the event loop for %.1f s: %s. It stands at\n%s%s",
+        holder.name,
+        seconds,
+        REMEDY,
+        "".join(traceback.format_stack(frame)[-3:]) if frame else "",
+        "It is left behind, all others go on." if left_behind else "Nothing else can go on.",
+    )
 
 
 def _forget(task: asyncio.Future[Any]) -> None:

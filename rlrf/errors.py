@@ -123,6 +123,24 @@ class InfraError(RlrfError, RuntimeError):
         super().__init__(message)
 
 
+class LoopLostError(InfraError):
+    """What was under way on the event loop behind the sync methods has been lost with the loop.
+
+    A hook blocked it. The next call gets a new loop; :func:`rlrf.rollout` and
+    :func:`rlrf.evaluate` go on by themselves.
+
+    Args:
+        blocker: whose hook it was.
+    """
+
+    def __init__(self, blocker: str) -> None:
+        super().__init__(
+            f"the event loop behind the sync methods was given up: it was blocked by {blocker}. "
+            "Call again, there is a new one; and let that hook await, or make it a plain `def`",
+            kind="loop_lost",
+        )
+
+
 class UnavailableError(InfraError):
     """What all work depends on is gone: :func:`rlrf.rollout` ends with it instead of going on.
 

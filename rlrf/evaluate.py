@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlrf._async import run_sync
 from rlrf.env import Env, Task
 from rlrf.errors import UsageError, check_whole
 from rlrf.policy import Policy, SamplingParams
-from rlrf.rollout import Rollout, arollout
+from rlrf.rollout import Rollout, arollout, rollout
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class EvalReport:
         """The report of rollouts that are already there; those of one ``group_id`` are a task's."""
         rollouts = tuple(rollouts)
         groups: dict[str, list[Rollout]] = {}
-        for rollout in rollouts:
-            groups.setdefault(rollout.group_id, []).append(rollout)
+        for r in rollouts:
+            groups.setdefault(r.group_id, []).append(r)
         scored = [r for r in rollouts if r.scored]
         counts: list[tuple[int, int]] = []  # (scored, solved) of each task with a scored attempt
         rewards: list[float] = []
@@ -75,8 +74,8 @@ class EvalReport:
                 counts.append((len(earned), sum(r.solved for r in group if r.scored)))
                 rewards.append(math.fsum(earned) / len(earned))
         numbers: dict[str, list[float]] = {}
-        for rollout in scored:
-            for name, value in rollout.metrics.items():
+        for r in scored:
+            for name, value in r.metrics.items():
                 numbers.setdefault(name, []).append(float(value))
         lengths = [float(sum(r.completion_mask)) for r in scored if r.completion_mask]
         at_k = _pass_at_ks(counts)
@@ -169,21 +168,19 @@ def evaluate(
         UsageError: no tasks, ``limit`` or ``samples_per_task`` below 1.
         UnknownIdError: no task has a given id.
     """
-    return run_sync(
-        aevaluate(
-            env,
-            policy,
-            tasks=tasks,
-            samples_per_task=samples_per_task,
-            params=params,
-            seed=seed,
-            limit=limit,
-            max_concurrency=max_concurrency,
-            deadline_s=deadline_s,
-            on_rollout=on_rollout,
-            done=done,
-        )
+    rollouts = rollout(
+        env,
+        policy,
+        _chosen(env, tasks, samples_per_task, limit),
+        group_size=samples_per_task,
+        max_concurrency=max_concurrency,
+        params=params,
+        deadline_s=deadline_s,
+        seed=seed,
+        on_rollout=on_rollout,
+        done=done,
     )
+    return EvalReport.of(rollouts)
 
 
 async def aevaluate(
@@ -201,16 +198,10 @@ async def aevaluate(
     done: Iterable[Rollout] = (),
 ) -> EvalReport:
     """Async twin of :func:`evaluate`."""
-    for name, value in (("samples_per_task", samples_per_task), ("limit", limit)):
-        if value is not None:
-            check_whole(name, value)
-    chosen: Iterable[str | Task] = env.tasks() if tasks is None else tasks
-    # Twice the same task would be two groups of samples, and pose as two independent tasks.
-    unique = {getattr(t, "id", t): t for t in chosen}
     rollouts = await arollout(
         env,
         policy,
-        list(unique.values())[:limit],
+        _chosen(env, tasks, samples_per_task, limit),
         group_size=samples_per_task,
         max_concurrency=max_concurrency,
         params=params,
@@ -220,6 +211,18 @@ async def aevaluate(
         done=done,
     )
     return EvalReport.of(rollouts)
+
+
+def _chosen(
+    env: Env, tasks: Iterable[str | Task] | None, samples_per_task: int, limit: int | None
+) -> list[str | Task]:
+    for name, value in (("samples_per_task", samples_per_task), ("limit", limit)):
+        if value is not None:
+            check_whole(name, value)
+    chosen: Iterable[str | Task] = env.tasks() if tasks is None else tasks
+    # Twice the same task would be two groups of samples, and pose as two independent tasks.
+    unique = {getattr(t, "id", t): t for t in chosen}
+    return list(unique.values())[:limit]
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlrf import progress
-from rlrf._async import run_sync
+from rlrf._async import lost, run_sync
 from rlrf._batcher import Batcher, mix
-from rlrf._clock import Clock, watchdog
+from rlrf._clock import Clock, tell_of_blocker, watchdog
 from rlrf.env import Env, Episode, StepResult, Task
 from rlrf.errors import (
     InfraError,
+    LoopLostError,
     MissingDependencyError,
     OutcomeError,
     PromptError,
@@ -153,68 +154,27 @@ async def arollout(
     on_rollout: Callable[[Rollout], None] | None = None,
     done: Iterable[Rollout] = (),
 ) -> list[Rollout]:
-    """Async twin of :func:`rollout`."""
-    if group_size < 1 or max_concurrency < 1 or retries < 0:
-        raise UsageError(
-            f"group_size={group_size}, max_concurrency={max_concurrency}, retries={retries}: "
-            "the first two must be >= 1, retries >= 0"
-        )
-    if min([seed] if isinstance(seed, int) else seed, default=0) < 0:
-        raise UsageError(f"seed is {seed}; it must be >= 0")
-    chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
-    if not len(chosen):
-        raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
-    found = [env._find_task(task) for task in chosen]
-    if not isinstance(seed, int) and len(seed) != len(found):
-        raise UsageError(f"there are {len(seed)} seeds for {len(found)} tasks; give one for each")
-    groups = [f"{i}:{task.id}" for i, task in enumerate(found)]
-    wanted = {(group, k) for group in groups for k in range(group_size)}
-    kept = {(r.group_id, r.sample): r for r in done if r.scored}
-    kept = {key: r for key, r in kept.items() if key in wanted}
-    unfinished = len(wanted) - len(kept)
-    params = params or SamplingParams()
-    of_calls = seed if isinstance(seed, int) else seed[0]
-    policy = as_policy(policy)
-    batcher = Batcher(policy, params, of_calls, max_concurrency, unfinished)
-    slots = asyncio.Semaphore(max_concurrency)
-    collector = _Collector(env, batcher, deadline_s, retries)
-    collector.check_tools(policy)
+    """Async twin of :func:`rollout`.
 
-    async def one(position: int, task: Task, sample: int) -> Rollout:
-        number, group = position * group_size + sample, groups[position]
-        known = kept.get((group, sample))
-        if known is not None:
-            return known
-        async with slots:
-            own, k = (seed, number) if isinstance(seed, int) else (seed[position], sample)
-            of_samples = mix(own, k) if params.seed is None else mix(params.seed, number)
-            rollout = await collector.collect(task, group, number, own + k, of_samples)
-        rollout = replace(rollout, sample=sample)
-        batcher.one_less()
-        shown.advance()
-        if on_rollout is not None:
-            on_rollout(rollout)
-        return rollout
-
-    shown = progress.begin("", len(wanted), "rollouts", done=len(kept))
-    jobs = [
-        asyncio.ensure_future(one(i, task, k))
-        for i, task in enumerate(found)
-        for k in range(group_size)
-    ]
-    try:
-        with watchdog():
-            rollouts = list(await asyncio.gather(*jobs))
-        collector.check_refusals(len({task.id for task in found}))
-        return rollouts
-    except BaseException:
-        for job in jobs:
-            job.cancel()
-        batcher.stop()
-        await asyncio.gather(*jobs, return_exceptions=True)
-        raise
-    finally:
-        progress.end(shown)
+    It runs on the caller's own event loop, which cannot be given up when an ``async def`` hook
+    blocks it: nothing goes on until the hook returns, and a watchdog says where it stands. From
+    then on the environment's episodes run in threads, and its hooks hold up nobody.
+    """
+    batch = _Batch(
+        env,
+        policy,
+        tasks,
+        group_size=group_size,
+        max_concurrency=max_concurrency,
+        params=params,
+        deadline_s=deadline_s,
+        retries=retries,
+        seed=seed,
+        on_rollout=on_rollout,
+        done=done,
+    )
+    with batch:
+        return await batch.collect()
 
 
 def rollout(
@@ -257,21 +217,135 @@ def rollout(
         UsageError: no tasks, a seed below 0, or the policy or environment was used wrongly.
         UnknownIdError: no task has a given id.
     """
-    return run_sync(
-        arollout(
-            env,
-            policy,
-            tasks,
-            group_size=group_size,
-            max_concurrency=max_concurrency,
-            params=params,
-            deadline_s=deadline_s,
-            retries=retries,
-            seed=seed,
-            on_rollout=on_rollout,
-            done=done,
-        )
+    batch = _Batch(
+        env,
+        policy,
+        tasks,
+        group_size=group_size,
+        max_concurrency=max_concurrency,
+        params=params,
+        deadline_s=deadline_s,
+        retries=retries,
+        seed=seed,
+        on_rollout=on_rollout,
+        done=done,
     )
+    with batch:
+        while True:
+            try:
+                return run_sync(batch.collect())
+            except LoopLostError as error:  # what was under way is begun again, on another loop
+                log.info("%s", error)
+
+
+class _Batch:
+    """What one call wants, and what there is of it; see :func:`rollout` for the arguments."""
+
+    def __init__(
+        self,
+        env: Env,
+        policy: Policy,
+        tasks: Iterable[str | Task] | None,
+        *,
+        group_size: int,
+        max_concurrency: int,
+        params: SamplingParams | None,
+        deadline_s: float | None,
+        retries: int,
+        seed: int | Sequence[int],
+        on_rollout: Callable[[Rollout], None] | None,
+        done: Iterable[Rollout],
+    ) -> None:
+        if group_size < 1 or max_concurrency < 1 or retries < 0:
+            raise UsageError(
+                f"group_size={group_size}, max_concurrency={max_concurrency}, retries={retries}: "
+                "the first two must be >= 1, retries >= 0"
+            )
+        if min([seed] if isinstance(seed, int) else seed, default=0) < 0:
+            raise UsageError(f"seed is {seed}; it must be >= 0")
+        chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
+        if not len(chosen):
+            raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
+        self.tasks = [env._find_task(task) for task in chosen]
+        if not isinstance(seed, int) and len(seed) != len(self.tasks):
+            raise UsageError(
+                f"there are {len(seed)} seeds for {len(self.tasks)} tasks; give one for each"
+            )
+        self.env, self.policy = env, as_policy(policy)
+        self.group_size, self.max_concurrency = group_size, max_concurrency
+        self.params, self.seed = params or SamplingParams(), seed
+        self.deadline_s, self.retries, self.on_rollout = deadline_s, retries, on_rollout
+        self.groups = [f"{i}:{task.id}" for i, task in enumerate(self.tasks)]
+        self.wanted = [(group, k) for group in self.groups for k in range(group_size)]
+        self.refusals = _Refusals(env)
+        self.finished: dict[tuple[str, int], Rollout] = {}
+        known = set(self.wanted)
+        for rollout in done:
+            if rollout.scored and (rollout.group_id, rollout.sample) in known:
+                self.finished[rollout.group_id, rollout.sample] = rollout
+        self.under_way: dict[int, tuple[Clock, _Draft]] = {}
+        self.blocked: dict[int, Rollout] = {}  # to be reported
+
+    def __enter__(self) -> None:
+        self.shown = progress.begin("", len(self.wanted), "rollouts", done=len(self.finished))
+
+    def __exit__(self, *_: object) -> None:
+        progress.end(self.shown)
+
+    async def collect(self) -> list[Rollout]:
+        """Make what is still missing, on this event loop; again, if the last one was lost."""
+        for number, (clock, draft) in self.under_way.items():
+            if clock.blocked:
+                self.blocked[number] = draft.failed(_failure(clock.error()))
+                self.refusals.anything_else = True
+        self.under_way = {}
+        tell_of_blocker(self.env)
+        batcher = Batcher(
+            self.policy,
+            self.params,
+            self.seed if isinstance(self.seed, int) else self.seed[0],
+            self.max_concurrency,
+            len(self.wanted) - len(self.finished),
+        )
+        collector = _Collector(self, batcher)
+        collector.check_tools(self.policy)
+        slots = asyncio.Semaphore(self.max_concurrency)
+
+        async def one(number: int) -> Rollout:
+            key = self.wanted[number]
+            known = self.finished.get(key)
+            if known is not None:
+                return known
+            async with slots:
+                rollout = self.blocked.get(number) or await collector.collect(number)
+            if lost():
+                raise asyncio.CancelledError
+            rollout = self.finished[key] = replace(rollout, sample=key[1])
+            batcher.one_less()
+            self.shown.advance()
+            if self.on_rollout is not None:
+                self.on_rollout(rollout)
+            return rollout
+
+        jobs = [asyncio.ensure_future(one(number)) for number in range(len(self.wanted))]
+        try:
+            with watchdog(self.deadline_s):
+                rollouts = list(await asyncio.gather(*jobs))
+            self.refusals.check(len({task.id for task in self.tasks}))
+            return rollouts
+        except BaseException:
+            for job in jobs:
+                job.cancel()
+            batcher.stop()
+            await asyncio.gather(*jobs, return_exceptions=True)
+            raise
+
+    def seeds(self, number: int) -> tuple[int, int]:
+        """Of a rollout's episode, and of what is sampled for it."""
+        position, k = divmod(number, self.group_size)
+        own, k = (self.seed, number) if isinstance(self.seed, int) else (self.seed[position], k)
+        sampling = self.params.seed
+        return own + k, mix(own, k) if sampling is None else mix(sampling, number)
 
 
 _proven: weakref.WeakSet[Env] = weakref.WeakSet()
@@ -280,21 +354,50 @@ _proven: weakref.WeakSet[Env] = weakref.WeakSet()
 _STRIKES = 3
 
 
+class _Refusals:
+    """The tasks that were refused with a UsageError: their own fault, or the caller's?"""
+
+    def __init__(self, env: Env) -> None:
+        self.env = env
+        self.refused: dict[str, tuple[UsageError, str]] = {}  # per task: what, and in which words
+        self.anything_else = False  # whether a rollout ended otherwise than by being refused
+
+    def note(self, task: Task, error: UsageError) -> None:
+        """A task was refused. Is it this task's fault, or the caller's and so every task's?
+
+        Raises:
+            UsageError: the latter: the same words for several tasks, and no task that works.
+        """
+        words = describe(error)
+        self.refused[task.id] = error, words
+        if self.anything_else or self.env in _proven:
+            return
+        if sum(said == words for _, said in self.refused.values()) >= _STRIKES:
+            raise error
+
+    def check(self, tasks: int) -> None:
+        """See that not every task was refused: then the caller has to hear of it.
+
+        Raises:
+            UsageError: every one was.
+        """
+        if not self.anything_else and self.env not in _proven and len(self.refused) == tasks > 0:
+            raise next(iter(self.refused.values()))[0]
+
+
 class _Collector:
     """Runs one episode to its end, again after infrastructure failures."""
 
-    def __init__(self, env: Env, batcher: Batcher, deadline_s: float | None, retries: int) -> None:
-        self.env, self.batcher = env, batcher
-        self.deadline_s, self.retries = deadline_s, retries
+    def __init__(self, batch: _Batch, batcher: Batcher) -> None:
+        self.batch, self.env, self.batcher = batch, batch.env, batcher
+        self.refusals, self.under_way = batch.refusals, batch.under_way
         # An environment that can only do so much at once lets the others wait here, off the
         # clock: slow attempts must not use up the deadline of those queued behind them.
         self.turn: contextlib.AbstractAsyncContextManager[Any] = (
             contextlib.nullcontext()
-            if env.concurrency is None
-            else asyncio.Semaphore(env.concurrency)
+            if self.env.concurrency is None
+            else asyncio.Semaphore(self.env.concurrency)
         )
-        self.refused: dict[str, tuple[UsageError, str]] = {}  # per task: what, and in which words
-        self.anything_else = False  # whether a rollout ended otherwise than by being refused
 
     def check_tools(self, policy: Policy) -> None:
         """Refuse a policy that cannot call the environment's tools, if it says so."""
@@ -308,19 +411,20 @@ class _Collector:
         if tools:
             check(tools)
 
-    async def collect(
-        self, task: Task, group_id: str, number: int, seed: int, sample_seed: int
-    ) -> Rollout:
-        failure = ""
-        for attempt in range(self.retries + 1):
-            draft = _Draft(task.id, group_id)
+    async def collect(self, number: int) -> Rollout:
+        position = number // self.batch.group_size
+        task, failure = self.batch.tasks[position], ""
+        for attempt in range(self.batch.retries + 1):
+            draft = _Draft(task.id, self.batch.groups[position])
             try:
-                rollout = await self._run(task, number, seed, sample_seed, draft, attempt > 0)
+                with Clock(self.batch.deadline_s, task.id, self.env) as clock:
+                    self.under_way[number] = clock, draft
+                    rollout = await self._run(task, number, draft, clock, attempt > 0)
             except UnavailableError:
                 raise
             except InfraError as error:
-                failure = f"{error.kind}: {describe(error).partition(': ')[2]}"
-                if not error.retryable or attempt == self.retries:
+                failure = _failure(error)
+                if not error.retryable or attempt == self.batch.retries:
                     break
                 log.info("retrying %s after %s", task.id, failure)
             except PromptError as error:
@@ -330,7 +434,7 @@ class _Collector:
                 failure = f"{kind}: {describe(error).partition(': ')[2]}"
                 warnings.warn(f"task {task.id!r} is left unscored: {failure}", stacklevel=2)
                 if not isinstance(error, PromptTooLongError):
-                    self._note_refusal(task, error)
+                    self.refusals.note(task, error)
                     return draft.failed(failure)
                 break
             except _PolicyMisuse as misuse:
@@ -343,43 +447,21 @@ class _Collector:
                 short = len(failure) < 2000  # a traceback would print it whole
                 log.warning("task %s: the environment raised", task.id, exc_info=short)
                 if isinstance(error, UsageError) and not isinstance(error, OutcomeError):
-                    self._note_refusal(task, error)
+                    self.refusals.note(task, error)
                     return draft.failed(failure)
                 break
             else:
-                self.anything_else = True
+                self.refusals.anything_else = True
                 if rollout.scored:
                     _proven.add(self.env)
                 return rollout
-        self.anything_else = True
+        self.refusals.anything_else = True
         return draft.failed(failure)
 
-    def _note_refusal(self, task: Task, error: UsageError) -> None:
-        """A task was refused. Is it this task's fault, or the caller's and so every task's?
-
-        Raises:
-            UsageError: the latter: the same words for several tasks, and no task that works.
-        """
-        words = describe(error)
-        self.refused[task.id] = error, words
-        if self.anything_else or self.env in _proven:
-            return
-        if sum(said == words for _, said in self.refused.values()) >= _STRIKES:
-            raise error
-
-    def check_refusals(self, tasks: int) -> None:
-        """See that not every task was refused: then the caller has to hear of it.
-
-        Raises:
-            UsageError: every one was.
-        """
-        if not self.anything_else and self.env not in _proven and len(self.refused) == tasks > 0:
-            raise next(iter(self.refused.values()))[0]
-
     async def _run(
-        self, task: Task, number: int, seed: int, sample_seed: int, draft: _Draft, alone: bool
+        self, task: Task, number: int, draft: _Draft, clock: Clock, alone: bool
     ) -> Rollout:
-        clock = Clock(self.deadline_s, task.id)
+        seed, sample_seed = self.batch.seeds(number)
         episode: Episode = await clock.run(self.env.aepisode(task, seed=seed))
         draft.messages = list(episode.messages)
         new: Messages = ()
@@ -419,6 +501,10 @@ class _PolicyMisuse(Exception):
 
     def __init__(self, error: UsageError) -> None:
         self.error = error
+
+
+def _failure(error: InfraError) -> str:
+    return f"{error.kind}: {describe(error).partition(': ')[2]}"
 
 
 def _tools(env: Env) -> tuple[dict[str, Any], ...]:

@@ -40,7 +40,7 @@ from rlrf.errors import UsageError, describe
 from rlrf.feedback import MAX_SEGMENT_CHARS, MAX_SEGMENTS, Feedback, Level, Segment, special_tokens
 from rlrf.policy import ScriptedPolicy
 from rlrf.registry import make
-from rlrf.rollout import arollout
+from rlrf.rollout import rollout
 from rlrf.wrappers import FeedbackWrapper
 
 Status = Literal["pass", "fail", "skip"]
@@ -581,9 +581,9 @@ class _Suite:
         reply = self.env.reference_solution(task) or self.replies[-1]
         policy = ScriptedPolicy(lambda messages: reply)
         with self.outage():
-            (rollout,) = run_sync(arollout(self.env, policy, [task], retries=0))
-        assert rollout.reward is None, (
-            f"a rollout during the outage was scored {rollout.reward}; raise rlrf.InfraError"
+            (tried,) = rollout(self.env, policy, [task], retries=0)
+        assert tried.reward is None, (
+            f"a rollout during the outage was scored {tried.reward}; raise rlrf.InfraError"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlrf._async import run_sync
+from rlrf._async import call_hook, run_sync
 from rlrf.env import Env, Outcome, SingleTurnEnv, Task, TaskSequence, Turn
 from rlrf.errors import UsageError
 from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
@@ -77,7 +77,8 @@ class FeedbackWrapper(Env):
         self, task: Task, state: Any, action: Action, rng: np.random.Generator
     ) -> Turn:
         turn = await self.env._advance(task, state, action, rng)
-        feedback = await self.transform(self.env._shown(turn.feedback), task, action, rng)
+        shown = self.env._shown(turn.feedback)
+        feedback: Feedback = await call_hook(self.transform, shown, task, action, rng)
         return Turn(
             turn.messages, turn.reward, feedback, turn.terminated, turn.truncated, turn.metrics
         )

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Hashable, Sequen
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from rlrf._async import background_loop, call_hook
+from rlrf._async import call_hook, lasting_loop, steady_loop
 from rlrf.errors import InfraError, RlrfError, UsageError, check_whole
 from rlrf.notices import notice
 from rlrf.plugins import Registry
@@ -150,7 +150,8 @@ class SandboxPool:
 
     Programs wait in line for a slot, first come first served within a group and in turn between
     groups. A sandbox that failed, or whose program was cancelled, is replaced. The pool lives on
-    the event loop it was started on and may be used from any other and from any thread.
+    the event loop it was started on (started by a sync method of rlrf, on one where no hook can
+    block it) and may be used from any other and from any thread.
 
     Args:
         make: makes a sandbox, not yet started.
@@ -210,7 +211,10 @@ class SandboxPool:
             InfraError: the backend does not work here; the message says what to do.
             UsageError: the backend refuses.
         """
-        self._loop = asyncio.get_running_loop()
+        self._loop = lasting_loop()
+        await self._here(self._prove())
+
+    async def _prove(self) -> None:
         slot = await self._turns.take(None)
         try:
             try:
@@ -265,7 +269,7 @@ class SandboxPool:
         Raises:
             UsageError: called on the pool's event loop, where waiting would never end.
         """
-        loop = self._loop or background_loop()
+        loop = self._loop or steady_loop()
         with contextlib.suppress(RuntimeError):
             if asyncio.get_running_loop() is loop:
                 raise UsageError("run_sync was called on the pool's own event loop; await run()")

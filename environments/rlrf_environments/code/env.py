@@ -9,7 +9,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, get_args
 
-from rlrf import Outcome, SingleTurnEnv, Task, UsageError, run_sync
+from rlrf import Outcome, SingleTurnEnv, Task, UsageError
+from rlrf._async import run_steady
 from rlrf.env import EmptySplitError
 from rlrf.errors import check_whole
 from rlrf.sandbox import Limits, SandboxPool, start_sandbox
@@ -182,13 +183,13 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         return f"{fence}python\n{solution.strip()}\n{fence}"
 
     def _open_pool(self) -> SandboxPool:
-        # Opened by the first program, so that looking at tasks needs no sandbox. The pool lives
-        # on the background loop whichever loop the caller has: grade() runs in a thread.
+        # Opened by the first program, so that looking at tasks needs no sandbox. On the steady
+        # loop whichever loop the caller has: there nobody's hook can block it.
         with self._lock:
             if self._pool is None:
                 assert isinstance(self._sandbox, str)
                 options = {"allow_unsafe": True} if self._allow_unsafe else {}
-                self._pool = run_sync(start_sandbox(self._sandbox, slots=self._slots, **options))
+                self._pool = run_steady(start_sandbox(self._sandbox, slots=self._slots, **options))
             return self._pool
 
     def close(self) -> None:
@@ -196,7 +197,7 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         with self._lock:
             pool, self._pool = self._pool, None
             if pool is not None and pool is not self._sandbox:
-                run_sync(pool.aclose())
+                run_steady(pool.aclose())
             elif pool is not None:
                 self._pool = pool
         super().close()
