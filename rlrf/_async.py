@@ -108,6 +108,8 @@ class Held(Coroutine[Any, Any, T]):
                 _blocked[thread] = blocked_s(thread) + taken
 
     def send(self, value: Any) -> Any:
+        if lost():  # its loop has come back: what was due there is not done twice
+            return self._step(self.inner.throw, asyncio.CancelledError())
         return self._step(self.inner.send, value)
 
     def throw(self, *args: Any) -> Any:
