@@ -66,7 +66,8 @@ def check_free(path: Path | str, *, overwrite: bool = False) -> None:
     """
     if is_run(path) and not overwrite:
         raise UsageError(
-            f"{str(path)!r} already holds a run; choose another run directory or overwrite it"
+            f"{str(path)!r} already holds a run; go on with it (--resume {path}), replace it "
+            "(--overwrite), or choose another run directory (--run-dir)"
         )
     foreign = [n for n in FILES if (Path(path) / n).exists()]
     if foreign and not is_run(path):

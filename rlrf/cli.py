@@ -866,8 +866,8 @@ def _train(
                 )
             result = built.train()
         status = "done"
-    except KeyboardInterrupt:
-        status = "interrupted"
+    except KeyboardInterrupt as error:
+        status, message = "interrupted", describe(error)
         raise
     except BaseException as error:
         message = describe(error)
@@ -902,7 +902,7 @@ def _kept(path: Path, before: Mapping[str, Any] | None) -> list[str]:
     if run is None or run.info == before or not (path / "config.toml").exists():
         return ["nothing had begun", f"to begin: {_interrupt.same_command()}"]
     if run.status == "running":
-        run.finish("interrupted")
+        run.finish("interrupted", "interrupted")
     last = run.last_step
     told = f"kept: {last} steps in {path}"
     if saved := run.steps:

@@ -162,6 +162,8 @@ def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = Non
 
 def describe(error: BaseException) -> str:
     """An error as ``Type: text``, whatever it is: its ``str()`` may raise or be a megabyte."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
     try:
         text = str(error)
     except Exception as inner:

@@ -547,6 +547,8 @@ def test_a_run_directory_is_only_overwritten_when_asked(rlrf_cli: Invoke) -> Non
     code, _, error = rlrf_cli(*TRAIN, "--run-dir", "a")
     assert code == 2
     assert "already holds a run" in error
+    for option in ("--resume a", "--overwrite", "--run-dir"):
+        assert option in error
     assert len(FakeTrainer.made) == 1
     assert rlrf_cli(*TRAIN, "--run-dir", "a", "--overwrite", "--set", "trainer.max_steps=1")[0] == 0
     assert len(Run.open("a").metrics) == 2
@@ -613,7 +615,7 @@ def test_ctrl_c_marks_the_run_interrupted(rlrf_cli: Invoke) -> None:
     assert code == 130
     assert "interrupted" in error
     assert "Traceback" not in error
-    assert Run.open("a").status == "interrupted"
+    assert (Run.open("a").status, Run.open("a").info["message"]) == ("interrupted",) * 2
     assert "report: a/report.html" in out
 
 

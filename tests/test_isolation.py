@@ -586,6 +586,7 @@ def test_tasks_may_come_from_a_generator():
 def test_any_error_has_words():
     assert describe(Wordless()).startswith("Wordless: (its text cannot be had")
     assert describe(ValueError()) == "ValueError"
+    assert describe(KeyboardInterrupt()) == "interrupted"
     assert len(describe(Huge())) < 2100
     describe(Huge()).encode()
 

@@ -275,6 +275,19 @@ def test_a_kill_while_a_model_takes_anothers_place_loses_neither(tmp_path):
 # --- the end ------------------------------------------------------------------------------
 
 
+def test_an_interrupted_run_says_that_it_was_and_no_more(tmp_path):
+    def interrupt(line):
+        raise KeyboardInterrupt("")
+
+    made = trainer(tmp_path / "run")
+    made.learner.record.on_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    run = Run.open(tmp_path / "run")
+    assert (run.status, run.info["message"]) == ("interrupted", "interrupted")
+    assert [(e["level"], e["message"]) for e in run.events][-1] == ("info", "interrupted")
+
+
 def test_a_resumed_run_that_ends_well_has_not_failed(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     made = trainer(run_dir, max_steps=4)

@@ -1149,7 +1149,7 @@ class Learner:
         told = describe(error)
         saved = None
         with contextlib.suppress(OSError):
-            run.event("error", told)
+            run.event("info" if status == "interrupted" else "error", told)
         with contextlib.suppress(OSError, Unwritable):
             saved = self._save_model() if moved else None
         with contextlib.suppress(OSError, RlrfError):
