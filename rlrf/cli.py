@@ -9,17 +9,14 @@ are imported when they are called, not before: ``rlrf --help`` needs no extra.
 
 from __future__ import annotations
 
-import ast
 import atexit
 import contextlib
 import datetime
-import importlib.util
 import inspect
 import itertools
 import logging
 import math
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -39,6 +36,7 @@ import rlrf
 from rlrf import _interrupt, _streams, notices, runs
 from rlrf._async import run_sync
 from rlrf._files import reason
+from rlrf._plugin_source import describe_target, plain
 from rlrf.config import (
     TrainConfig,
     TrainerSection,
@@ -55,7 +53,7 @@ from rlrf.errors import ConfigError, RlrfError, UsageError, describe
 from rlrf.evaluate import EvalReport, evaluate
 from rlrf.feedback import Level
 from rlrf.messages import Messages
-from rlrf.plugins import EXTRAS, Registry, import_failure
+from rlrf.plugins import Registry
 from rlrf.policy import SamplingParams, make_policy, policies
 from rlrf.progress import phase
 from rlrf.registry import accepted_options, origins
@@ -216,7 +214,7 @@ def _add_plugin_commands() -> None:
         if name not in present:
             app.command(
                 name,
-                help=_describe(target, of)[0] or f"Commands of the {name!r} plug-in.",
+                help=describe_target(target, of)[0] or f"Commands of the {name!r} plug-in.",
                 # All arguments, --help included, are for the command that is loaded below.
                 context_settings={
                     "allow_extra_args": True,
@@ -284,82 +282,13 @@ def list_() -> None:
         else:
             rows = registry.items()
         for name, target, of in rows:
-            doc, missing = _describe(target, of)
+            doc, missing = describe_target(target, of)
             needs = f"  (needs: pip install 'rlrf[{missing}]')" if missing else ""
             table.add_row(escape(name), escape(doc + needs))
         if not table.row_count:
             table.add_row("-", "none installed")
         console.print(table)
         console.print()
-
-
-def _describe(target: Any, of: str = "") -> tuple[str, str]:
-    """The first line of a target's documentation, and the extra it lacks (or "").
-
-    A ``"pkg.mod:Name"`` is read as source, not imported: listing must not need torch, nor wait
-    for it. Where that fails the line says why, and of which distribution it is.
-    """
-    of = f", of {of}" if of else ""
-    if not isinstance(target, str):
-        return _plain(inspect.getdoc(target) or "").partition("\n")[0], ""
-    module, _, attr = target.partition("[")[0].replace(" ", "").partition(":")
-    try:
-        source = _module_source(module)
-        if source is None:
-            return f"(not importable: there is no module {module!r}{of})", ""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for its author
-            tree = ast.parse(source, module)
-    except Exception as error:  # whatever a file can hold
-        return f"(not importable: {import_failure(error)}{of})", ""
-    doc = ast.get_docstring(tree) or ""
-    missing = ""
-    for node in tree.body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == attr:
-            doc = ast.get_docstring(node) or doc
-        for name in _imported(node):
-            package = name.partition(".")[0]
-            if package in EXTRAS and importlib.util.find_spec(package) is None:
-                missing = EXTRAS[package]
-    return _plain(doc).partition("\n")[0], missing
-
-
-def _plain(doc: str) -> str:
-    """A docstring without its markup: ``code`` and :role:`references` as bare words."""
-    return re.sub(r"(?::[\w:]+:)?(`{1,2})~?([^`]+)\1", r"\2", doc)
-
-
-def _imported(node: ast.stmt) -> list[str]:
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and not node.level:
-        return [node.module or ""]
-    return []
-
-
-def _module_source(module: str) -> bytes | None:
-    """The source of a module, found without importing its parent packages.
-
-    None if there is no such module, nothing for one that is compiled.
-    """
-    top, *rest = module.split(".")
-    try:
-        spec = importlib.util.find_spec(top)
-    except (ImportError, ValueError):
-        return None
-    if spec is None:
-        return None
-    if not rest:
-        origin = spec.origin or ""
-        return Path(origin).read_bytes() if origin.endswith(".py") else b""
-    for place in spec.submodule_search_locations or ():
-        found = Path(place).joinpath(*rest)
-        for source in (found.with_suffix(".py"), found / "__init__.py"):
-            if source.is_file():
-                return source.read_bytes()
-        if any(found.parent.glob(f"{found.name}.*")):
-            return b""
-    return None
 
 
 # --- info ---------------------------------------------------------------------------------
@@ -375,7 +304,7 @@ def info(
     console = _console()
     found = _make_env(env, option, {"split": split, "feedback": "reference"})
     try:
-        doc = _plain(inspect.getdoc(type(found)) or "")
+        doc = plain(inspect.getdoc(type(found)) or "")
         console.print(f"[bold cyan]{escape(env)}[/]  {type(found).__qualname__}")
         console.print(doc, markup=False, highlight=False)
         console.print()

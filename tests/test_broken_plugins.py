@@ -11,15 +11,17 @@ import pytest
 
 import rlrf
 from rlrf import UsageError, cli
+from rlrf._plugin_source import describe_target
 from rlrf.plugins import Registry
 from rlrf.registry import load_entry_points
 
 GROUPS = ("environments", "trainers", "policies", "sandboxes", "commands")
 SOURCES = {
     "syntax": "class Thing:\n    def broken(:\n",
-    "exits": "import sys\nsys.exit('not today')\n",
-    "raises": "class Odd(BaseException):\n"
-    "    def __str__(self):\n        raise ValueError\nraise Odd\n",
+    "exits": "import sys\nThing = 1\nsys.exit('not today')\n",
+    "raises": "class Thing(BaseException):\n"
+    "    def __str__(self):\n        raise ValueError\nraise Thing\n",
+    "lacks": "class Others:\n    Thing = 1\n    def f(self):\n        Thing = 2\n",
     "nulls": "x = 1\0\n",
     "latin": b"x = 'caf\xe9'\n",
     "absent": None,
@@ -101,6 +103,32 @@ def test_a_module_that_cannot_be_imported(fault, installed, monkeypatch, capsys)
     code, out, _ = run(monkeypatch, capsys, "--help")
     assert code == 0
     assert name in out
+
+
+@pytest.mark.parametrize(
+    ("source", "there"),
+    [
+        ("def Thing(): 'It is.'", True),
+        ("if 1:\n try:\n  from json import load as Thing\n except ImportError:\n  pass", True),
+        ("(a, Thing), b = (1, 2), 3", True),
+        ("for Thing in 'x': pass", True),
+        ("import a.b as Thing", True),
+        ("from .Thing import x", True),
+        ("from json import *", True),  # which cannot be known
+        ("def __getattr__(name): return 1", True),
+        ("globals()['Th' + 'ing'] = 1", True),
+        ("def f():\n global Thing\n Thing = 1", True),
+        ("", True),  # as of a module that is compiled
+        ("print(Thing)", False),
+        ("import Thing.x as y", False),
+        ("x = [Thing for y in z]", False),
+    ],
+)
+def test_whether_a_module_has_what_is_asked_of_it_is_read(source, there, installed) -> None:
+    installed("read", "", read_module=source)
+    told = describe_target("read_module:Thing", "read 1.2")[0]
+    broken = "(not importable: the module 'read_module' has no 'Thing', of read 1.2)"
+    assert (told == broken) == (not there)
 
 
 @pytest.mark.parametrize(

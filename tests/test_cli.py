@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -257,7 +258,9 @@ def test_list_reads_documentation_without_importing(
         '"""The module."""\nimport os\nimport vllm.extra\n\n'
         'class Thing:\n    """The thing.\n\n    More."""\n'
     )
-    (package / "sub" / "__init__.py").write_text('"""The sub package."""\nfrom torch import nn\n')
+    (package / "sub" / "__init__.py").write_text(
+        '"""The sub package."""\nfrom torch import nn as Renamed\n'
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     for name, target in (
         ("cli-thing", "clidocs.sub.thing:Thing"),
@@ -267,9 +270,9 @@ def test_list_reads_documentation_without_importing(
     ):
         monkeypatch.setitem(rlrf.policies._added, name, target)
     monkeypatch.setattr(
-        cli.importlib.util,
+        importlib.util,
         "find_spec",
-        lambda name, find=cli.importlib.util.find_spec: None if name == "vllm" else find(name),
+        lambda name, find=importlib.util.find_spec: None if name == "vllm" else find(name),
     )
     out = rlrf_cli("list")[1]
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
