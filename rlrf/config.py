@@ -368,6 +368,9 @@ _TYPES = {
 
 
 def _message(item: Any) -> str:
+    given = item["input"]
+    if item["type"] == "list_type" and isinstance(given, str) and len(given) < 40:
+        return f"an array, like {_toml([given])}"
     if item["type"] in _TYPES:
         return _TYPES[item["type"]]
     text = str(item["msg"])

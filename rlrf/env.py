@@ -294,6 +294,19 @@ class TaskSequence(Sequence[Task]):
         return self._index
 
 
+def as_tasks(tasks: str | Task | Iterable[str | Task]) -> list[str | Task]:
+    """Ids or tasks as a list; a single one may be given as it is.
+
+    Raises:
+        UsageError: it is none of these.
+    """
+    if isinstance(tasks, (str, Task)):
+        return [tasks]
+    if not isinstance(tasks, Iterable):
+        raise UsageError(f"tasks is {_brief(tasks)}; give a task or its id, several, or None")
+    return list(tasks)
+
+
 class Episode:
     """One run of one task; made by :meth:`Env.aepisode`.
 
@@ -382,6 +395,11 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         self.feedback_level = Level.parse(
             self.default_feedback_level if feedback is None else feedback
         )
+        if isinstance(self.splits, str):
+            raise UsageError(
+                f"{type(self).__name__}.splits is {self.splits!r}; it must be a tuple of names, "
+                f"e.g. ({self.splits!r},)"
+            )
         self.split = self._check_split(split)
         if tokenizer is not None and (
             isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlrf.env import Env, Task
+from rlrf.env import Env, Task, as_tasks
 from rlrf.errors import UsageError, check_whole
 from rlrf.policy import Policy, SamplingParams
 from rlrf.rollout import Rollout, arollout, rollout
@@ -138,7 +138,7 @@ def evaluate(
     env: Env,
     policy: Policy,
     *,
-    tasks: Iterable[str | Task] | None = None,
+    tasks: str | Task | Iterable[str | Task] | None = None,
     samples_per_task: int = 1,
     params: SamplingParams | None = None,
     seed: int = 0,
@@ -153,7 +153,8 @@ def evaluate(
     Args:
         env: the environment; ``env.split`` says which split.
         policy: what replies.
-        tasks: ids or tasks; None for the whole split. A task counts once, however often given.
+        tasks: ids or tasks, or one; None for the whole split. A task counts once, however often
+            given.
         samples_per_task: attempts per task.
         params: how to sample; the default samples the policy's own distribution.
         seed: seeds sampling and episodes.
@@ -187,7 +188,7 @@ async def aevaluate(
     env: Env,
     policy: Policy,
     *,
-    tasks: Iterable[str | Task] | None = None,
+    tasks: str | Task | Iterable[str | Task] | None = None,
     samples_per_task: int = 1,
     params: SamplingParams | None = None,
     seed: int = 0,
@@ -214,12 +215,15 @@ async def aevaluate(
 
 
 def _chosen(
-    env: Env, tasks: Iterable[str | Task] | None, samples_per_task: int, limit: int | None
+    env: Env,
+    tasks: str | Task | Iterable[str | Task] | None,
+    samples_per_task: int,
+    limit: int | None,
 ) -> list[str | Task]:
     for name, value in (("samples_per_task", samples_per_task), ("limit", limit)):
         if value is not None:
             check_whole(name, value)
-    chosen: Iterable[str | Task] = env.tasks() if tasks is None else tasks
+    chosen: Iterable[str | Task] = env.tasks() if tasks is None else as_tasks(tasks)
     # Twice the same task would be two groups of samples, and pose as two independent tasks.
     unique = {getattr(t, "id", t): t for t in chosen}
     return list(unique.values())[:limit]

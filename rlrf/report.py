@@ -43,11 +43,11 @@ MAX_POINTS = 3000
 """Points of a curve; beyond it every n-th is drawn."""
 
 
-def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> Path:
+def write_report(runs: Path | str | Sequence[Path | str], out: Path | str | None = None) -> Path:
     """Write a page about ``runs``, overlaid if there are several.
 
     Args:
-        runs: run directories.
+        runs: run directories, or one.
         out: the file; None for ``report.html`` in the run directory, or beside the first of
             several.
 
@@ -59,6 +59,7 @@ def write_report(runs: Sequence[Path | str], out: Path | str | None = None) -> P
             a run needs (its ``status.json``, a file of its model).
         Unwritable: the disk is full; an older page stays.
     """
+    runs = (runs,) if isinstance(runs, (str, Path)) else runs
     if not runs:
         raise UsageError("a report needs at least one run directory")
     opened = [Run.open(path) for path in runs]

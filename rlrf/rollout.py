@@ -24,7 +24,7 @@ from rlrf import progress
 from rlrf._async import lost, run_sync
 from rlrf._batcher import Batcher, mix
 from rlrf._clock import Clock, tell_of_blocker, watchdog
-from rlrf.env import Env, Episode, StepResult, Task
+from rlrf.env import Env, Episode, StepResult, Task, as_tasks
 from rlrf.errors import (
     InfraError,
     LoopLostError,
@@ -143,7 +143,7 @@ class Rollout:
 async def arollout(
     env: Env,
     policy: Policy,
-    tasks: Iterable[str | Task] | None = None,
+    tasks: str | Task | Iterable[str | Task] | None = None,
     *,
     group_size: int = 1,
     max_concurrency: int = 64,
@@ -180,7 +180,7 @@ async def arollout(
 def rollout(
     env: Env,
     policy: Policy,
-    tasks: Iterable[str | Task] | None = None,
+    tasks: str | Task | Iterable[str | Task] | None = None,
     *,
     group_size: int = 1,
     max_concurrency: int = 64,
@@ -196,7 +196,7 @@ def rollout(
     Args:
         env: the environment; its episodes run concurrently on the one object.
         policy: what replies.
-        tasks: ids or tasks; None for the whole split. A task given twice makes two groups.
+        tasks: ids or tasks, or one; None for the whole split. A task given twice makes two groups.
         group_size: samples per task.
         max_concurrency: episodes under way at once.
         params: how to sample.
@@ -245,7 +245,7 @@ class _Batch:
         self,
         env: Env,
         policy: Policy,
-        tasks: Iterable[str | Task] | None,
+        tasks: str | Task | Iterable[str | Task] | None,
         *,
         group_size: int,
         max_concurrency: int,
@@ -263,7 +263,7 @@ class _Batch:
             )
         if min([seed] if isinstance(seed, int) else seed, default=0) < 0:
             raise UsageError(f"seed is {seed}; it must be >= 0")
-        chosen: Sequence[str | Task] = env.tasks() if tasks is None else list(tasks)
+        chosen: Sequence[str | Task] = env.tasks() if tasks is None else as_tasks(tasks)
         if not len(chosen):
             raise UsageError("rollout() was given no tasks; pass ids, Tasks, or None for the split")
         self.tasks = [env._find_task(task) for task in chosen]

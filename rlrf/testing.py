@@ -124,7 +124,7 @@ def check_env(
     env: Env | str,
     *,
     tasks: int = 3,
-    actions: Sequence[str] = (),
+    actions: str | Sequence[str] = (),
     tokenizer: Any = None,
     outage: Callable[[], AbstractContextManager[Any]] | None = None,
     strict: bool = False,
@@ -151,6 +151,7 @@ def check_env(
     """
     if tasks < 1:
         raise UsageError(f"tasks is {tasks}; it must be >= 1")
+    actions = (actions,) if isinstance(actions, str) else actions
     made = make(env) if isinstance(env, str) else env
     suite = _Suite(made, tasks, tuple(actions), tokenizer, outage)
     results: list[CheckResult] = []

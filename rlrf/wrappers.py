@@ -147,12 +147,13 @@ class DropFeedback(FeedbackWrapper):
     def __init__(
         self,
         env: Env,
-        kinds: Iterable[str] | None = None,
+        kinds: str | Iterable[str] | None = None,
         *,
         probability: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__(env)
+        kinds = (kinds,) if isinstance(kinds, str) else kinds
         self.kinds = None if kinds is None else frozenset(kinds)
         unknown = sorted((self.kinds or frozenset()) - set(KINDS))
         if unknown:

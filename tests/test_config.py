@@ -76,6 +76,10 @@ def build(**data: Any) -> Knobs:
             "trainer.mode is 'meen'; it must be 'mean' or 'none'; did you mean 'mean'?",
         ),
         ({"modules": 3}, "trainer.modules is 3; it must be an array or 'all-linear'"),
+        (
+            {"modules": "q"},
+            "trainer.modules is 'q'; it must be an array, like [\"q\"] or 'all-linear'",
+        ),
         ({"template": "x"}, "trainer.template is 'x': has no {a}"),
         ({"steps": -1}, "steps=-1 needs flag=true"),
         ({"inner": {"depth": 0}}, "trainer.inner.depth is 0; it must be greater than or equal to"),

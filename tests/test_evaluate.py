@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,18 @@ class Words(SingleTurnEnv):
 
 def echo(messages: rlrf.Messages) -> str:
     return str(messages[-1]["content"])[4:-1]
+
+
+def test_one_task_may_be_given_as_it_is() -> None:
+    policy = ScriptedPolicy(echo)
+    for one in ("yes", Words().tasks()[0]):
+        assert [r.task_id for r in rlrf.rollout(Words(), policy, one, group_size=2)] == ["yes"] * 2
+        assert rlrf.evaluate(Words(), policy, tasks=one).n_tasks == 1
+    none: Any = 5
+    with pytest.raises(UsageError, match=r"tasks is 5.*give a task or its id, several, or None"):
+        rlrf.rollout(Words(), policy, none)
+    with pytest.raises(UsageError, match=r"splits is 'train'; .* e\.g\. \('train',\)"):
+        type("Odd", (Words,), {"splits": "train"})()
 
 
 def test_unscored_rollouts_are_counted_and_never_fail_the_policy() -> None:

@@ -39,7 +39,7 @@ def hostile_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_page_stands_alone(run_dir: Path) -> None:
-    out = write_report([run_dir])
+    out = write_report(run_dir)
     assert out == run_dir / "report.html"
     text = out.read_text(encoding="utf-8")
     markup = re.sub(r"<script.*?</script>", "", text, flags=re.S)

@@ -273,3 +273,9 @@ def test_a_root_filesystem_with_environments_is_refused(tmp_path):
     environment_package(tmp_path / "usr/lib/python3/dist-packages")
     with pytest.raises(UsageError, match="their answers"):
         images.pack_rootfs(io.BytesIO(), tmp_path)
+
+
+def test_one_package_may_be_given_as_it_is():
+    from rlrf_sandboxes.bubblewrap import BubblewrapSandbox
+
+    assert BubblewrapSandbox(packages="numpy")._packages == ("numpy",)

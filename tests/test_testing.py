@@ -39,6 +39,19 @@ def test_what_is_sound_passes(env, tokenizer):
     assert [r.id for r in report.results if r.status == "skip"] == ["feedback.infra_is_unscored"]
 
 
+def test_one_action_may_be_given_as_it_is(tokenizer):
+    seen = []
+
+    class Seen(Echo):
+        def grade(self, task, completion):
+            seen.append(completion)
+            return super().grade(task, completion)
+
+    check_env(Seen(), tasks=1, actions="nearly")
+    assert "nearly" in seen
+    assert "n" not in seen
+
+
 def test_what_does_not_apply_is_skipped_with_the_reason():
     class Bare(Guess):
         splits = ("train",)

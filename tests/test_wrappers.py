@@ -67,7 +67,8 @@ def test_level():
 
 def test_drop():
     assert paths(DropFeedback(Sums())) == (0.0, Feedback())
-    assert paths(DropFeedback(Sums(), kinds=["hint"]))[1].kinds == ("wrong_answer",)
+    for kinds in ("hint", ["hint"]):
+        assert paths(DropFeedback(Sums(), kinds=kinds))[1].kinds == ("wrong_answer",)
     assert paths(DropFeedback(Sums(), probability=0.0))[1].kinds == ("wrong_answer", "hint")
     half = DropFeedback(Sums(), probability=0.5)
     kept = [bool(half.grade("train-2", f"attempt {i}").feedback) for i in range(60)]

@@ -40,11 +40,12 @@ class BubblewrapSandbox:
         self,
         *,
         python: str | None = None,
-        packages: Sequence[str] | None = None,
+        packages: str | Sequence[str] | None = None,
         tmp_mb: int = 64,
         inodes: int = 4096,
     ) -> None:
         self._python = python
+        packages = (packages,) if isinstance(packages, str) else packages
         self._packages = None if packages is None else tuple(packages)
         self._slot = Slot(self._launch, Settings("ns", tmp_mb, inodes))
 

@@ -38,6 +38,7 @@ from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, notices, user
 from rlrf._interrupt import keeping
 from rlrf.config import build_config, check_output, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
+from rlrf.env import as_tasks
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
 from rlrf.progress import phase
 from rlrf.results import ResultsFile
@@ -357,7 +358,7 @@ def discovery_config(
 def discover(
     env: Env,
     model: Any,
-    tasks: str | Iterable[str | Task] | None = None,
+    tasks: str | Task | Iterable[str | Task] | None = None,
     *,
     methods: str | Sequence[str] = METHODS,
     budget: int = 256,
@@ -378,7 +379,7 @@ def discover(
         model: a folder or name, a loaded model, or an :class:`HFPolicy`; without ``sdpo`` any
             :class:`Policy` (``multi_turn`` needs its ``encode`` and ``tokenizer``). Afterwards it
             has the weights it came with.
-        tasks: ids or tasks; None for the environment's split. A task counts once.
+        tasks: ids or tasks, or one; None for the environment's split. A task counts once.
         methods: one or several of :data:`METHODS`.
         budget: most attempts per task, seed and method; [P] 2750.
         seeds: how many, from 0, or which; [P] 5.
@@ -401,8 +402,8 @@ def discover(
         raise UsageError(f"seeds is {seeds!r}; it must be at least 1, or name one")
     if not 1 <= budget <= MOST_ATTEMPTS:
         raise UsageError(f"budget is {budget}; it must be from 1 to {MOST_ATTEMPTS} attempts")
-    given: Iterable[str | Task] = env.tasks() if tasks is None else tasks
-    found = [env._find_task(t) for t in ([given] if isinstance(given, str) else given)]
+    given: Iterable[str | Task] = env.tasks() if tasks is None else as_tasks(tasks)
+    found = [env._find_task(t) for t in given]
     if not found:
         raise UsageError("discover() was given no tasks; pass ids, Tasks, or None for the split")
     # A reprompt is built around the user's question; best-of-k builds none.
