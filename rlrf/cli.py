@@ -58,7 +58,7 @@ from rlrf.policy import SamplingParams, make_policy, policies
 from rlrf.progress import phase
 from rlrf.registry import accepted_options, origins
 from rlrf.results import ResultsFile
-from rlrf.rollout import Rollout
+from rlrf.rollout import MAX_AT_ONCE, Rollout
 from rlrf.sandbox import sandboxes
 from rlrf.trainer import make_trainer, trainers
 
@@ -423,8 +423,8 @@ def eval_(
 ) -> None:
     """Measure a policy on an environment. A run that was cut off is continued."""
     in_range("limit", limit)
-    in_range("samples", samples, most=100_000)
-    in_range("max-concurrency", max_concurrency, most=100_000)
+    in_range("samples", samples, most=MAX_AT_ONCE)
+    in_range("max-concurrency", max_concurrency, most=MAX_AT_ONCE)
     in_range("max-tokens", max_tokens, most=100_000_000)
     in_range("seed", seed, least=0, most=2**63 - 1)
     check_output("out", out)

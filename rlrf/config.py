@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlrf.errors import ConfigError
+from rlrf.errors import MAX_COUNT, ConfigError
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -223,15 +223,15 @@ def build_config(
         raise ConfigError("\n".join(_explain(config_class, data, error, prefix))) from None
 
 
-def in_range(option: str, value: int | None, *, least: int = 1, most: int | None = None) -> None:
+def in_range(option: str, value: int | None, *, least: int = 1, most: int = MAX_COUNT) -> None:
     """Refuse the value of ``--option`` if it is out of range.
 
     Raises:
         ConfigError: it is.
     """
-    if value is None or (value >= least and (most is None or value <= most)):
+    if value is None or least <= value <= most:
         return
-    limits = f"at least {least}" if most is None else f"from {least} to {most}"
+    limits = f"at least {least}" if most == MAX_COUNT > value else f"from {least} to {most}"
     told = str(value) if abs(value) < 10**30 else f"{str(value)[:30]}..."
     raise ConfigError(f"--{option} is {told}; it must be {limits}")
 

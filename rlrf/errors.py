@@ -148,15 +148,20 @@ class UnavailableError(InfraError):
     """
 
 
-def check_whole(name: str, value: Any, *, least: int = 1, most: int | None = None) -> None:
+MAX_COUNT = 2**31 - 1
+"""No count of anything is larger; what is has slipped, and would be waited for, or fill memory."""
+
+
+def check_whole(name: str, value: Any, *, least: int = 1, most: int = MAX_COUNT) -> None:
     """Refuse the value of an option of that name if it is no whole number, or is out of range.
 
     Raises:
         UsageError: it is.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        limits = f">= {least}" if most is None else f"from {least} to {most}"
+    if not whole or not least <= value <= most:
+        bounded = most < MAX_COUNT or (whole and value > most)
+        limits = f"from {least} to {most}" if bounded else f">= {least}"
         raise UsageError(f"{name} is {value!r:.80}; it must be a whole number {limits}")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from rlrf.env import Env, Task, as_tasks
 from rlrf.errors import UsageError, check_whole
 from rlrf.policy import Policy, SamplingParams
-from rlrf.rollout import Rollout, arollout, rollout
+from rlrf.rollout import MAX_AT_ONCE, Rollout, arollout, rollout
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def evaluate(
             :func:`rlrf.rollout`.
 
     Raises:
-        UsageError: no tasks, ``limit`` or ``samples_per_task`` below 1.
+        UsageError: no tasks, a number out of range.
         UnknownIdError: no task has a given id.
     """
     rollouts = rollout(
@@ -220,9 +220,9 @@ def _chosen(
     samples_per_task: int,
     limit: int | None,
 ) -> list[str | Task]:
-    for name, value in (("samples_per_task", samples_per_task), ("limit", limit)):
-        if value is not None:
-            check_whole(name, value)
+    check_whole("samples_per_task", samples_per_task, most=MAX_AT_ONCE)
+    if limit is not None:
+        check_whole("limit", limit)
     chosen: Iterable[str | Task] = env.tasks() if tasks is None else as_tasks(tasks)
     # Twice the same task would be two groups of samples, and pose as two independent tasks.
     unique = {getattr(t, "id", t): t for t in chosen}

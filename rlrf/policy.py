@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rlrf.errors import InfraError, UsageError
+from rlrf.errors import MAX_COUNT, InfraError, UsageError, check_whole
 from rlrf.messages import (
     Message,
     Messages,
@@ -33,8 +33,6 @@ FinishReason = Literal["stop", "length", "abort"]
 # Beyond these a softmax in fp32 is greedy or uniform, or not a number.
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 MIN_TOP_P = 1e-6
-MAX_COUNT = 2**31 - 1
-"""Of tokens, whether sampled or kept."""
 
 # Field, types, condition, and the condition in words.
 _ACCEPTED: tuple[tuple[str, Any, Callable[[Any], bool], str], ...] = (
@@ -369,6 +367,7 @@ class ScriptedPolicy:
                 f"ScriptedPolicy was given {self.reply!r}; give a function of the messages, e.g. "
                 "lambda messages: 'yes'"
             )
+        check_whole("max_batch_size", self.max_batch_size)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
         """See :class:`Policy`."""

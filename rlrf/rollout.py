@@ -34,6 +34,7 @@ from rlrf.errors import (
     PromptTooLongError,
     UnavailableError,
     UsageError,
+    check_whole,
     describe,
 )
 from rlrf.feedback import Feedback, span_to_tokens
@@ -41,6 +42,9 @@ from rlrf.messages import Message, Messages
 from rlrf.policy import Completion, Policy, Prompt, SamplingParams, as_policy
 
 log = logging.getLogger("rlrf.rollout")
+
+MAX_AT_ONCE = 100_000
+"""Samples of a task, and episodes under way."""
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def rollout(
         together. None is ever missing: what failed is there, unscored.
 
     Raises:
-        UsageError: no tasks, a seed below 0, or the policy or environment was used wrongly.
+        UsageError: no tasks, a number out of range, or the policy or environment was used wrongly.
         UnknownIdError: no task has a given id.
     """
     batch = _Batch(
@@ -256,11 +260,9 @@ class _Batch:
         on_rollout: Callable[[Rollout], None] | None,
         done: Iterable[Rollout],
     ) -> None:
-        if group_size < 1 or max_concurrency < 1 or retries < 0:
-            raise UsageError(
-                f"group_size={group_size}, max_concurrency={max_concurrency}, retries={retries}: "
-                "the first two must be >= 1, retries >= 0"
-            )
+        check_whole("group_size", group_size, most=MAX_AT_ONCE)
+        check_whole("max_concurrency", max_concurrency, most=MAX_AT_ONCE)
+        check_whole("retries", retries, least=0)
         if min([seed] if isinstance(seed, int) else seed, default=0) < 0:
             raise UsageError(f"seed is {seed}; it must be >= 0")
         chosen: Sequence[str | Task] = env.tasks() if tasks is None else as_tasks(tasks)

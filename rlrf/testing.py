@@ -36,7 +36,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check_env
 from rlrf import progress
 from rlrf._async import run_sync
 from rlrf.env import Env, Task, Turn
-from rlrf.errors import UsageError, describe
+from rlrf.errors import check_whole, describe
 from rlrf.feedback import MAX_SEGMENT_CHARS, MAX_SEGMENTS, Feedback, Level, Segment, special_tokens
 from rlrf.policy import ScriptedPolicy
 from rlrf.registry import make
@@ -149,8 +149,7 @@ def check_env(
         UsageError: ``tasks`` is not positive.
         UnknownIdError: no environment has that id.
     """
-    if tasks < 1:
-        raise UsageError(f"tasks is {tasks}; it must be >= 1")
+    check_whole("tasks", tasks)
     actions = (actions,) if isinstance(actions, str) else actions
     made = make(env) if isinstance(env, str) else env
     suite = _Suite(made, tasks, tuple(actions), tokenizer, outage)

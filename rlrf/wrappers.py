@@ -16,7 +16,7 @@ import numpy as np
 
 from rlrf._async import call_hook, run_sync
 from rlrf.env import Env, Outcome, SingleTurnEnv, Task, TaskSequence, Turn
-from rlrf.errors import UsageError
+from rlrf.errors import UsageError, check_whole
 from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
 from rlrf.messages import Action, action_message
 
@@ -230,8 +230,7 @@ class TruncateFeedback(FeedbackWrapper):
 
     def __init__(self, env: Env, max_chars: int) -> None:
         super().__init__(env)
-        if max_chars < 1:
-            raise UsageError(f"max_chars is {max_chars}; it must be >= 1")
+        check_whole("max_chars", max_chars)
         self.max_chars = max_chars
 
     async def transform(

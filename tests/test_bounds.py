@@ -236,5 +236,7 @@ def test_every_key_of_a_file_takes_an_extreme_or_says_what_it_takes(key):
 
 @pytest.mark.parametrize("budget", [0, -1, 10**18])
 def test_a_discovery_has_bounds_too(budget):
-    with pytest.raises(UsageError, match=f"budget is {budget}; it must be from 1"):
+    with pytest.raises(UsageError, match=f"budget is {budget}; it must be a whole number from 1"):
         discover(CountA(), policy(), budget=budget)
+    with pytest.raises(UsageError, match=f"seeds is {budget}; it must be"):
+        discover(CountA(), policy(), seeds=budget)

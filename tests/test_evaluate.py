@@ -68,6 +68,18 @@ def test_one_task_may_be_given_as_it_is() -> None:
         type("Odd", (Words,), {"splits": "train"})()
 
 
+def test_counts_have_bounds() -> None:
+    policy = ScriptedPolicy(echo)
+    for name, value in (("group_size", 10**6), ("max_concurrency", 10**9), ("retries", 10**10)):
+        with pytest.raises(UsageError, match=f"{name} is {value}; .* whole number from [01] to"):
+            rlrf.rollout(Words(), policy, **{name: value})
+    for name, value in (("samples_per_task", 10**6), ("limit", 2**31), ("limit", 1.5)):
+        with pytest.raises(UsageError, match=f"{name} is {value}; it must be a whole number"):
+            rlrf.evaluate(Words(), policy, **{name: value})
+    with pytest.raises(UsageError, match="max_batch_size is 0"):
+        ScriptedPolicy(echo, max_batch_size=0)
+
+
 def test_unscored_rollouts_are_counted_and_never_fail_the_policy() -> None:
     report = rlrf.evaluate(Words(), ScriptedPolicy(echo), samples_per_task=2)
     assert report.pass_rate == 1.0

@@ -735,15 +735,19 @@ def test_a_folder_loads(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
-        ("max_batch_size", 1.5, "max_batch_size is 1.5; it must be a whole number >= 1"),
+        ("max_batch_size", 1.5, "max_batch_size is 1.5; it must be a whole number from 1"),
         ("max_batch_size", "x", "max_batch_size is 'x'; it must be a whole number"),
         ("max_batch_size", True, "max_batch_size is True"),
-        ("max_context", -5, "max_context is -5; it must be a whole number >= 1"),
+        ("max_context", -5, "max_context is -5; it must be a whole number from 1"),
         ("max_context", "x", "max_context is 'x'"),
         ("tokenizer", 5, "tokenizer is 5; it must be a tokenizer of transformers"),
         ("tokenizer", "gpt2", "tokenizer is 'gpt2'; it must be a tokenizer of transformers"),
-        ("device", "zz", "cannot be put on device=zz.*give device=cpu"),
-        ("device", "cuda:99", "cannot be put on device=cuda:99.*give device=cpu"),
+        ("max_batch_size", 10**9, "max_batch_size is 10+; .* from 1 to 65536"),
+        ("max_context", 10**12, "max_context is 10+; .* from 1 to 10000000"),
+        *(
+            ("device", device, f"device is {device!r}; it must be one of cpu")
+            for device in ("zz", "meta", "cuda:99", "mps:7", "", True, 1.5)
+        ),
         ("dtype", "int8", "as dtype=torch.int8.*a floating-point dtype"),
         ("enable_thinking", "x", "enable_thinking is 'x'; it must be true or false"),
     ],
@@ -767,6 +771,10 @@ def test_errors_say_what_to_do(tmp_path):
         HFPolicy(MODEL)
     with pytest.raises(UsageError, match=r"causal language model.*got Linear"):
         HFPolicy(torch.nn.Linear(1, 1), TOKENIZER)
+    with torch.device("meta"), pytest.raises(UsageError, match="shapes and no weights; load it"):
+        HFPolicy(tiny_model(), TOKENIZER)
+    with pytest.raises(UsageError, match="device is 'meta'"):  # before anything is loaded
+        HFPolicy(tmp_path / "no model", device="meta")
     with pytest.raises(UsageError, match="unknown dtype 'float7'"):
         policy(dtype="float7")
     with pytest.raises(UsageError, match="max_batch_size is 0"):

@@ -20,8 +20,9 @@ from pydantic import (
     model_validator,
 )
 
+from rlrf.errors import MAX_COUNT
 from rlrf.feedback import KINDS
-from rlrf.policy import MAX_COUNT, MAX_TEMPERATURE, MIN_TEMPERATURE, MIN_TOP_P, SamplingParams
+from rlrf.policy import MAX_TEMPERATURE, MIN_TEMPERATURE, MIN_TOP_P, SamplingParams
 
 REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
 SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"

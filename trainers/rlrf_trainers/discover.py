@@ -39,7 +39,7 @@ from rlrf._interrupt import keeping
 from rlrf.config import build_config, check_output, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.env import as_tasks
-from rlrf.errors import ConfigError, UnknownIdError, UsageError
+from rlrf.errors import ConfigError, UnknownIdError, UsageError, check_whole
 from rlrf.progress import phase
 from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
@@ -66,6 +66,7 @@ CONFIDENCE = 0.9
 """Of every interval here; [P] section 5: 90 %."""
 REPLICATES = 2000
 MOST_ATTEMPTS = 1_000_000
+MOST_SEEDS = 100_000
 """Of a run: a curve has a number for each. [P]'s baselines take 2944."""
 
 _Array = NDArray[np.float64]
@@ -397,11 +398,12 @@ def discover(
         RlrfError: SDPO's loss is not finite.
     """
     wanted = _methods([methods] if isinstance(methods, str) else methods)
+    if isinstance(seeds, int):
+        check_whole("seeds", seeds, most=MOST_SEEDS)
     chosen_seeds = list(range(seeds)) if isinstance(seeds, int) else list(dict.fromkeys(seeds))
     if not chosen_seeds:
         raise UsageError(f"seeds is {seeds!r}; it must be at least 1, or name one")
-    if not 1 <= budget <= MOST_ATTEMPTS:
-        raise UsageError(f"budget is {budget}; it must be from 1 to {MOST_ATTEMPTS} attempts")
+    check_whole("budget", budget, most=MOST_ATTEMPTS)
     given: Iterable[str | Task] = env.tasks() if tasks is None else as_tasks(tasks)
     found = [env._find_task(t) for t in given]
     if not found:
@@ -749,7 +751,7 @@ def _discover(
     """
     in_range("limit", limit)
     in_range("budget", budget, most=MOST_ATTEMPTS)
-    in_range("seeds", seeds, most=100_000)
+    in_range("seeds", seeds, most=MOST_SEEDS)
     in_range("seed", seed, least=0, most=2**62)
     in_range("max-prompt-len", max_prompt_len)
     check_output("out", out)

@@ -28,6 +28,7 @@ from rlrf.errors import (
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
 from rlrf_trainers.backbone import base_model
+from rlrf_trainers.config import MOST_ROLLOUTS, MOST_TOKENS
 from rlrf_trainers.policies import sampler
 from rlrf_trainers.policies.chat import ChatTokenizer
 
@@ -75,9 +76,10 @@ class HFPolicy:
         max_batch_size: int = 64,
         max_context: int | None = None,
     ) -> None:
-        check_whole("max_batch_size", max_batch_size)
+        check_whole("max_batch_size", max_batch_size, most=MOST_ROLLOUTS)
         if max_context is not None:
-            check_whole("max_context", max_context)
+            check_whole("max_context", max_context, most=MOST_TOKENS)
+        device = _device(device)
         if tokenizer is not None and not all(
             callable(getattr(tokenizer, name, None)) for name in ("encode", "decode")
         ):
@@ -104,7 +106,7 @@ class HFPolicy:
                     f"the folder {str(self.source)!r} cannot be loaded as a causal language model "
                     f"with its tokenizer: {error}"
                 ) from error
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if tokenizer is None:
             raise UsageError(
                 "HFPolicy was given a loaded model but no tokenizer; pass tokenizer=..., or the "
@@ -115,6 +117,11 @@ class HFPolicy:
             raise UsageError(
                 f"HFPolicy needs a causal language model of transformers, got "
                 f"{type(base).__name__}; load it with AutoModelForCausalLM"
+            )
+        if all(p.is_meta for p in model.parameters()) and not hasattr(model, "hf_device_map"):
+            raise UsageError(
+                "HFPolicy was given a model on the device meta, which has shapes and no weights; "
+                "load it with from_pretrained, on cpu or a GPU"
             )
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UsageError(
@@ -351,6 +358,28 @@ def _load(folder: Path, dtype: torch.dtype | None) -> Any:
         ) from None
     whole = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype or "auto")
     return PeftModel.from_pretrained(whole, str(folder), is_trainable=True)
+
+
+def _device(device: str | int | torch.device | None) -> torch.device | None:
+    """The device, if it is one of this machine's.
+
+    Raises:
+        UsageError: it is none, or holds no weights (``meta``).
+    """
+    if device is None:
+        return None
+    accepted = ["cpu"]
+    if (gpu := torch.accelerator.current_accelerator()) is not None:
+        count = torch.accelerator.device_count()
+        accepted += [gpu.type, *(f"{gpu.type}:{i}" for i in range(count))]
+    with contextlib.suppress(RuntimeError, TypeError):
+        found = torch.device(device)
+        if str(found) in accepted and not isinstance(device, bool):
+            return found
+    raise UsageError(
+        f"device is {device!r}; it must be one of {', '.join(accepted)}, or None for the model's "
+        "own, else the GPU if there is one"
+    )
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
