@@ -1,4 +1,4 @@
-"""What a plug-in's module says of it, read as source: listing imports nothing."""
+"""What a plug-in's module says of it, read as source: what is found so imports nothing."""
 
 from __future__ import annotations
 
@@ -22,18 +22,15 @@ def describe_target(target: Any, of: str = "") -> tuple[str, str]:
     of = f", of {of}" if of else ""
     if not isinstance(target, str):
         return plain(inspect.getdoc(target) or "").partition("\n")[0], ""
-    module, _, attr = target.partition("[")[0].replace(" ", "").partition(":")
+    module, attr = _parts(target)
     try:
-        source = _module_source(module)
-        if source is None:
-            return f"(not importable: there is no module {module!r}{of})", ""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # for its author
-            tree = ast.parse(source, module)
+        tree = _tree(module)
     except Exception as error:  # whatever a file can hold
         return f"(not importable: {import_failure(error)}{of})", ""
-    attr = attr.strip().partition(".")[0]
-    bound = _bound(tree) if attr and source else None
+    if tree is None:
+        return f"(not importable: there is no module {module!r}{of})", ""
+    attr = attr.partition(".")[0]
+    bound = _bound(tree) if attr and tree.body else None
     if bound is not None and attr not in bound:
         return f"(not importable: the module {module!r} has no {attr!r}{of})", ""
     doc = ast.get_docstring(tree) or ""
@@ -46,6 +43,61 @@ def describe_target(target: Any, of: str = "") -> tuple[str, str]:
             if package in EXTRAS and importlib.util.find_spec(package) is None:
                 missing = EXTRAS[package]
     return plain(doc).partition("\n")[0], missing
+
+
+def read_signature(target: Any) -> inspect.Signature | None:
+    """How a target may be called; None where that is not known without importing it.
+
+    Of a ``"pkg.mod:Name"`` defaults and annotations are left out.
+    """
+    if not isinstance(target, str):
+        try:
+            return inspect.signature(target)
+        except (TypeError, ValueError):
+            return None
+    module, attr = _parts(target)
+    try:
+        tree = _tree(module)
+    except Exception:  # who imports it says so
+        return None
+    found: Any = _named(tree.body, attr) if tree is not None else None
+    if isinstance(found, ast.ClassDef):
+        found = None if found.decorator_list else _named(found.body, "__init__")
+    if not isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef)) or found.decorator_list:
+        return None
+    given, nothing = found.args, ast.Constant(None)
+    for node in ast.walk(given):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    given.defaults = [nothing for _ in given.defaults]
+    given.kw_defaults = [default and nothing for default in given.kw_defaults]
+    alike = ast.fix_missing_locations(ast.Expression(ast.Lambda(given, nothing)))
+    signature = inspect.signature(eval(compile(alike, module, "eval")))  # nothing of theirs in it
+    if found.name == "__init__":
+        signature = signature.replace(parameters=[*signature.parameters.values()][1:])
+    return signature
+
+
+def _named(body: list[ast.stmt], name: str) -> ast.stmt | None:
+    """The one definition of a name in a body; None if there are several, or none."""
+    found = [node for node in body if getattr(node, "name", None) == name]
+    return found[0] if len(found) == 1 else None
+
+
+def _parts(target: str) -> tuple[str, str]:
+    """Module and attribute of ``"pkg.mod:Name [extra]"``."""
+    module, _, attr = target.partition("[")[0].replace(" ", "").partition(":")
+    return module, attr
+
+
+def _tree(module: str) -> ast.Module | None:
+    """A module's source, parsed; empty for one that is compiled, None if there is none."""
+    source = _module_source(module)
+    if source is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # for its author
+        return ast.parse(source, module)
 
 
 def _bound(tree: ast.Module) -> set[str] | None:

@@ -36,7 +36,7 @@ import rlrf
 from rlrf import _interrupt, _streams, notices, runs
 from rlrf._async import run_sync
 from rlrf._files import reason
-from rlrf._plugin_source import describe_target, plain
+from rlrf._plugin_source import describe_target, plain, read_signature
 from rlrf.config import (
     TrainConfig,
     TrainerSection,
@@ -433,6 +433,9 @@ def eval_(
     policy_options |= {
         name: value for name, value in (("model", model), ("base_url", base_url)) if value
     }
+    signature = read_signature(policies.target(policy))
+    if signature is not None:  # before anything is imported
+        _check_call(policy, signature, policy_options)
     progress = context.with_resource(RolloutProgress())
     with phase(f"loading the environment {env!r}"):
         found = _make_env(env, option, given, held_out=True)
@@ -566,20 +569,26 @@ def _make_env(
 
 
 def _make_policy(name: str, options: dict[str, Any]) -> Any:
-    factory = policies.load(name)
+    _check_call(name, inspect.signature(policies.load(name)), options)
+    return make_policy(name, **options)
+
+
+def _check_call(name: str, signature: inspect.Signature, options: dict[str, Any]) -> None:
+    """See that a policy takes its options.
+
+    Raises:
+        ConfigError: it lacks one, or does not know one.
+    """
     try:
-        inspect.signature(factory).bind(**options)
+        signature.bind(**options)
     except TypeError as error:
-        parameters = [
-            p for p in inspect.signature(factory).parameters if p not in ("args", "kwargs")
-        ]
+        parameters = [p for p in signature.parameters if p not in ("args", "kwargs")]
         remedy = (
             "give --model"
             if "'model'" in str(error) and "model" not in options
             else ("its options are " + (", ".join(parameters) or "none"))
         )
         raise ConfigError(f"policy {name!r}: {error}; {remedy}") from None
-    return make_policy(name, **options)
 
 
 def _assignments(texts: list[str] | None) -> dict[str, Any]:

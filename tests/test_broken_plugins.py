@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import pytest
 
 import rlrf
 from rlrf import UsageError, cli
-from rlrf._plugin_source import describe_target
+from rlrf._plugin_source import describe_target, read_signature
 from rlrf.plugins import Registry
 from rlrf.registry import load_entry_points
 
@@ -129,6 +131,58 @@ def test_whether_a_module_has_what_is_asked_of_it_is_read(source, there, install
     told = describe_target("read_module:Thing", "read 1.2")[0]
     broken = "(not importable: the module 'read_module' has no 'Thing', of read 1.2)"
     assert (told == broken) == (not there)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def Thing(a, /, b, c=1, *rest, d, e=2, **more): 0",
+        "async def Thing(*, only): 0",
+        "class Thing:\n def __init__(self, model, *, device=None): 0",
+        "def Thing(): 0",
+    ],
+)
+def test_how_something_may_be_called_is_read_from_its_source(source, installed) -> None:
+    installed("read", "", called_module=source + "\nraise RuntimeError('imported')")
+    there: dict[str, Any] = {}
+    exec(source, there)
+    real = inspect.signature(there["Thing"]).parameters.values()
+    read = read_signature("called_module:Thing [extra]")
+    assert [(p.name, p.kind, p.default is p.empty) for p in real] == [
+        (p.name, p.kind, p.default is p.empty) for p in (read.parameters.values() if read else ())
+    ]
+    assert read_signature(there["Thing"]) == inspect.signature(there["Thing"])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "@cached\ndef Thing(a): 0",
+        "@dataclass\nclass Thing:\n a: int",
+        "class Thing(Base): 0",
+        "from x import Thing",
+        "if 1:\n def Thing(a): 0",
+        "def Thing(a): 0\ndef Thing(b): 0",
+        "def Thing(",
+    ],
+)
+def test_what_the_source_does_not_tell_is_not_known(source, installed) -> None:
+    installed("read", "", untold_module=source)
+    assert read_signature("untold_module:Thing") is None
+    assert read_signature("absent_module:Thing") is None
+    assert read_signature(3) is None
+
+
+def test_a_policy_without_a_model_is_told_before_anything_is_imported(
+    installed, monkeypatch, capsys
+) -> None:
+    source = "def Thing(model): 0\nraise RuntimeError('imported')"
+    installed("slow", "[rlrf.policies]\nslow = slow_module:Thing\n", slow_module=source)
+    given = ("eval", "--env", "no-such-env-v0", "--policy", "slow")
+    code, _, error = run(monkeypatch, capsys, *given)
+    assert (code, "missing a required argument: 'model'; give --model" in error) == (2, True)
+    code, _, error = run(monkeypatch, capsys, *given, "--model", "m", "--policy-option", "x=1")
+    assert (code, "unexpected keyword argument 'x'; its options are model" in error) == (2, True)
 
 
 @pytest.mark.parametrize(

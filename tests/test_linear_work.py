@@ -62,7 +62,7 @@ HOST = "trusted: the host's own Python, packages and libraries"
 SITES: dict[str, dict[str, str]] = {
     "rlrf/_files.py": {"_holder": FILES, "parse_json": FILES},
     "rlrf/_run_folder.py": {"_STEP": OURS},
-    "rlrf/_plugin_source.py": {"describe_target": OURS, "plain": OURS},
+    "rlrf/_plugin_source.py": {"_tree": OURS, "plain": OURS},
     "rlrf/config.py": {"read_config": OURS, "parse_value": OURS, "nearest": OURS},
     "rlrf/errors.py": {"UnknownIdError.__init__": OURS},
     "rlrf/feedback.py": {"_ANSI": "clean_text", "defuse": "defuse", "defuser": "defuse"},
