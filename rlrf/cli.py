@@ -413,7 +413,11 @@ def eval_(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace --out, and start anew.")] = False,
     base_url: Annotated[
-        str | None, typer.Option(help="Server of the policy 'openai', up to and including /v1.")
+        str | None,
+        typer.Option(
+            help="Server of the policy 'openai', up to and including /v1; else $OPENAI_BASE_URL, "
+            "else OpenAI's own."
+        ),
     ] = None,
     option: _EnvOptions = None,
     policy_option: Annotated[

@@ -115,6 +115,27 @@ def test_the_request_and_the_reply(server, monkeypatch):
     assert "top_k" not in server.requests[1]
 
 
+def test_whom_it_asks_is_said_once_and_openai_wants_a_key(server, monkeypatch, caplog):
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    server.answer = lambda body: (200, completion("yes"), {})
+    policy = OpenAIPolicy("m", base_url=server.url.replace("//", "//user:secret@"))
+    prompt = Prompt(({"role": "user", "content": "hi"},))
+    with caplog.at_level("INFO", "rlrf"):
+        for _ in range(2):
+            rlrf.run_sync(policy.generate([prompt], SamplingParams()))
+    policy.close()
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "rlrf.policies"]
+    assert said.startswith(f"asking {policy.base_url} for 'm'")
+    assert "secret" not in said
+    for url in (None, "https://API.openai.com/v1/"):
+        with pytest.raises(UsageError, match=r"would ask https://.*set OPENAI_API_KEY, or give ba"):
+            OpenAIPolicy("m", base_url=url)
+    assert "OPENAI_BASE_URL is given" in OpenAIPolicy("m", api_key="k")._by_default
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    assert OpenAIPolicy("m").base_url == server.url
+
+
 def test_token_ids_of_a_server_that_gives_them(server):
     logprobs = {"content": [{"logprob": -0.5}, {"logprob": -1.5}]}
     answer = completion("ab", token_ids=[5, 6], logprobs=logprobs) | {"prompt_token_ids": [1, 2]}

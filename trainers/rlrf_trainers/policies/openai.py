@@ -8,13 +8,14 @@ a policy that runs here. Needs nothing but httpx and stamina: no torch.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlrf import run_sync
-from rlrf.errors import InfraError, PromptTooLongError, UsageError
+from rlrf.errors import ConfigError, InfraError, PromptTooLongError, UsageError
 from rlrf.messages import Message, action_message
 from rlrf.policy import (
     Completion,
@@ -27,7 +28,10 @@ from rlrf.policy import (
 from rlrf.tools import parse_hermes, wire_calls
 from rlrf.transport import JsonClient, RefusedError
 
-DEFAULT_URL = "https://api.openai.com/v1"
+log = logging.getLogger("rlrf.policies")
+
+_OPENAI = "api.openai.com"
+DEFAULT_URL = f"https://{_OPENAI}/v1"
 _TOO_LONG = re.compile(
     r"context[ _-]?(length|size|window)|maximum (context|model|prompt|input) length"
     r"|max_model_len|(prompt|input|messages?|request)\b.{0,40} (is |are )?too (long|large)"
@@ -60,7 +64,8 @@ class OpenAIPolicy:
 
     Args:
         model: the name the server knows it by.
-        base_url: up to and including ``/v1``; None for ``$OPENAI_BASE_URL``, else OpenAI's own.
+        base_url: up to and including ``/v1``; None for ``$OPENAI_BASE_URL``, else OpenAI's own:
+            prompts then leave this machine. Whom it asks is logged before the first request.
         api_key: None for ``$OPENAI_API_KEY``. A server on this machine mostly needs none.
         timeout_s: seconds until a reply must be there whole, retries included.
         retries: further attempts of a request.
@@ -70,7 +75,7 @@ class OpenAIPolicy:
         max_tokens_field: ``max_tokens``, or ``max_completion_tokens`` for models that insist.
 
     Raises:
-        ConfigError: an unusable ``base_url``, or negative ``retries``.
+        ConfigError: an unusable ``base_url``, or negative ``retries``; no key for OpenAI's own.
     """
 
     def __init__(
@@ -86,13 +91,20 @@ class OpenAIPolicy:
         max_tokens_field: str = "max_tokens",
     ) -> None:
         self.model = model
+        named = base_url or os.environ.get("OPENAI_BASE_URL")
+        key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", "")
         self._server = JsonClient(
-            (base_url or os.environ.get("OPENAI_BASE_URL") or DEFAULT_URL).rstrip("/"),
-            api_key=api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", ""),
-            timeout_s=timeout_s,
-            retries=retries,
+            (named or DEFAULT_URL).rstrip("/"), api_key=key, timeout_s=timeout_s, retries=retries
         )
         self.base_url = self._server.where
+        self._by_default = "" if named else ", as no base_url and no OPENAI_BASE_URL is given"
+        if not key and self._server.url.host == _OPENAI:
+            raise ConfigError(
+                f"the policy 'openai' would ask {self.base_url}{self._by_default}, and that needs "
+                "a key: set OPENAI_API_KEY, or give base_url=http://localhost:8000/v1 (--base-url) "
+                "for a server of your own"
+            )
+        self._said = False
         self.token_ids, self.extra_body = token_ids, dict(extra_body or {})
         self.max_tokens_field = max_tokens_field
         self._refused = 0  # requests in a row
@@ -111,6 +123,9 @@ class OpenAIPolicy:
             PromptTooLongError: a prompt leaves no room for a reply in the model's context.
             UsageError: the server refuses the request: key, model name, an option.
         """
+        if not self._said:
+            self._said = True
+            log.info("asking %s for %r%s", self.base_url, self.model, self._by_default)
         return list(await asyncio.gather(*(self._complete(p, params) for p in prompts)))
 
     def score(
