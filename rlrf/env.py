@@ -33,6 +33,7 @@ from rlrf.messages import (
     action_message,
     answer_range,
     as_messages,
+    is_parts,
     spoken,
     thought_only,
 )
@@ -730,7 +731,7 @@ class _two_faced:  # a descriptor, used like a function
 
         def grade(task: Any, completion: Any) -> Any:
             if isinstance(task, Task) and not task._stripped:
-                action = isinstance(completion, (str, Mapping))
+                action = isinstance(completion, (str, Mapping)) or is_parts(completion)
                 return hook(task, env._heard(completion)["content"] or "" if action else completion)
             return run_sync(env.agrade(task, completion))
 

@@ -1,10 +1,14 @@
-"""Chat messages: OpenAI chat dicts, as plain data."""
+"""Chat messages: OpenAI chat dicts, as plain data.
+
+Wherever a content is given it may also stand in OpenAI's content parts: those of the type ``text``
+are joined, and others are refused, since nobody here could read them. What is handed on is text.
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NotRequired, TypedDict
 
 from rlrf.errors import UsageError
@@ -31,8 +35,9 @@ class Message(TypedDict):
 
 
 Messages = tuple[Message, ...]
-Action = str | Mapping[str, Any]
-"""What a policy does: the text of its reply, or a whole assistant message with ``tool_calls``."""
+Action = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""What a policy does: its reply as text (or parts of it), or an assistant message with
+``tool_calls``."""
 
 
 def system(content: str) -> Message:
@@ -69,8 +74,13 @@ def _fault(value: object) -> str | None:
         return "it is no mapping"
     if value.get("role") not in ROLES:
         return f"its role is {value.get('role')!r}, not one of {', '.join(ROLES)}"
-    if not isinstance(value.get("content"), str) and not (
-        value.get("content") is None and value["role"] == "assistant" and "content" in value
+    content = value.get("content")
+    if isinstance(content, (list, tuple)):
+        fault = _part_fault(content)
+        if fault is not None:
+            return fault
+    elif not isinstance(content, str) and not (
+        content is None and value["role"] == "assistant" and "content" in value
     ):
         return "its content is no string (None is only for an assistant that calls tools)"
     if len(value) > 2:
@@ -90,8 +100,43 @@ def _fault(value: object) -> str | None:
     return None
 
 
+def is_parts(value: object) -> bool:
+    """Whether it is a content in parts, and not several messages."""
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(isinstance(p, Mapping) and "type" in p and "role" not in p for p in value)
+    )
+
+
+def _part_fault(parts: Sequence[Any]) -> str | None:
+    """What is wrong with the parts of a content; None if all of them are text."""
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            return (
+                f"part {i} of its content is {part!r:.200}, which cannot be read; give text, as a "
+                'string or in parts {"type": "text", "text": "..."}'
+            )
+    return None if parts else "its content is an empty list of parts"
+
+
+def joined(content: Any) -> Any:
+    """A content as text, where it stands in parts; anything else as it is.
+
+    Raises:
+        UsageError: a part is no text.
+    """
+    if not isinstance(content, (list, tuple)):
+        return content
+    fault = _part_fault(content)
+    if fault is not None:
+        raise UsageError(f"a message cannot be read: {fault}")
+    return "".join(part["text"] for part in content)
+
+
 def as_messages(value: str | Mapping[str, Any] | Iterable[Mapping[str, Any]]) -> Messages:
-    """Turn a string (a user message), one message or several into a tuple of messages.
+    """Turn a string or its parts (a user message), a message or several into a tuple of messages.
 
     Lone surrogates become U+FFFD: no tokenizer and no wire takes them.
 
@@ -102,7 +147,9 @@ def as_messages(value: str | Mapping[str, Any] | Iterable[Mapping[str, Any]]) ->
         return (user(whole_text(value)),)
     if not isinstance(value, Iterable):
         raise UsageError(f"messages are {value!r}; give a string, a chat message or several")
-    items = (value,) if isinstance(value, Mapping) else tuple(value)
+    items: tuple[Any, ...] = (value,) if isinstance(value, Mapping) else tuple(value)
+    if is_parts(items):
+        items = ({"role": "user", "content": items},)
     for i, item in enumerate(items):
         fault = _fault(item)
         if fault is not None:
@@ -110,7 +157,7 @@ def as_messages(value: str | Mapping[str, Any] | Iterable[Mapping[str, Any]]) ->
                 f"message {i} is {item!r}, not a chat message: {fault}. It needs a 'role' out of "
                 f"{ROLES} and a 'content' string"
             )
-    return tuple(_whole(m) for m in items)
+    return tuple(_whole({**m, "content": joined(m["content"])}) for m in items)
 
 
 def _whole(value: Any) -> Any:
@@ -126,7 +173,9 @@ def _whole(value: Any) -> Any:
 
 def action_text(action: Action) -> str:
     """The text of an action: the string itself, or the content of the assistant message."""
-    return action if isinstance(action, str) else str(action.get("content") or "")
+    if isinstance(action, str):
+        return action
+    return str(joined(action.get("content") if isinstance(action, Mapping) else action) or "")
 
 
 def action_message(action: Action) -> Message:
@@ -148,10 +197,12 @@ def spoken(action: Action) -> Message:
     """
     if isinstance(action, str):
         return assistant(whole_text(action))
+    if is_parts(action):
+        action = {"content": action}
     if (
         not isinstance(action, Mapping)
         or action.get("role", "assistant") != "assistant"
-        or not isinstance(action.get("content"), str | None)
+        or not isinstance(action.get("content"), (str, list, tuple, type(None)))
     ):
         raise UsageError(
             f"an action is a string or an assistant message, got {action!r}; "
@@ -168,7 +219,8 @@ def spoken(action: Action) -> Message:
         message["content"] = ""
     fault = _fault(message)
     if fault is not None:
-        raise UsageError(f"an action is {action!r}: {fault}")
+        raise UsageError(f"an action is a string or an assistant message, got {action!r}: {fault}")
+    message["content"] = joined(message["content"])
     return _whole(message)  # type: ignore[no-any-return]  # a message again
 
 

@@ -23,6 +23,7 @@ from rlrf.messages import (
     action_message,
     action_text,
     answer_range,
+    is_parts,
     spoken,
     whole_text,
 )
@@ -153,7 +154,7 @@ class Completion:
         if self.message is None:
             return spoken(self.text)
         message: Message = {**self.message, "content": self.text}
-        if self.text != (self.message["content"] or "") and _holds(
+        if self.text != action_text(self.message) and _holds(
             self.text, message.get("reasoning_content") or ""
         ):
             message.pop("reasoning_content", None)
@@ -379,9 +380,11 @@ class ScriptedPolicy:
         new = prompt.messages if prompt.prefix_ids is None else prompt.new_messages
         before = b"".join(_bytes(m["content"] or "") for m in new)
         try:
-            if not isinstance(reply, (str, Mapping)):  # a function that forgets its return, say
+            if not isinstance(reply, (str, Mapping)) and not is_parts(
+                reply
+            ):  # a function that forgets its return, say
                 raise UsageError(f"a reply is a text or a message, got {reply!r}")
-            message = spoken(reply) if isinstance(reply, Mapping) else None
+            message = None if isinstance(reply, str) else spoken(reply)
         except UsageError:  # this reply's alone: who looks at its completion says so
             told: Any = (None,) if reply is None else reply  # not None, which is no message
             return Completion((prompt.prefix_ids or ()) + tuple(before), (), (), "", message=told)

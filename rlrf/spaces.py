@@ -8,7 +8,7 @@ from typing import Any, Literal
 import gymnasium
 
 from rlrf.errors import UsageError
-from rlrf.messages import is_message
+from rlrf.messages import is_message, is_parts
 
 
 class Chat(gymnasium.Space[Any]):
@@ -39,6 +39,8 @@ class Chat(gymnasium.Space[Any]):
     def contains(self, x: Any) -> bool:
         """Whether ``x`` belongs to this side of the conversation."""
         if self.side == "action":
+            if is_parts(x):
+                x = {"role": "assistant", "content": x}
             return isinstance(x, str) or (is_message(x) and x["role"] == "assistant")
         return isinstance(x, tuple) and all(is_message(m) for m in x)
 

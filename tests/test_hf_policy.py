@@ -461,6 +461,8 @@ def test_two_turns_equal_the_chat_rendered_at_once():
     reply = [*TOKENIZER.encode("answer", add_special_tokens=False), IM_END]
     ids = p.chat.extend([*p.encode((first,)), *reply], (second,))
     assert ids == p.encode((first, assistant("answer"), second))
+    parts = [{"type": "text", "text": "ans"}, {"type": "text", "text": "wer"}]
+    assert ids == p.encode((first, assistant(parts), second))
 
 
 def test_appending_survives_templates_that_rewrite_earlier_turns():

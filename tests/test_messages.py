@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+import rlrf
 from rlrf import UsageError, assistant, system, user
 from rlrf.messages import action_message, action_text, as_messages, is_message
+from rlrf.spaces import Chat
+from tests.environments_for_tests import Echo
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
@@ -40,6 +43,57 @@ def test_what_a_message_is(value, good):
     if not good and not isinstance(value, str):
         with pytest.raises(UsageError, match="message 1 is"):
             as_messages([user("fine"), value])
+
+
+PARTS = [{"type": "text", "text": "yes"}, {"type": "text", "text": ", it is"}]
+IMAGE = {"type": "image_url", "image_url": {"url": "data:,x"}}
+
+
+def test_text_parts_are_joined_wherever_a_content_is_given():
+    for given in (PARTS, tuple(PARTS)):
+        whole = {"role": "assistant", "content": given}
+        assert as_messages(given) == as_messages([user(given)]) == (user("yes, it is"),)
+        assert as_messages(whole) == (assistant("yes, it is"),)
+        for action in (given, whole, {"content": given}):
+            assert action_message(action) == assistant("yes, it is")
+            assert action_text(action) == "yes, it is"
+        assert is_message(whole)
+        assert whole in Chat("action")
+        assert given in Chat("action")
+    thinking = [{"type": "text", "text": "<think>hm"}, {"type": "text", "text": "</think>yes"}]
+    assert action_message(thinking) == {**assistant("yes"), "reasoning_content": "hm"}
+    (told,) = as_messages({"role": "tool", "content": PARTS, "tool_call_id": "1"})
+    assert told["content"] == "yes, it is"
+
+
+@pytest.mark.parametrize(
+    "part", [IMAGE, {"type": "text"}, {"type": "text", "text": 3}, "yes", {"type": "refusal"}]
+)
+def test_parts_that_are_no_text_are_refused(part):
+    for read in (as_messages, action_message, action_text):
+        with pytest.raises(UsageError, match=r"part 1 of its content is .*; give text"):
+            read({"role": "assistant", "content": [PARTS[0], part]})
+    assert not is_message(user([part]))
+    if part != "yes":
+        with pytest.raises(UsageError, match=r"part 0 of its content is .*; give text"):
+            action_message([part])
+    with pytest.raises(UsageError, match="an empty list of parts"):
+        as_messages(user([]))
+
+
+def test_an_environment_and_a_policy_read_parts():
+    env = Echo()
+    word = env.tasks()[0].id.removeprefix("train-")
+    parts = [{"type": "text", "text": word[:1]}, {"type": "text", "text": word[1:]}]
+    for action in (parts, {"role": "assistant", "content": parts}):
+        assert env.grade(env.tasks()[0].id, action).reward == 1.0
+        assert env.grade(env._full_tasks()[0], action).reward == 1.0
+        env.reset(options={"task_id": env.tasks()[0].id})
+        assert env.step(action)[1] == 1.0
+        (made,) = rlrf.rollout(env, lambda m, action=action: action, env.tasks()[0].id)
+        assert (made.reward, made.text) == (1.0, word)
+    with pytest.raises(UsageError, match="part 0 of its content"):
+        env.grade(env.tasks()[0].id, [IMAGE])
 
 
 def test_actions():

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 
 from rlrf.errors import PromptError, UsageError
 from rlrf.feedback import defuser, token_offsets
-from rlrf.messages import Message, Messages, assistant, user
+from rlrf.messages import Message, Messages, assistant, joined, user
 from rlrf.policy import Prompt
 from rlrf.reasoning import opened_by, split_reasoning
 from rlrf.tools import parse_hermes, wire_calls
@@ -156,6 +156,8 @@ class ChatTokenizer:
         """The message without control tokens in its text, in the form templates expect."""
         guard = self._own_guard if message["role"] == "assistant" else self._guard
         safe: dict[str, Any] = _plain(message, guard)
+        if "content" in safe:
+            safe["content"] = joined(safe["content"])
         safe.pop("invalid_tool_calls", None)
         for call in safe.get("tool_calls") or ():
             function = call.get("function", call)
