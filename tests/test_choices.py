@@ -536,7 +536,12 @@ def test_settings_that_change_at_a_resumption_are_noted(saved, tmp_path):
     # Said again by one that was killed before it could write a checkpoint.
     for _ in range(1 + saved):
         resumed = GRPOTrainer(
-            policy(), CountA(feedback="located"), config, run_dir=tmp_path / "run", resume=True
+            policy(),
+            CountA(feedback="located"),
+            config,
+            run_dir=tmp_path / "run",
+            eval_env=CountA(feedback="none", split="train"),
+            resume=True,
         )
         assert resumed.learner.resumed(resumed) is saved
     told = [e["message"] for e in Run.open(tmp_path / "run").events]
@@ -544,6 +549,8 @@ def test_settings_that_change_at_a_resumption_are_noted(saved, tmp_path):
     assert "trainer.learning_rate was 0.01 before, and is 0.005 from here on" in changes
     assert any(m.startswith("env.feedback was 'explained'") for m in changes)
     assert any(m.startswith("trainer.max_steps was 1 before") for m in changes)
+    assert "eval_env.split was 'eval' before, and is 'train' from here on" in changes
+    assert "eval_env.feedback was 'explained' before, and is 'none' from here on" in changes
     assert not any("seed" in m for m in changes)
 
 

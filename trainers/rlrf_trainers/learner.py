@@ -209,6 +209,8 @@ class Learner:
             "trainer": self.config.model_dump(),
             "model": self._model_name,
             **({"model_digest": self._identity} if self._identity else {}),
+            "env": self._settings["env"],
+            "eval_env": self._settings["eval_env"],
         }
 
     # --- what is checked at the start -------------------------------------------------------
@@ -839,9 +841,7 @@ class Learner:
         """The settings that are not those of the checkpoint, or of the run: key, then, now."""
         if self.run is None:
             return []
-        then = {"trainer": self.run.config.get("trainer"), "env": self.run.lock.get("env")}
-        if state is not None:
-            then = state.data.get("settings", {})
+        then = self.run.config if state is None else state.data.get("settings", {})
         return [
             (f"{part}.{key}", before[key], value)
             for part, settings in self._settings.items()
@@ -857,7 +857,7 @@ class Learner:
             {
                 "trainer": self.config.model_dump(),
                 "env": _about(self.env),
-                "eval_env": _about(self.eval_env),
+                "eval_env": {**_about(self.eval_env), "split": self.eval_split},
             }
         )
         return found
