@@ -288,6 +288,29 @@ def test_an_interrupted_run_says_that_it_was_and_no_more(tmp_path):
     assert [(e["level"], e["message"]) for e in run.events][-1] == ("info", "interrupted")
 
 
+@pytest.mark.parametrize(
+    ("error", "at", "config", "leaves"),
+    [
+        (RuntimeError, 0, {}, False),  # nothing was trained
+        (RuntimeError, 1, {}, True),
+        (RuntimeError, 1, {"save_model": False}, False),
+        (KeyboardInterrupt, 1, {}, False),  # its checkpoints are there
+        (KeyboardInterrupt, 1, {"save_steps": 0}, True),
+    ],
+)
+def test_which_runs_that_do_not_end_well_leave_a_model(error, at, config, leaves, tmp_path):
+    def fail(line):
+        if line["step"] == at:
+            raise error
+
+    made = trainer(tmp_path / "run", **config)
+    made.learner.record.on_step = fail
+    with pytest.raises(error):
+        made.train()
+    assert (tmp_path / "run/model").exists() is leaves
+    assert Run.open(tmp_path / "run").info.get("model", False) is leaves
+
+
 def test_a_resumed_run_that_ends_well_has_not_failed(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     made = trainer(run_dir, max_steps=4)
