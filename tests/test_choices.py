@@ -268,6 +268,28 @@ def test_what_is_compared(change, told, monkeypatch):
         make(Against, 1, **change)
 
 
+def test_evaluations_of_other_tasks_are_told(monkeypatch):
+    said: list[Any] = []
+
+    class Recording(Pretended):
+        def gather(self, value):
+            said.append(value)
+            return [value] * self.size
+
+    class Against(Pretended):
+        def gather(self, value):
+            return [said[0], value]
+
+    learner = grpo().learner
+    learner.world = Recording(0, 2, torch.device("cpu"))
+    learner._check_evaluation()
+    learner.world = Against(1, 2, torch.device("cpu"))
+    learner._check_evaluation()
+    learner.eval_env = alike(Worded)
+    with pytest.raises(UsageError, match="not started alike: evaluation tasks is"):
+        learner._check_evaluation()
+
+
 def alike(cls):
     """An environment of the same name as the other process's."""
     return type("CountA", (cls,), {})()

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from rlrf import UsageError, make_trainer  # noqa: E402
+from rlrf._files import Claim, InUse  # noqa: E402
 from rlrf_trainers.models import app, export_model  # noqa: E402
 from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
@@ -169,6 +170,11 @@ def test_an_adapter_whose_model_is_gone_says_so(tmp_path):
 
 def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path):
     trained(tmp_path)
+    other = Claim(tmp_path / ".out.lock", "it")
+    with pytest.raises(InUse, match="out' is in use"):
+        export_model(tmp_path / "run", tmp_path / "out")
+    other.close()
+    assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         export_model(tmp_path / "run", tmp_path / "file" / "out")

@@ -120,6 +120,24 @@ def test_of_many_that_come_together_one_at_a_time_has_it(tmp_path: Path) -> None
     assert had
 
 
+def test_a_lock_file_that_was_let_go_of_before_it_is_locked_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Claim(tmp_path / ".lock", "it")
+    lock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        first.close()  # the file that was opened goes
+        lock(descriptor, how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        second = Claim(tmp_path / ".lock", "it")
+    with pytest.raises(InUse):
+        Claim(tmp_path / ".lock", "it")
+    second.close()
+
+
 @pytest.fixture
 def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
@@ -277,6 +295,19 @@ def test_what_is_written_may_be_read_by_whom_the_umask_lets(umask: int, tmp_path
         os.umask(before)
     files = [tmp_path / name for name in ("model/a", "model/inner/b", "whole", "grown")]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, flushed = tmp_path / "model", []
+
+    def flush(path: Path) -> None:
+        flushed.append((path.name, target.exists()))
+
+    monkeypatch.setattr(files, "flush", flush)
+    put_folder(target, lambda f: (f / "a").write_text("1"))
+    assert flushed[:2] == [("a", False), (".model.new", False)]
 
 
 def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:

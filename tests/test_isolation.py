@@ -288,6 +288,9 @@ def test_every_fault_of_an_outcome_is_named():
     check(done, dict.fromkeys(OUTCOMES, "env_error: "))
     assert "Outcome.metrics['a'] is None (NoneType)" in done["metric_none"].failure
     assert "__str__ raised" in done["wordless"].failure
+    for name, rollout in done.items():
+        if name.startswith(("metric", "reward")):
+            assert rollout.failure.startswith("env_error: OutcomeError: Outcome."), name
 
 
 def test_rewards_that_sum_to_no_number(monkeypatch):
@@ -328,8 +331,13 @@ def test_tools_that_raise_cost_the_rollouts_and_not_the_run():
         def tools(self):
             raise AttributeError("no tools today")
 
+    class Checking(rlrf.ScriptedPolicy):
+        def check_tools(self, tools):
+            raise UsageError("no tools here")
+
+    policy = Checking(lambda m: "ok")
     for env in (Broken(["good-1"]), FeedbackLevel(Broken(["good-1"]), "located")):
-        done = collect(env, lambda m: "ok")
+        done = collect(env, policy)
         assert done["good-1"].failure == "env_error: AttributeError: no tools today"
     env = Plain(["good-1"])
     env.tools = ["f"]

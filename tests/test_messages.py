@@ -14,6 +14,8 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{
 
 
 def test_strings_messages_and_sequences_become_tuples():
+    for text in ("a\ud800", {"role": "user", "content": "a\ud800"}):
+        assert as_messages(text)[0]["content"].encode() == b"a\xef\xbf\xbd"
     assert as_messages("hi") == (user("hi"),)
     assert as_messages(system("s")) == ({"role": "system", "content": "s"},)
     assert as_messages([system("s"), user("u"), assistant("a")])[2]["role"] == "assistant"

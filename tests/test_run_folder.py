@@ -135,6 +135,18 @@ def test_a_run_begins_in_one_step(tmp_path, monkeypatch):
     run.settle()
 
 
+def test_a_run_that_was_killed_as_it_began_is_gone_on_with(tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    trainer(tmp_path / "whole", max_steps=2).train()
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "settle", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trainer(run_dir, max_steps=2)
+    trainer(run_dir, max_steps=2, resume=True).train()
+    assert "beginning" not in Run.open(run_dir).info
+    assert lines(run_dir, "metrics.jsonl") == lines(tmp_path / "whole", "metrics.jsonl")
+
+
 def test_an_old_run_is_whole_until_a_new_one_begins(tmp_path, monkeypatch):
     Run.create(tmp_path, config={"n": 1}).finish("done")
     before = everything(tmp_path)
@@ -194,6 +206,25 @@ def test_without_checkpoints_nothing_false_is_promised(tmp_path, monkeypatch):
     assert "--resume" not in str(failed.value)
 
 
+@pytest.mark.parametrize("lost", [("event",), ("_save_model",), ("finish",), ("event", "finish")])
+def test_what_cannot_be_kept_does_not_hide_why_a_run_failed(lost, tmp_path, monkeypatch):
+    made = trainer(tmp_path / "run", max_steps=3, save_steps=0)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", str(tmp_path / "run" / "x"))
+
+    def fail(line):
+        if line["step"] == 1:
+            for name in lost:
+                whose = made.learner if name == "_save_model" else Run
+                monkeypatch.setattr(whose, name, full)
+            raise RuntimeError("boom")
+
+    made.learner.record.on_step = fail
+    with pytest.raises(RuntimeError, match=r"^boom$"):
+        made.train()
+
+
 @pytest.mark.parametrize("harm", ["weights", "state", "json", "lines", "half"])
 def test_an_older_checkpoint_is_used_where_the_newest_cannot_be(harm, tmp_path):
     run_dir = tmp_path / "run"
@@ -248,7 +279,21 @@ def test_lines_are_on_the_disk_before_a_checkpoint_relies_on_them(tmp_path, monk
 
     monkeypatch.setattr(module, "flush", lambda path: flushed.append(path.name))
     run.position()
-    assert set(flushed) >= {"metrics.jsonl", "rollouts.jsonl", "events.jsonl"}
+    grown = {"metrics.jsonl", "rollouts.jsonl", "events.jsonl"}
+    assert set(flushed) >= grown
+    save = Checkpoints.save_step
+    relied = []
+
+    def relies(*arguments):
+        relied.append(set(flushed))
+        flushed.clear()
+        return save(*arguments)
+
+    monkeypatch.setattr(Checkpoints, "save_step", relies)
+    flushed.clear()
+    trainer(tmp_path / "run", max_steps=4).train()
+    assert len(relied) == 2
+    assert all(names >= grown for names in relied)
 
 
 def test_half_a_checkpoint_is_none(tmp_path):
@@ -441,6 +486,8 @@ def test_a_run_of_another_user_is_refused_at_the_start():
         first, second = told().splitlines()
         assert "cannot be claimed: Permission denied" in first
         assert second == "done"
+        (folder / "run").chmod(0o777)
+        assert "config.json' cannot be written: Permission denied" in told().splitlines()[0]
         (folder / "run").chmod(0o700)
         lines = told().splitlines()
         assert len(lines) == 2

@@ -168,5 +168,10 @@ def test_how_a_run_ended_is_kept(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.finish("failed", "boom")
     assert (run.status, run.info["message"]) == ("failed", "boom")
+    run.rewind(run.position())
+    assert run.status == "running"
+    assert not {"message", "finished"} & run.info.keys()
+    run.finish("failed", "boom")
     run.finish("running")
     assert run.status == "running"
+    assert "message" not in run.info

@@ -59,6 +59,14 @@ def test_closed_descriptors_are_not_taken_by_the_run_s_files(tmp_path: Path) -> 
     assert process.wait(60) == 0
     has_trained(tmp_path)
     assert "step 1/3" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    # Nor does a file get the number to which libraries in other languages print.
+    code = (
+        "import os, sys\nfor n in range(3): os.close(n)\nfrom rlrf import _streams\n"
+        "_streams.protect(descriptors=True)\nn = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)\n"
+        "os.write(n, str(n).encode())\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "n")], check=True)
+    assert int((tmp_path / "n").read_text()) > 2
 
 
 def test_a_charset_that_has_not_all_letters(tmp_path: Path) -> None:
