@@ -89,14 +89,20 @@ def blocked_s(thread: int) -> float:
 
 
 class Held(Coroutine[Any, Any, T]):
-    """A coroutine whose steps can be seen from other threads while they run, and are timed."""
+    """A coroutine whose steps can be seen from other threads while they run, and are timed.
+
+    It ends when its call has lost the loop.
+    """
 
     def __init__(self, inner: Coroutine[Any, Any, T], holder: Holder) -> None:
-        self.inner, self.holder = inner, holder
+        self.inner, self.holder, self._ended = inner, holder, False
 
     def _step(self, step: Callable[..., Any], *args: Any) -> Any:
-        thread = threading.get_ident()
-        here = _steps[thread] = Step(self.holder, thread, time.monotonic(), _waiting.get())
+        thread, call = threading.get_ident(), _waiting.get()
+        if call is not None and call.lost_to and not self._ended:
+            self._ended = True
+            step, args = self.inner.throw, (asyncio.CancelledError(),)
+        here = _steps[thread] = Step(self.holder, thread, time.monotonic(), call)
         try:
             return step(*args)
         finally:
@@ -171,8 +177,6 @@ class _Call:
         self.future: concurrent.futures.Future[Any]
 
     async def main(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self.lost_to:  # before its turn came: it has been taken elsewhere
-            raise asyncio.CancelledError
         self.begun = True
         return await coroutine
 
@@ -302,8 +306,8 @@ def abandon(step: Step, keep: _Call | None = None) -> bool:
         if loop is None or loop.ident != step.thread or _steps.get(step.thread) is not step:
             return False
         _background, loop.abandoned = None, True
-        for call in tuple(loop.calls):
-            if call is not keep:
+        for call in {*loop.calls, step.call}:  # whose caller may have gone
+            if call is not None and call is not keep:
                 call.lost_to = step.holder.name
                 call.future.cancel()
         if not loop.calls:
@@ -401,7 +405,7 @@ async def _await(work: Awaitable[T]) -> T:
         return await work
     except asyncio.CancelledError as error:
         task = asyncio.current_task()
-        if task is None or task.cancelling():
+        if task is None or task.cancelling() or lost():
             raise
         raise _ordinary(error) from error
     except (SystemExit, KeyboardInterrupt) as error:

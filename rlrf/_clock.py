@@ -22,7 +22,8 @@ from rlrf.notices import notice
 log = logging.getLogger("rlrf.rollout")
 T = TypeVar("T")
 
-REMEDY = "let it await, or make it a plain `def`, which gets a thread"
+_REMEDY = "let it await, or make it a plain `def`, which gets a thread"
+_BLOCKED = f"blocked the event loop: {_REMEDY}"
 
 _blockers: weakref.WeakSet[Env] = weakref.WeakSet()
 """Environments whose hooks have blocked an event loop beyond a deadline."""
@@ -38,10 +39,9 @@ def tell_of_blocker(env: Env) -> None:
     if blocks(env):
         notice(
             f"env/blocks/{type(env).__name__}",
-            f"{env}: a hook that is `async def` has blocked the event loop. From now on each "
-            "episode runs on an event loop of its own, in a thread of its own: slower, and "
-            "what episodes share must not be bound to a loop, as an asyncio.Lock or an HTTP "
-            f"client is. The remedy: {REMEDY}",
+            f"{env}: a hook that is `async def` {_BLOCKED}. Until then each of its episodes runs "
+            "on an event loop of its own, in a thread of its own: that is slower, and what "
+            "episodes share must not be bound to one loop, as an asyncio.Lock or an HTTP client is",
         )
 
 
@@ -92,7 +92,7 @@ class Clock(Holder):
         """What to raise when there is no time left."""
         return InfraError(
             f"the environment took more than {self.total:g} s for task {self.task_id!r}"
-            + (f"; {self.name} blocked the event loop: {REMEDY}" if self.blocked else ""),
+            + (f"; a hook that is `async def` {_BLOCKED}" if self.blocked else ""),
             kind="deadline",
             retryable=False,
         )
@@ -189,7 +189,7 @@ def _judge(step: Step) -> None:
         "%s has had the event loop for %.1f s: %s. It stands at\n%s%s",
         holder.name,
         seconds,
-        REMEDY,
+        _REMEDY,
         "".join(traceback.format_stack(frame)[-3:]) if frame else "",
         "It is left behind, all others go on." if left_behind else "Nothing else can go on.",
     )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import threading
-import time
 import warnings
 
 import pytest
 
 import rlrf
-from rlrf import InfraError, Outcome, ScriptedPolicy, Task, Turn, _async, progress
+from rlrf import InfraError, Outcome, ScriptedPolicy, Task, Turn, _async, _clock, progress
 from rlrf.notices import SlowPathWarning
 from rlrf.sandbox import CallCase, Program, StdinCase, start_sandbox
 from rlrf.wrappers import DropFeedback
@@ -29,6 +27,20 @@ def release():
     event = threading.Event()
     yield event
     event.set()
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Set when the watchdog has named somebody; its words are in ``said.words``."""
+    event = threading.Event()
+    event.words = []
+
+    def error(words, *args):
+        event.words.append(words % args)
+        event.set()
+
+    monkeypatch.setattr(_clock.log, "error", error)
+    return event
 
 
 class Tasks(rlrf.SingleTurnEnv):
@@ -172,16 +184,16 @@ def test_a_wrapped_environment(release):
     assert unscored(rlrf.rollout(env.env, policy(), deadline_s=DEADLINE_S)) == ["t2", "t4"]
 
 
-def test_it_is_said_once_with_the_remedy(release, caplog):
+def test_it_is_said_once_with_the_remedy(release, said):
     env = Tasks(release.wait, "t2")
     with pytest.warns(SlowPathWarning, match="make it a plain `def`"):
         rlrf.rollout(env, policy(), deadline_s=DEADLINE_S)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rlrf.rollout(env, policy(), deadline_s=DEADLINE_S)
-    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
-    assert "hook of task 't2' has had the event loop" in said
-    assert "threading.py" in said  # where it stands
+    (words,) = said.words
+    assert "hook of task 't2' has had the event loop" in words
+    assert "threading.py" in words  # where it stands
 
 
 def test_one_that_comes_back_reports_nothing_and_its_loop_ends(release):
@@ -267,8 +279,8 @@ def test_one_without_a_deadline_holds_up_its_own_caller_only(release, monkeypatc
     assert results == [1.0]  # its own caller has waited for it
 
 
-def test_on_the_callers_own_loop_it_is_named_and_then_kept_apart(release, caplog):
-    env = Tasks(lambda: time.sleep(3 * DEADLINE_S), "t2", "t4")
+def test_on_the_callers_own_loop_it_is_named_and_then_kept_apart(release, said):
+    env = Tasks(lambda: said.wait(60), "t2", "t4")
 
     async def twice():
         first = await rlrf.arollout(env, policy(), ["t1", "t2"], deadline_s=DEADLINE_S)
@@ -278,16 +290,18 @@ def test_on_the_callers_own_loop_it_is_named_and_then_kept_apart(release, caplog
     first, second = asyncio.run(twice())
     assert unscored(first) == ["t2"]
     assert unscored(second) == ["t2", "t4"]
-    assert "Nothing else can go on" in caplog.text
+    assert len(said.words) == 1
+    assert "hook of task 't2'" in said.words[0]
+    assert said.words[0].endswith("Nothing else can go on.")
 
 
-def test_an_async_policy_that_blocks_is_nobodys_time_and_named(caplog, monkeypatch):
-    monkeypatch.setattr("rlrf._clock._LONG", 0.1)
+def test_an_async_policy_that_blocks_is_named_and_nobodys_time(said, monkeypatch):
+    monkeypatch.setattr(_clock, "_LONG", 1.5 * DEADLINE_S)
 
     class Slow:
         async def generate(self, prompts, params):
             if prompts[0].messages[0]["content"] == "task 3":
-                time.sleep(0.5)
+                said.wait(60)
             return await asyncio.to_thread(policy().generate, prompts, params)
 
     class Waits(Tasks):
@@ -295,9 +309,9 @@ def test_an_async_policy_that_blocks_is_nobodys_time_and_named(caplog, monkeypat
             await asyncio.sleep(0.1)
             return Outcome(1.0)
 
-    found = rlrf.rollout(Waits(None), Slow(), deadline_s=0.3)
+    found = rlrf.rollout(Waits(None), Slow(), deadline_s=DEADLINE_S)
     assert unscored(found) == []
-    assert "generate() of Slow has had the event loop" in caplog.text
+    assert said.words[0].startswith("generate() of Slow has had the event loop")
 
 
 def test_ctrl_c_ends_a_rollout_whose_loop_is_blocked(release, monkeypatch):
@@ -339,3 +353,14 @@ def test_a_sandbox_works_on_when_the_loop_is_lost(release):
         assert pool.run_sync(Program("print(1)"), [StdinCase("", "1")]).passed == 1
     finally:
         rlrf.run_sync(pool.aclose())
+
+
+def test_a_code_environment_works_on_when_the_loop_is_lost(release):
+    env = rlrf.make("code-basics-v0", sandbox="process", allow_unsafe=True, slots=1)
+    first, second = env.tasks()[:2]
+    try:
+        assert env.grade(first, env.reference_solution(first)).reward == 1.0
+        rlrf.rollout(Tasks(release.wait, "t2"), policy(), deadline_s=DEADLINE_S)
+        assert env.grade(second, env.reference_solution(second)).reward == 1.0
+    finally:
+        env.close()

@@ -8,7 +8,13 @@ import pytest
 
 import rlrf
 from rlrf import Feedback, Outcome, Segment, Task, UsageError
-from rlrf.wrappers import DropFeedback, FeedbackLevel, ShuffleFeedback, TruncateFeedback
+from rlrf.wrappers import (
+    DropFeedback,
+    FeedbackLevel,
+    FeedbackWrapper,
+    ShuffleFeedback,
+    TruncateFeedback,
+)
 from tests.environments_for_tests import Echo, Recorder
 
 
@@ -189,3 +195,15 @@ def test_the_reference_solution_is_the_inner_one():
     wrapped.reset(seed=0)
     with pytest.raises(UsageError, match="an action is"):
         wrapped.step(3)
+
+
+def test_a_transform_that_exits_costs_its_own_rollout():
+    class Exits(FeedbackWrapper):
+        async def transform(self, feedback, task, action, rng):
+            if task.id == "train-2":
+                raise SystemExit(3)
+            return feedback
+
+    found = rlrf.rollout(Exits(Sums()), Recorder())
+    assert [r.scored for r in found] == [True, True, False, True, True, True]
+    assert found[2].failure == "env_error: RuntimeError: a hook raised SystemExit(3)"

@@ -267,12 +267,12 @@ class SandboxPool:
         """Sync twin of :meth:`run`, for any thread but the event loop's own.
 
         Raises:
-            UsageError: called on the pool's event loop, where waiting would never end.
+            UsageError: called on an event loop, which would wait for itself; as in an async hook.
         """
         loop = self._loop or steady_loop()
         with contextlib.suppress(RuntimeError):
-            if asyncio.get_running_loop() is loop:
-                raise UsageError("run_sync was called on the pool's own event loop; await run()")
+            if lasting_loop() is loop:
+                raise UsageError("run_sync was called on an event loop; await run() there")
         future = asyncio.run_coroutine_threadsafe(self._run(program, cases, **options), loop)
         try:
             return future.result()
