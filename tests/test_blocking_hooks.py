@@ -11,10 +11,12 @@ import warnings
 import pytest
 
 import rlrf
-from rlrf import InfraError, Outcome, ScriptedPolicy, Task, Turn, _async, _clock, progress
+from rlrf import InfraError, Outcome, Rollout, ScriptedPolicy, Task, Turn, _async, _clock, progress
 from rlrf.notices import SlowPathWarning
+from rlrf.rollout import _Batch
 from rlrf.sandbox import CallCase, Program, StdinCase, start_sandbox
 from rlrf.wrappers import DropFeedback
+from rlrf_environments.code import env as code_env
 from tests.environments_for_tests import AsyncEcho, Guess, Recorder
 
 DEADLINE_S = 0.3
@@ -178,10 +180,11 @@ def test_an_evaluation(release):
     assert (report.n_unscored, report.pass_rate, report.failures) == (1, 1.0, {"deadline": 1})
 
 
-def test_a_wrapped_environment(release):
+def test_a_wrapped_environment(release, said):
     env = DropFeedback(Tasks(release.wait, "t2", "t4"))
     assert unscored(rlrf.rollout(env, policy(), deadline_s=DEADLINE_S)) == ["t2", "t4"]
     assert unscored(rlrf.rollout(env.env, policy(), deadline_s=DEADLINE_S)) == ["t2", "t4"]
+    assert len(said.words) == 1  # what is inside has been found out, too
 
 
 def test_it_is_said_once_with_the_remedy(release, said):
@@ -215,6 +218,25 @@ def test_one_that_comes_back_reports_nothing_and_its_loop_ends(release):
             assert not thread.is_alive()
     assert sorted(seen) == [f"t{i}" for i in range(6)]
     assert len(env.graded) == graded
+
+
+def test_what_was_found_out_before_is_not_reported_by_a_loop_that_was_lost():
+    """Rollouts that blocked the loop before this one are reported at once, without an episode."""
+    seen = []
+    options = {"group_size": 1, "max_concurrency": 8, "params": None, "deadline_s": 1.0}
+    options |= {"retries": 0, "seed": 0, "done": (), "on_rollout": seen.append}
+    batch = _Batch(Tasks(None), policy(), None, **options)
+    batch.blocked = {n: Rollout(f"t{n}", key[0]) for n, key in enumerate(batch.wanted)}
+    call = _async._Call("a call")
+    call.lost_to = "another"
+
+    async def lost():
+        _async._waiting.set(call)
+        await batch.collect()
+
+    with batch, pytest.raises(asyncio.CancelledError):
+        asyncio.run(lost())
+    assert seen == []
 
 
 def test_other_threads_go_on(release):
@@ -347,7 +369,7 @@ def test_a_sandbox_works_on_when_the_loop_is_lost(release):
             return Outcome(float(report.verdict == "accepted"))
 
     try:
-        found = rlrf.rollout(Programs(release.wait, "t2"), policy(), deadline_s=5 * DEADLINE_S)
+        found = rlrf.rollout(Programs(release.wait, "t2"), policy(), deadline_s=3 * DEADLINE_S)
         assert unscored(found) == ["t2"]
         assert [r.reward for r in found if r.scored] == [1.0] * 5
         assert pool.run_sync(Program("print(1)"), [StdinCase("", "1")]).passed == 1
@@ -364,3 +386,14 @@ def test_a_code_environment_works_on_when_the_loop_is_lost(release):
         assert env.grade(second, env.reference_solution(second)).reward == 1.0
     finally:
         env.close()
+
+
+def test_no_hook_can_cut_off_the_opening_of_a_code_environments_sandbox(monkeypatch):
+    loops = []
+
+    async def start_sandbox(backend, *, slots, **options):
+        loops.append(asyncio.get_running_loop())
+
+    monkeypatch.setattr(code_env, "start_sandbox", start_sandbox)
+    rlrf.make("code-basics-v0")._open_pool()
+    assert loops == [_async.steady_loop()]
