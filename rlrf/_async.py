@@ -100,7 +100,7 @@ class Held(Coroutine[Any, Any, T]):
     def _step(self, step: Callable[..., Any], *args: Any) -> Any:
         thread, call = threading.get_ident(), _waiting.get()
         if call is not None and call.lost_to and not self._ended:
-            self._ended = True
+            self._ended = True  # its loop has come back: what was due there is not done twice
             step, args = self.inner.throw, (asyncio.CancelledError(),)
         here = _steps[thread] = Step(self.holder, thread, time.monotonic(), call)
         try:
@@ -114,8 +114,6 @@ class Held(Coroutine[Any, Any, T]):
                 _blocked[thread] = blocked_s(thread) + taken
 
     def send(self, value: Any) -> Any:
-        if lost():  # its loop has come back: what was due there is not done twice
-            return self._step(self.inner.throw, asyncio.CancelledError())
         return self._step(self.inner.send, value)
 
     def throw(self, *args: Any) -> Any:
