@@ -671,6 +671,8 @@ def train(
             print(f"run directory: {path}", flush=True)
         if progress is not None:
             progress.total = getattr(trainer_config, "max_steps", None)
+            later = getattr(trainer_config, "evaluations_after", None)
+            progress.evaluations_after = later if callable(later) else None
         resumes = resume is not None
         _train(settings, trainer_config, environment, held_out, path, report, resumes, progress)
     finally:

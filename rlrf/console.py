@@ -7,6 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -122,6 +123,10 @@ class TrainProgress(Display):
         console: where to; the default is standard output.
         rows: how many past steps a terminal shows.
         clock: seconds, for tests.
+
+    Attributes:
+        evaluations_after: how many evaluations come after a step, where that is known: they are
+            then counted apart from the steps.
     """
 
     def __init__(
@@ -133,9 +138,11 @@ class TrainProgress(Display):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total = total
+        self.evaluations_after: Callable[[int], int] | None = None
         self._rows: deque[list[str]] = deque(maxlen=rows)
-        self._first: tuple[float, int] | None = None  # when the first line came, and its step
-        self._last = (0.0, 0)
+        self._last: tuple[float, int] | None = None  # when the last line came, and its step
+        self._steps: deque[float] = deque(maxlen=100)  # seconds of each, its evaluation apart
+        self._evaluations: deque[float] = deque(maxlen=100)
         super().__init__(console=console or Console(), clock=clock)
         self._bar = _bar(self.console)
         self._task = self._bar.add_task("training", total=total, visible=False)
@@ -143,8 +150,7 @@ class TrainProgress(Display):
     def __call__(self, metrics: Mapping[str, Any]) -> None:
         """Show one step."""
         step = int(metrics.get("step", 0))
-        self._last = self._clock(), step
-        self._first = self._first or self._last
+        self._note_time(step, metrics)
         values = {name: _number(metrics.get(key), form) for name, key, form in _COLUMNS}
         if not self._drawn:
             told = "  ".join(f"{name} {value}" for name, value in values.items() if value)
@@ -154,12 +160,30 @@ class TrainProgress(Display):
         self._rows.append([str(step), *values.values()])
         self._bar.update(self._task, completed=step, total=self.total, visible=True)
 
+    def _note_time(self, step: int, metrics: Mapping[str, Any]) -> None:
+        now, spent = self._clock(), _seconds(metrics.get("time/step"))
+        if spent is None and self._last is not None:
+            spent = now - self._last[0]
+        self._last = now, step
+        held = 0.0
+        if self.evaluations_after is not None and (
+            held := _seconds(metrics.get("time/eval")) or 0.0
+        ):
+            self._evaluations.append(held)
+        if step and spent is not None:
+            self._steps.append(spent - held)
+
     def remaining(self) -> float | None:
-        """From the pace of the steps so far."""
-        if self._first is None or self.total is None or self._last[1] <= self._first[1]:
+        """From the pace of the steps and of the evaluations so far.
+
+        The first step is left out once there are others: in it whatever is new warms up.
+        """
+        if self.total is None or self._last is None or not self._steps:
             return None
-        (began, first), (now, step) = self._first, self._last
-        left = (now - began) / (step - first) * (self.total - step)
+        now, step = self._last
+        left = (self.total - step) * fmean([*self._steps][1:] or self._steps)
+        if self.evaluations_after is not None and self._evaluations:
+            left += self.evaluations_after(step) * fmean(self._evaluations)
         return max(0.0, left - (self._clock() - now))
 
     def _view(self) -> RenderableType:
@@ -239,6 +263,10 @@ def _bar(console: Console) -> Progress:
         console=console,
         auto_refresh=False,  # it is drawn with what is around it
     )
+
+
+def _seconds(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and 0 <= value < 1e12 else None
 
 
 def _number(value: Any, form: str) -> str:

@@ -119,6 +119,26 @@ def test_a_training_run_says_what_is_left(clock: Clock) -> None:
     assert "left" in after
 
 
+def test_what_is_left_of_a_run_is_its_steps_and_its_evaluations(clock: Clock) -> None:
+    """A first step that warms up, evaluations that are as long as steps, and one at the end."""
+    pace, held, due = [90, 20, 20, 20, 20, 20], 50, {0, 3, 6}
+    with TrainProgress(6, console=Console(file=io.StringIO()), clock=clock) as display:
+        display.evaluations_after = lambda step: len([s for s in due if s > step])
+        told = []
+        for step, seconds in enumerate([0, *pace]):
+            evaluated = held * (step in due)
+            clock.passes(seconds + evaluated)
+            display(
+                {"step": step, "time/step": seconds + evaluated, "time/eval": evaluated or None}
+            )
+            told.append(display.remaining())
+            clock.passes(1)  # it is counted down meanwhile
+            assert told[-1] is None or display.remaining() == max(0, told[-1] - 1)
+    assert told[0] is None
+    assert told[1] == 5 * 90 + 2 * 50  # all that is known
+    assert told[2:] == [4 * 20 + 2 * 50, 3 * 20 + 50, 2 * 20 + 50, 20 + 50, 0]
+
+
 def test_a_line_of_its_own_puts_the_next_off(clock: Clock) -> None:
     lines = Lines(clock)
     with Display(console=Console(file=lines), clock=clock) as display:
@@ -196,7 +216,8 @@ def test_a_run_says_first_what_it_does_and_how_long_it_takes(tmp_path, monkeypat
         "2 held-out tasks"
     )
     assert re.fullmatch(
-        r"0 about \d+ \S+ on this machine, by a warm-up of 1 s: 1 s a step, 1 s an evaluation",
+        r"0 about \d+ \S+ on this machine, by a warm-up of 1 s: 1 s a step, 1 s an evaluation, "
+        r"grading apart",
         said[1],
     )
     # Nobody listens: nothing is timed, and what is learnt does not depend on it.
@@ -209,5 +230,3 @@ def test_a_run_says_first_what_it_does_and_how_long_it_takes(tmp_path, monkeypat
     with under_way.listening(said.append):
         run("c")
     assert "cannot be said" in said[-1]
-    resumed = [estimate.evaluations(config, after=n) for n in range(4)]
-    assert resumed == [3, 2, 1, 0]

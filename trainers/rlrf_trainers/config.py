@@ -255,6 +255,14 @@ class TrainerConfig(BaseModel):
             max_tokens=self.max_completion_length,
         )
 
+    def evaluations_after(self, step: int) -> int:
+        """How many evaluations come after a step; after 0, also the one at the start."""
+        every, last = self.eval_steps, self.max_steps
+        due = int(last > step)  # the last step's
+        if every:
+            due = last // every - step // every + (due and last % every > 0)
+        return due + (self.eval_on_start and not step)
+
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
         if self.mini_batch_prompts > self.prompts_per_step:
@@ -408,6 +416,11 @@ class SDPOConfig(TrainerConfig):
     )
     solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}; [P], [C]")
     feedback_template: str = Field(FEEDBACK_TEMPLATE, description="its {feedback}; [P], [C]")
+
+    @property
+    def probe_samples(self) -> int:
+        """Attempts at each of the probe's tasks."""
+        return max(2, min(4, self.num_generations))
 
     @field_validator("feedback_kinds")
     @classmethod

@@ -1,17 +1,21 @@
 """How long a run will take on this machine, before it starts: a few forward passes, timed.
 
-The rest is arithmetic on the configuration, right within about a factor of 1.5: replies are taken
-for three quarters of their longest, a backward pass for two forward passes. Once steps have been
-taken their own pace says it better.
+The rest is arithmetic on the configuration, right within about a factor of 1.5: every pass that a
+run makes over its tokens is counted, a backward pass as two, replies for three quarters of their
+longest, feedback for :data:`FEEDBACK_TOKENS`. Not counted is what is not the model's: grading, and
+files. Once steps have been taken, their own pace says it better
+(:class:`rlrf.console.TrainProgress`).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlrf import Prompt, SamplingParams
+from rlrf import Prompt, SamplingParams, Task
 from rlrf.progress import duration
 from rlrf_trainers.config import SDPOConfig, TrainerConfig
 from rlrf_trainers.policies import sampler
@@ -21,6 +25,9 @@ if TYPE_CHECKING:
 
 FILLED = 0.75
 """How much of its longest length a reply is taken to have."""
+
+FEEDBACK_TOKENS = 64
+"""How long feedback is taken to be."""
 
 _TIMED_TOKENS = 4
 _MOST_PROMPTS = 16
@@ -35,24 +42,101 @@ def plan(config: TrainerConfig, env: str, eval_tasks: int) -> str:
         f"{name} on {env}: {config.max_steps} steps of {config.prompts_per_step} tasks x "
         f"{config.num_generations} attempts of at most {config.max_completion_length} tokens"
     )
-    times = evaluations(config)
+    times = config.evaluations_after(0)
     return f"{text}; {times} evaluations on {eval_tasks} held-out tasks"
-
-
-def evaluations(config: TrainerConfig, after: int = 0) -> int:
-    """How many evaluations there are to come after a step; 0 counts the one at the start."""
-    every, last = config.eval_steps, config.max_steps
-    due = sum(s == last or (every > 0 and s % every == 0) for s in range(after + 1, last + 1))
-    return due + (config.eval_on_start and not after)
 
 
 def estimate(learner: Learner) -> str:
     """How long what is left of a run takes, in a line, by timing its model."""
     began = time.perf_counter()
+    work = forecast(learner, _paced(learner))
+    c, step = learner.config, learner.step
+    seconds = work.probe + (c.max_steps - step) * work.step
+    seconds += c.evaluations_after(step) * work.evaluation
+    spent = time.perf_counter() - began
+    return (
+        f"about {duration(seconds)} on this machine, by a warm-up of {duration(spent)}: "
+        f"{duration(work.step)} a step, {duration(work.evaluation)} an evaluation, grading apart"
+    )
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What was measured.
+
+    Attributes:
+        prefill: seconds of a token of a prompt.
+        decode: seconds of a further token of ``rows`` replies at once.
+        rows: how many replies that was timed with.
+    """
+
+    prefill: float
+    decode: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Seconds of the parts of a run.
+
+    Attributes:
+        probe: what SDPO measures before the first step; 0 where it does not.
+        step: of a step, its evaluation apart.
+        evaluation: of an evaluation.
+    """
+
+    probe: float
+    step: float
+    evaluation: float
+
+
+def forecast(learner: Learner, pace: Pace) -> Forecast:
+    """Seconds of the parts of a run at a pace: every pass over tokens that it makes."""
+    c, share = learner.config, learner.world.size
+    most, longest = learner.policy.max_batch_size, c.max_completion_length
+    prompt = _tokens(learner, learner.tasks)
+
+    def sampled(distinct: float, each: int, length: float) -> float:
+        """Of ``each`` replies to ``distinct`` prompts of so many tokens."""
+        whole = distinct * each
+        batch = min(whole, most)
+        a_token = pace.decode * (0.3 + 0.7 * batch / pace.rows)
+        batches = math.ceil(whole / batch)
+        return distinct * length * pace.prefill + batches * longest * FILLED * a_token
+
+    prompts = c.prompts_per_step / share
+    replies = prompts * c.num_generations
+    tokens = replies * longest * FILLED
+    # A vocabulary of probabilities for each sampled token, which a prefill does not make.
+    tokens *= 1 + _head_share(learner)
+    shared = 1 if c.gradient_checkpointing or c.fsdp else c.num_generations
+    read = tokens + replies * prompt / shared
+    updates = c.num_iterations * math.ceil(c.prompts_per_step / (c.mini_batch_prompts or math.inf))
+    passes = c.num_iterations * (3 + c.gradient_checkpointing) + (updates > 1)
+    step = sampled(prompts, c.num_generations, prompt) + passes * read * pace.prefill
+    probe = 0.0
+    if isinstance(c, SDPOConfig):
+        hint = _hint_tokens(learner, c)
+        teachers = (1 + (c.teacher_regularization == "trust_region")) * (
+            1 + (c.baseline == "control")
+        )
+        step += c.num_iterations * teachers * (read + replies * hint) * pace.prefill
+        if c.probe_tasks and not learner.step:
+            probed = min(c.probe_tasks, len(learner.tasks)) / share
+            again = probed * c.probe_samples  # each failure is tried once more, with its hint
+            probe = sampled(probed, c.probe_samples, prompt) + sampled(again, 1, prompt + hint)
+    elif getattr(c, "beta", 0):
+        step += c.num_iterations * read * pace.prefill
+    tasks = learner.eval_env.tasks(learner.eval_split)
+    held_out = min(c.eval_tasks or math.inf, len(tasks)) / share
+    return Forecast(probe, step, sampled(held_out, c.eval_samples, _tokens(learner, tasks)))
+
+
+def _paced(learner: Learner) -> Pace:
+    """Time the model on some of the prompts that it is about to answer."""
     c, policy = learner.config, learner.policy
-    share = learner.world.size
     tasks = [learner.tasks[i] for i in range(min(len(learner.tasks), _MOST_PROMPTS))]
-    tasks = tasks[: max(1, c.prompts_per_step // share)]
+    tasks = tasks[: max(1, c.prompts_per_step // learner.world.size)]
     ids = [policy.chat.prompt_ids(Prompt(task.messages)) for task in tasks]
     rows = [row for row in ids for _ in range(c.num_generations)][: policy.max_batch_size]
     few = rows[: c.num_generations]
@@ -61,35 +145,21 @@ def estimate(learner: Learner) -> str:
         prefill, decode = _timed(learner, rows)  # what is quick is told better by more of it
     else:
         rows = few
-    prompt = sum(map(len, ids)) / len(ids)  # tokens
-    per_token = prefill / sum(map(len, {tuple(row) for row in rows}))
+    return Pace(prefill / sum(map(len, {tuple(row) for row in rows})), decode, len(rows))
 
-    def sampled(distinct: float, each: int, longest: int) -> float:
-        """Seconds to sample ``each`` replies to ``distinct`` prompts."""
-        whole = distinct * each
-        batch = min(whole, policy.max_batch_size)
-        a_token = decode * (0.3 + 0.7 * batch / len(rows))
-        return distinct * prompt * per_token + math.ceil(whole / batch) * longest * FILLED * a_token
 
-    prompts = c.prompts_per_step / share
-    replies = prompts * c.num_generations
-    tokens = replies * c.max_completion_length * FILLED
-    # A vocabulary of probabilities for each sampled token, which a prefill does not make.
-    head = tokens * _head_share(learner)
-    learned = 3 * (prompts * prompt + tokens + head)
-    if isinstance(c, SDPOConfig):  # the teacher reads the question, the feedback and the reply
-        learned += replies * (1.4 * prompt) + tokens + head
-    step = sampled(prompts, c.num_generations, c.max_completion_length)
-    step += c.num_iterations * learned * per_token
-    held_out = min(c.eval_tasks or math.inf, len(learner.eval_env.tasks(learner.eval_split)))
-    evaluation = sampled(held_out / share, c.eval_samples, c.max_completion_length)
-    seconds = (c.max_steps - learner.step) * step
-    seconds += evaluations(c, learner.step) * evaluation
-    spent = time.perf_counter() - began
-    return (
-        f"about {duration(seconds)} on this machine, by a warm-up of {duration(spent)}: "
-        f"{duration(step)} a step, {duration(evaluation)} an evaluation"
-    )
+def _tokens(learner: Learner, tasks: Sequence[Task]) -> float:
+    """The mean length of a prompt."""
+    some = [tasks[i] for i in range(min(len(tasks), _MOST_PROMPTS))]
+    chat = learner.policy.chat
+    return sum(len(chat.prompt_ids(Prompt(task.messages))) for task in some) / len(some)
+
+
+def _hint_tokens(learner: Learner, config: SDPOConfig) -> int:
+    """What a teacher reads beside the question: the template's words, and feedback."""
+    shown = config.feedback_template.format(feedback_raw="")
+    words = config.reprompt_template.format(prompt="", solution="", feedback=shown)
+    return min(len(learner.tokenizer.encode(words)) + FEEDBACK_TOKENS, config.max_reprompt_len)
 
 
 def _timed(learner: Learner, rows: list[list[int]]) -> tuple[float, float]:

@@ -55,9 +55,8 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
     rng = random.Random(config.seed)
     chosen = rng.sample(range(len(tasks)), min(config.probe_tasks, len(tasks)))
     probed = [tasks[i] for i in chosen]
-    group_size = max(2, min(4, config.num_generations))
     with distributed.whole(learner.model):
-        rollouts = learner.sample(probed, group_size)
+        rollouts = learner.sample(probed, config.probe_samples)
         scored = [r for r in rollouts if r.scored]
         rewards: dict[str, list[float]] = defaultdict(list)
         for r in scored:
