@@ -212,7 +212,7 @@ def test_a_forged_result_does_not_hold_up_the_event_loop(pool, monkeypatch):
     assert report.cases[0].raw.result is MISSING
     large = {thread for size, thread in seen if size > slot.QUICK_BYTES}
     assert large == {"rlrf-hook"}
-    assert "rlrf-loop" in {thread for size, thread in seen if size <= slot.QUICK_BYTES}
+    assert "rlrf-steady" in {thread for size, thread in seen if size <= slot.QUICK_BYTES}
 
 
 def test_only_the_last_whole_answer_of_a_program_is_kept():
