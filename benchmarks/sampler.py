@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.utils import logging as transformers_logging
 
 from rlrf import SamplingParams, user
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.policies.sampler import sample
+from rlrf_trainers.engines.hf import HFPolicy
+from rlrf_trainers.model.sampler import sample
 
 CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlrf import Rollout
-from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.engines.hf import HFPolicy
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 

@@ -27,7 +27,7 @@ import torch
 import rlrf
 from rlrf import cli
 from rlrf.runs import Run, is_run
-from rlrf_trainers.checkpoints import Checkpoints
+from rlrf_trainers.run.checkpoints import Checkpoints
 from tests.resume_driver import CountA
 from tests.tiny_model import save_tiny
 

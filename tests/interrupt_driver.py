@@ -28,8 +28,8 @@ import rlrf  # noqa: E402
 import rlrf.cli  # noqa: E402
 import rlrf.report  # noqa: E402
 import rlrf.testing  # noqa: E402
-import rlrf_trainers.discover  # noqa: E402, F401
-from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
+import rlrf_trainers.commands.discover  # noqa: E402, F401
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
 
 

@@ -21,7 +21,7 @@ import torch
 
 from rlrf import Feedback, Outcome, SingleTurnEnv, Task, make_trainer
 from rlrf.runs import is_run
-from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.engines.hf import HFPolicy
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 

@@ -27,11 +27,11 @@ from rlrf.policy import Prompt  # noqa: E402
 from rlrf.report import write_report  # noqa: E402
 from rlrf_trainers import backbone  # noqa: E402
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
-from rlrf_trainers.forward import Layout, can_share, completion_logits  # noqa: E402
-from rlrf_trainers.optimizer import MasterAdamW, trainable  # noqa: E402
-from rlrf_trainers.policies import sampler  # noqa: E402
-from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers  # noqa: E402
-from rlrf_trainers.vocabulary import Head  # noqa: E402
+from rlrf_trainers.core.optimizer import MasterAdamW, trainable  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy, quiet_transformers  # noqa: E402
+from rlrf_trainers.model import sampler  # noqa: E402
+from rlrf_trainers.model.head import Head  # noqa: E402
+from rlrf_trainers.model.prefix import Layout, can_share, completion_logits  # noqa: E402
 from tests.model_zoo import OTHER, PLAIN, RECURRENT, SLIDING  # noqa: E402
 from tests.test_trainers import CountA, sdpo  # noqa: E402
 from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402

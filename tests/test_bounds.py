@@ -16,8 +16,8 @@ from rlrf.config import build_config, load_train_config
 torch = pytest.importorskip("torch")
 
 from rlrf_trainers import config as trainer_config  # noqa: E402
+from rlrf_trainers.commands.discover import discover  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
-from rlrf_trainers.discover import discover  # noqa: E402
 from tests.test_trainers import SMALL, CountA, policy  # noqa: E402
 
 EXTREMES = [

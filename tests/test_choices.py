@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from rlrf import Feedback, InfraError, Outcome, Task, UsageError, assistant, system, user  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers import preflight  # noqa: E402
+from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.commands.models import export_model  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
-from rlrf_trainers.distributed import World  # noqa: E402
-from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.models import export_model  # noqa: E402
-from rlrf_trainers.optimizer import MasterAdamW  # noqa: E402
-from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
-from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.core.optimizer import MasterAdamW  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.model.distributed import World  # noqa: E402
 from tests.test_resume import with_evaluations  # noqa: E402
 from tests.test_trainers import NO_PROBE, SMALL, CountA, grpo, policy, sdpo  # noqa: E402
 from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
@@ -583,7 +583,7 @@ def test_the_state_of_a_resumed_optimizer_lies_where_adamw_keeps_it(monkeypatch)
     """On a device that is not the CPU: a fused AdamW has its step count there, too."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from rlrf_trainers import distributed
+    from rlrf_trainers.model import distributed
 
     def placed(optimizer):
         return {

@@ -39,7 +39,7 @@ def test_the_environment_of_the_tutorial_conforms():
 
 def test_the_trainer_of_the_tutorial_learns_on_public_names_in_sixty_lines():
     pytest.importorskip("torch")
-    from rlrf_trainers.policies.hf import HFPolicy
+    from rlrf_trainers.engines.hf import HFPolicy
     from tests.tiny_model import tiny_model, tiny_tokenizer
 
     source = (DOCS / "examples" / "reinforce.py").read_text()
@@ -183,7 +183,7 @@ def test_sphinx_roles_of_docstrings_do_not_reach_the_reader(hooks):
 
 def test_the_table_of_metrics_holds_what_the_trainers_record(tmp_path):
     pytest.importorskip("torch")
-    from rlrf_trainers.policies.hf import HFPolicy
+    from rlrf_trainers.engines.hf import HFPolicy
     from tests.tiny_model import tiny_model, tiny_tokenizer
 
     class Half(rlrf.SingleTurnEnv):

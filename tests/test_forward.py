@@ -9,7 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from rlrf_trainers.forward import (  # noqa: E402
+from rlrf_trainers.model.prefix import (  # noqa: E402
     Layout,
     _Decoder,
     _plain,

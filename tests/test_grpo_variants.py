@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
 from rlrf import Outcome, Rollout, Task  # noqa: E402
-from rlrf_trainers.batch import Batch, Sample  # noqa: E402
+from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.config import GRPOConfig  # noqa: E402
-from rlrf_trainers.distributed import World  # noqa: E402
-from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.core.batch import Batch, Sample  # noqa: E402
+from rlrf_trainers.model.distributed import World  # noqa: E402
 from tests.by_hand import (  # noqa: E402
     advantages,
     apart,

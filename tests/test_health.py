@@ -11,11 +11,11 @@ pytest.importorskip("torch")
 
 import rlrf
 from rlrf import Feedback, Outcome, Task
+from rlrf_trainers.algorithms.grpo import GRPOTrainer
+from rlrf_trainers.algorithms.sdpo import SDPOTrainer
 from rlrf_trainers.config import GRPOConfig, SDPOConfig
-from rlrf_trainers.grpo import GRPOTrainer
-from rlrf_trainers.health import _CHECKS, TOPICS, Monitor
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.sdpo import SDPOTrainer
+from rlrf_trainers.engines.hf import HFPolicy
+from rlrf_trainers.run.health import _CHECKS, TOPICS, Monitor
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 SD = "self_distillation/"

@@ -23,9 +23,9 @@ from rlrf.errors import PromptTooLongError, RlrfError, UsageError
 from rlrf.feedback import token_offsets
 from rlrf.messages import assistant, system, user
 from rlrf.policy import Policy, Prompt, SamplingParams
-from rlrf_trainers.policies import sampler
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.policies.sampler import draw, next_token_logprobs, sample, score
+from rlrf_trainers.engines.hf import HFPolicy
+from rlrf_trainers.model import sampler
+from rlrf_trainers.model.sampler import draw, next_token_logprobs, sample, score
 from tests.environments_for_tests import Guess
 from tests.tiny_model import CHATML, save_tiny, tiny_model, tiny_tokenizer
 

@@ -33,9 +33,9 @@ from rlrf.wrappers import FeedbackLevel
 
 torch = pytest.importorskip("torch", reason="needs the extra 'train'")
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
-from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
-from rlrf_trainers.policies.openai import OpenAIPolicy  # noqa: E402
-from rlrf_trainers.reprompt import Hint, Reprompter  # noqa: E402
+from rlrf_trainers.core.reprompt import Hint, Reprompter  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.engines.openai import OpenAIPolicy  # noqa: E402
 from tests.test_openai_policy import Server, completion  # noqa: E402
 from tests.tiny_model import CHATML, tiny_model, tiny_tokenizer  # noqa: E402
 

@@ -171,16 +171,16 @@ SITES: dict[str, dict[str, str]] = {
     },
     "sandboxes/rlrf_sandboxes/slot.py": {"Link._next": "frames", "_message": "frames"},
     "sandboxes/rlrf_sandboxes/values.py": {"_loads": "frames", "read_json": "frames"},
-    "trainers/rlrf_trainers/checkpoints.py": {"_STEP": OURS, "Checkpoints.load": FILES},
-    "trainers/rlrf_trainers/discover.py": {"_RunsFile._read": FILES},
-    "trainers/rlrf_trainers/models.py": {"_HUB_ID": OURS, "_fetch_part": OURS},
-    "trainers/rlrf_trainers/policies/chat.py": {
+    "trainers/rlrf_trainers/run/checkpoints.py": {"_STEP": OURS, "Checkpoints.load": FILES},
+    "trainers/rlrf_trainers/commands/discover.py": {"_RunsFile._read": FILES},
+    "trainers/rlrf_trainers/commands/models.py": {"_HUB_ID": OURS, "_fetch_part": OURS},
+    "trainers/rlrf_trainers/model/chat.py": {
         "ChatTokenizer._safe_message": "chat",
         "ChatTokenizer.extend": "chat",
         "ChatTokenizer.parse": "trusted: the tokenizer's own patterns, as its author wrote them",
         "ChatTokenizer._parsed": "trusted: the tokenizer's own patterns, as its author wrote them",
     },
-    "trainers/rlrf_trainers/policies/hf.py": {"HFPolicy.update_weights": OURS},
+    "trainers/rlrf_trainers/engines/hf.py": {"HFPolicy.update_weights": OURS},
     "rlrf/redact.py": dict.fromkeys(("_OPTION", "_GIVEN", "_ADDRESS", "safe_url"), OURS),
     "rlrf/transport.py": {
         "JsonClient._read": "trusted: unpacked to a bounded size",
@@ -188,11 +188,11 @@ SITES: dict[str, dict[str, str]] = {
         "_LONE": "server",
         "_said": "server",
     },
-    "trainers/rlrf_trainers/policies/openai.py": dict.fromkeys(
+    "trainers/rlrf_trainers/engines/openai.py": dict.fromkeys(
         ("_TOO_LONG", "_OF_ONE", "_of_all"), "server"
     ),
-    "trainers/rlrf_trainers/preflight.py": {"plain": OURS},
-    "trainers/rlrf_trainers/trackers.py": {"open_trackers": FILES, "_wandb_id": FILES},
+    "trainers/rlrf_trainers/core/preflight.py": {"plain": OURS},
+    "trainers/rlrf_trainers/run/trackers.py": {"open_trackers": FILES, "_wandb_id": FILES},
 }  # fmt: skip
 
 PARSERS = {
@@ -507,7 +507,7 @@ def _frames(text: str) -> None:
 
 def _server(text: str) -> None:
     transport = importlib.import_module("rlrf.transport")
-    openai = importlib.import_module("rlrf_trainers.policies.openai")
+    openai = importlib.import_module("rlrf_trainers.engines.openai")
     data = text.encode("utf-8", "surrogatepass")
     transport._LONE.sub(b"", data)
     said = transport._said(data[:65_536]).lower()  # no more is read of what is refused
@@ -540,7 +540,7 @@ def _turn(text: str) -> None:
 
 @functools.cache
 def _chat() -> Any:
-    chat = importlib.import_module("rlrf_trainers.policies.chat")
+    chat = importlib.import_module("rlrf_trainers.model.chat")
     return chat.ChatTokenizer(importlib.import_module("tests.tiny_model").tiny_tokenizer())
 
 

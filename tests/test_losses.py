@@ -22,21 +22,23 @@ from rlrf.errors import ConfigError, UsageError  # noqa: E402
 from rlrf_trainers.losses import (  # noqa: E402
     AGGREGATIONS,
     BatchCounts,
-    aggregate,
     aggregation_weights,
-    entropy,
     group_advantages,
     importance_weights,
     k3_kl,
-    masked_mean,
-    policy_gradient_loss,
     reward_statistics,
     rollout_importance_weights,
-    sampled_token_loss,
     selected_logps,
-    self_distillation_loss,
 )
 from tests import golden_loss  # noqa: E402
+from tests.reference_losses import (  # noqa: E402  # noqa: E402
+    aggregate,
+    entropy,
+    masked_mean,
+    policy_gradient_loss,
+    sampled_token_loss,
+    self_distillation_loss,
+)
 
 SMALL_GOLDEN = Path(__file__).parent / "data" / "golden_small.json"
 F64 = torch.float64

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 pytest.importorskip("transformers")
 
 from rlrf import RlrfError, UnknownIdError, UsageError
-from rlrf_trainers import models
+from rlrf_trainers.commands import models
 
 PARTS = [b"first part, ", b"second part, ", b"third part"]
 ENTRY = replace(

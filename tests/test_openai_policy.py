@@ -24,7 +24,7 @@ from rlrf.evaluate import EvalReport
 from rlrf.policy import Prompt, SamplingParams
 from rlrf.results import ResultsFile
 from rlrf.rollout import Rollout
-from rlrf_trainers.policies.openai import OpenAIPolicy
+from rlrf_trainers.engines.openai import OpenAIPolicy
 
 
 class Server:

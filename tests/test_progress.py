@@ -191,8 +191,8 @@ def test_durations(seconds: float, told: str) -> None:
 
 def test_a_run_says_first_what_it_does_and_how_long_it_takes(tmp_path, monkeypatch) -> None:
     pytest.importorskip("torch")
-    from rlrf_trainers import estimate
-    from rlrf_trainers.sdpo import SDPOTrainer
+    from rlrf_trainers.algorithms.sdpo import SDPOTrainer
+    from rlrf_trainers.core import estimate
     from tests.resume_driver import CountA
     from tests.tiny_model import save_tiny
 

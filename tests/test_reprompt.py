@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from rlrf import ConfigError, Feedback, Rollout, UsageError, assistant, system, user
 from rlrf.config import build_config
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.reprompt import (
+from rlrf_trainers.core.reprompt import (
     Hint,
     build_reprompt,
     choose_hints,
     prompt_messages,
 )
+from rlrf_trainers.engines.hf import HFPolicy
 from tests.tiny_model import tiny_model, tiny_tokenizer
 
 WHY = Feedback.of("wrong_answer", "Say the word alone.")

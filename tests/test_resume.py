@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rlrf import RlrfError, Task, UsageError  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
-from rlrf_trainers.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
+from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.commands.models import export_model  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
-from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.models import export_model  # noqa: E402
-from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
-from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.run.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
 from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
 
@@ -389,7 +389,7 @@ def test_choosing_the_best_needs_evaluations(key):
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save_step(1, State({"x": torch.ones(3)}, {"step": 1}), keep=2)
-    import rlrf_trainers.checkpoints as module
+    import rlrf_trainers.run.checkpoints as module
 
     monkeypatch.setattr(module, "save_file", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(RlrfError, match=r"step-00000002.*disk full"):

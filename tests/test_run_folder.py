@@ -17,8 +17,8 @@ from rlrf import UsageError, cli  # noqa: E402
 from rlrf._files import Unwritable  # noqa: E402
 from rlrf.report import write_report  # noqa: E402
 from rlrf.runs import InUse, Run, is_run, own  # noqa: E402
-from rlrf_trainers.checkpoints import Checkpoints, State, newest  # noqa: E402
-from rlrf_trainers.models import export_model  # noqa: E402
+from rlrf_trainers.commands.models import export_model  # noqa: E402
+from rlrf_trainers.run.checkpoints import Checkpoints, State, newest  # noqa: E402
 from tests.test_resume import everything, lines, trainer  # noqa: E402
 
 # --- one owner ----------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def test_a_run_is_held_before_its_model_is_loaded(tmp_path, monkeypatch):
         stdout=subprocess.PIPE,
     ) as other:
         other.stdout.readline()
-        import rlrf_trainers.learner as module
+        import rlrf_trainers.core.learner as module
 
         monkeypatch.setattr(module, "trainable", lambda *_: pytest.fail("the model was touched"))
         for resume in (True, False):
@@ -176,7 +176,7 @@ def test_what_a_run_was_told_before_does_not_hold_for_one_begun_from_python(tmp_
 def test_a_first_checkpoint_that_fails_is_gone_on_from(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     trainer(tmp_path / "whole", max_steps=4).train()
-    import rlrf_trainers.checkpoints as module
+    import rlrf_trainers.run.checkpoints as module
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -259,7 +259,7 @@ def test_an_older_checkpoint_is_used_where_the_newest_cannot_be(harm, tmp_path):
 def test_a_checkpoint_that_may_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     trainer(run_dir, max_steps=4).train()
-    import rlrf_trainers.checkpoints as module
+    import rlrf_trainers.run.checkpoints as module
 
     def refuse(path):
         raise PermissionError(13, "Permission denied", str(path))

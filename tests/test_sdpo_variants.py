@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
 from rlrf import Feedback, Outcome, Task, UsageError  # noqa: E402
-from rlrf_trainers.batch import Batch  # noqa: E402
+from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
-from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
-from rlrf_trainers.reprompt import Hint, Reprompt, choose_hints, other_hint  # noqa: E402
-from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.core.batch import Batch  # noqa: E402
+from rlrf_trainers.core.reprompt import Hint, Reprompt, choose_hints, other_hint  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from tests.by_hand import (  # noqa: E402
     apart,
     assert_clipping_is_told,
@@ -346,7 +346,7 @@ def test_a_trust_region_teaches_a_mixture_of_logits(rollouts, rate):
 
 
 def test_what_the_control_says_too_is_not_taught(rollouts, monkeypatch):
-    import rlrf_trainers.sdpo as module
+    import rlrf_trainers.algorithms.sdpo as module
 
     assert sdpo_gradient(rollouts, baseline="control").abs().max() > 1e-6
     monkeypatch.setattr(module, "other_hint", lambda rollout, hint, *_: hint)
@@ -496,7 +496,7 @@ def test_without_room_for_a_hint_nothing_is_distilled():
 
 
 def test_a_long_teachers_prompts_are_read_in_parts(monkeypatch):
-    import rlrf_trainers.learner as module
+    import rlrf_trainers.core.learner as module
 
     found, sizes = [], []
     for budget in (100, 10_000):

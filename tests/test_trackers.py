@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("torch")
 
 from rlrf.errors import ConfigError, MissingDependencyError
-from rlrf_trainers.trackers import TRACKERS, open_trackers
+from rlrf_trainers.run.trackers import TRACKERS, open_trackers
 
 WAIT_S = 30  # a bound for what happens at once; nothing is measured by it
 
@@ -547,7 +547,7 @@ def test_tensorboard_lines_are_on_disk_before_the_run_ends(warned, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from rlrf_trainers.trackers import open_trackers
+from rlrf_trainers.run.trackers import open_trackers
 warned = []
 for steps, resume in (((0, 1, 2), None), ((2, 3), 2)):
     trackers = open_trackers(

@@ -13,14 +13,14 @@ torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
 from rlrf import Feedback, InfraError, Outcome, RlrfError, Task, UsageError  # noqa: E402
-from rlrf_trainers.batch import Batch, Sample  # noqa: E402
+from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
+from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
-from rlrf_trainers.grpo import GRPOTrainer  # noqa: E402
-from rlrf_trainers.optimizer import MasterAdamW, trainable  # noqa: E402
-from rlrf_trainers.policies.hf import HFPolicy  # noqa: E402
-from rlrf_trainers.sdpo import SDPOTrainer  # noqa: E402
-from rlrf_trainers.teacher import Teacher  # noqa: E402
-from rlrf_trainers.vocabulary import Head  # noqa: E402
+from rlrf_trainers.core.batch import Batch, Sample  # noqa: E402
+from rlrf_trainers.core.optimizer import MasterAdamW, trainable  # noqa: E402
+from rlrf_trainers.core.teacher import Teacher  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.model.head import Head  # noqa: E402
 from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402
 
 
@@ -461,7 +461,7 @@ def test_a_run_in_which_nothing_could_be_scored_goes_to_its_end_and_fails(tmp_pa
 def test_a_nan_loss_stops_before_it_reaches_a_weight(tmp_path, monkeypatch):
     trainer = sdpo(run_dir=tmp_path / "run")
     before = weights(trainer)
-    import rlrf_trainers.sdpo as module
+    import rlrf_trainers.algorithms.sdpo as module
 
     monkeypatch.setattr(
         module, "importance_weights", lambda logps, *_, **__: logps.detach() * float("nan")

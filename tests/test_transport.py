@@ -21,7 +21,7 @@ from rlrf.policy import Prompt, SamplingParams
 from rlrf.redact import safe_argv, safe_url
 from rlrf.runs import environment_lock
 from rlrf.transport import JsonClient, RefusedError, _seconds
-from rlrf_trainers.policies.openai import OpenAIPolicy
+from rlrf_trainers.engines.openai import OpenAIPolicy
 from tests.environments_for_tests import Echo, Guess
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"

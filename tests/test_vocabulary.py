@@ -11,23 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
 from transformers import CohereConfig, Gemma2Config, GraniteConfig  # noqa: E402
 
-from rlrf_trainers.forward import Layout, completion_hidden, completion_logits  # noqa: E402
 from rlrf_trainers.losses import (  # noqa: E402
     Divergence,
     aggregation_weights,
     clipped_surrogate,
-    entropy,
     importance_weights,
     rollout_importance_weights,
     selected_logps,
-    self_distillation_loss,
 )
-from rlrf_trainers.vocabulary import (  # noqa: E402
-    Head,
-    vocabulary_logps,
-    vocabulary_loss,
-)
+from rlrf_trainers.losses.vocabulary import vocabulary_logps, vocabulary_loss  # noqa: E402
+from rlrf_trainers.model.head import Head  # noqa: E402
+from rlrf_trainers.model.prefix import Layout, completion_hidden, completion_logits  # noqa: E402
 from tests import golden_loss  # noqa: E402
+from tests.reference_losses import entropy, self_distillation_loss  # noqa: E402
 from tests.test_losses import SMALL_GOLDEN  # noqa: E402
 from tests.tiny_model import tiny_model  # noqa: E402
 

@@ -4,9 +4,9 @@ import torch
 from pydantic import BaseModel
 
 import rlrf
-from rlrf_trainers.forward import Layout, completion_logits
+from rlrf_trainers.engines.hf import HFPolicy
 from rlrf_trainers.losses import group_advantages, selected_logps
-from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.model.prefix import Layout, completion_logits
 
 
 class ReinforceConfig(BaseModel, extra="forbid"):

@@ -27,10 +27,19 @@ from torch import Tensor
 from rlrf import Env, Feedback, Rollout, TrainResult
 from rlrf.errors import UsageError
 from rlrf.feedback import Level
-from rlrf_trainers.batch import Batch, Sample
-from rlrf_trainers.checkpoints import State, prefixed
+from rlrf_trainers.algorithms.probe import measure_gap
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.learner import Learner
+from rlrf_trainers.core.batch import Batch, Sample
+from rlrf_trainers.core.learner import Learner
+from rlrf_trainers.core.reprompt import (
+    Hint,
+    Reprompt,
+    Reprompter,
+    choose_hints,
+    other_hint,
+    succeeded,
+)
+from rlrf_trainers.core.teacher import Teacher
 from rlrf_trainers.losses import (
     BatchCounts,
     Divergence,
@@ -38,10 +47,8 @@ from rlrf_trainers.losses import (
     group_advantages,
     importance_weights,
 )
-from rlrf_trainers.probe import measure_gap
-from rlrf_trainers.reprompt import Hint, Reprompt, Reprompter, choose_hints, other_hint, succeeded
-from rlrf_trainers.teacher import Teacher
-from rlrf_trainers.vocabulary import Logits, Objective, TeacherLogits, Tokens
+from rlrf_trainers.losses.vocabulary import Logits, Objective, TeacherLogits, Tokens
+from rlrf_trainers.run.checkpoints import State, prefixed
 
 
 @dataclass

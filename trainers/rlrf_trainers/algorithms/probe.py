@@ -15,11 +15,11 @@ from statistics import mean
 
 import rlrf
 from rlrf import Completion, Prompt, SamplingParams
-from rlrf_trainers import distributed
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.learner import Learner, seed_of
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.reprompt import Reprompt, Reprompter, choose_hints
+from rlrf_trainers.core.learner import Learner, seed_of
+from rlrf_trainers.core.reprompt import Reprompt, Reprompter, choose_hints
+from rlrf_trainers.engines.hf import HFPolicy
+from rlrf_trainers.model import distributed
 
 
 class _Shown:

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from rlrf import Env, Rollout, notices, progress
 from rlrf.runs import Run
-from rlrf_trainers.batch import Batch
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.distributed import World
-from rlrf_trainers.health import Monitor
+from rlrf_trainers.core.batch import Batch
 from rlrf_trainers.losses import reward_statistics
-from rlrf_trainers.trackers import Trackers, open_trackers
+from rlrf_trainers.model.distributed import World
+from rlrf_trainers.run.health import Monitor
+from rlrf_trainers.run.trackers import Trackers, open_trackers
 
 
 class Record:

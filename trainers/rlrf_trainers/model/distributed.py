@@ -34,7 +34,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from rlrf.errors import UsageError
-from rlrf_trainers.backbone import base_model
+from rlrf_trainers.model.backbone import base_model
 
 BUCKET = 2**25
 """Numbers that travel in one message of :func:`sum_gradients`."""

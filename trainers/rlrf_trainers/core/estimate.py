@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 from rlrf import Prompt, SamplingParams, Task
 from rlrf.progress import duration
 from rlrf_trainers.config import SDPOConfig, TrainerConfig
-from rlrf_trainers.policies import sampler
+from rlrf_trainers.model import sampler
 
 if TYPE_CHECKING:
-    from rlrf_trainers.learner import Learner
+    from rlrf_trainers.core.learner import Learner
 
 FILLED = 0.75
 """How much of its longest length a reply is taken to have."""

@@ -36,7 +36,7 @@ from rlrf.console import Display
 from rlrf.errors import MissingDependencyError, RlrfError, UnknownIdError, UsageError
 from rlrf.fetch import cache_dir, hub_answers
 from rlrf.runs import is_run
-from rlrf_trainers.export import export_model, new_folder
+from rlrf_trainers.commands.export import export_model, new_folder
 
 DEFAULT_MODEL = "qwen2.5-coder-0.5b-instruct"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -425,7 +425,7 @@ def convert_gguf(entry: CatalogueEntry, gguf: Path, out: Path) -> None:
             GgufConfig,
         )
 
-        from rlrf_trainers.policies.hf import quiet_transformers
+        from rlrf_trainers.engines.hf import quiet_transformers
     except ModuleNotFoundError as error:
         missing = error.name or "torch"
         raise MissingDependencyError("converting a model", missing, "train") from error

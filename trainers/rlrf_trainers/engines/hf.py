@@ -27,10 +27,10 @@ from rlrf.errors import (
 )
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
-from rlrf_trainers.backbone import base_model
 from rlrf_trainers.config import MOST_ROLLOUTS, MOST_TOKENS
-from rlrf_trainers.policies import sampler
-from rlrf_trainers.policies.chat import ChatTokenizer
+from rlrf_trainers.model import sampler
+from rlrf_trainers.model.backbone import base_model
+from rlrf_trainers.model.chat import ChatTokenizer
 
 
 class HFPolicy:
@@ -168,7 +168,7 @@ class HFPolicy:
             self.chat.check_tools(tools)
 
     def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-        """One completion per prompt, in order; see :func:`rlrf_trainers.policies.sampler.sample`.
+        """One completion per prompt, in order; see :func:`rlrf_trainers.model.sampler.sample`.
 
         A completion ends at any of :attr:`end_ids`, at a stop text (which, as on the OpenAI wire,
         is not part of ``text`` though its tokens are in ``token_ids``), after ``max_tokens`` or
@@ -335,7 +335,7 @@ def quiet_transformers() -> Iterator[None]:
 
 def _folder(model: str | Path) -> Path:
     """The folder of a model given by folder or name."""
-    from rlrf_trainers.models import resolve_model
+    from rlrf_trainers.commands.models import resolve_model
 
     return resolve_model(str(model))
 

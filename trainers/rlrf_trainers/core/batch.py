@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlrf import Rollout
-from rlrf_trainers.forward import Layout
 from rlrf_trainers.losses import Aggregation, BatchCounts, aggregation_weights
+from rlrf_trainers.model.prefix import Layout
 
 
 @dataclass

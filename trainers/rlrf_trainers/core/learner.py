@@ -28,33 +28,34 @@ from rlrf._files import Unwritable, put_folder, reason, settle_folder
 from rlrf.errors import RlrfError, UsageError, describe
 from rlrf.notices import notice
 from rlrf.runs import Run, environment_lock, is_run, own, unwritten
-from rlrf_trainers import distributed, preflight
-from rlrf_trainers.backbone import base_model
-from rlrf_trainers.batch import Batch, S, Sample
-from rlrf_trainers.checkpoints import BEST, Checkpoints, Damaged, State, prefixed
+from rlrf_trainers.commands.models import IN_MEMORY
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.distributed import World
-from rlrf_trainers.estimate import estimate, plan
-from rlrf_trainers.forward import Layout, can_share, completion_hidden, micro_batches
+from rlrf_trainers.core import preflight
+from rlrf_trainers.core.batch import Batch, S, Sample
+from rlrf_trainers.core.estimate import estimate, plan
+from rlrf_trainers.core.optimizer import MasterAdamW, trainable
+from rlrf_trainers.engines.hf import HFPolicy, quiet_transformers
 from rlrf_trainers.losses import (
     BatchCounts,
     Divergence,
     reward_deviation,
     rollout_importance_weights,
 )
-from rlrf_trainers.models import IN_MEMORY
-from rlrf_trainers.optimizer import MasterAdamW, trainable
-from rlrf_trainers.policies.hf import HFPolicy, quiet_transformers
-from rlrf_trainers.record import Clock, Record
-from rlrf_trainers.trackers import check_trackers
-from rlrf_trainers.vocabulary import (
-    Head,
+from rlrf_trainers.losses.vocabulary import (
     Logits,
     Objective,
     TeacherLogits,
     vocabulary_logps,
     vocabulary_loss,
 )
+from rlrf_trainers.model import distributed
+from rlrf_trainers.model.backbone import base_model
+from rlrf_trainers.model.distributed import World
+from rlrf_trainers.model.head import Head
+from rlrf_trainers.model.prefix import Layout, can_share, completion_hidden, micro_batches
+from rlrf_trainers.run.checkpoints import BEST, Checkpoints, Damaged, State, prefixed
+from rlrf_trainers.run.record import Clock, Record
+from rlrf_trainers.run.trackers import check_trackers
 
 
 class Stateful(Protocol):

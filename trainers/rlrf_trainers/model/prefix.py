@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrf_trainers import backbone
-from rlrf_trainers.backbone import Arguments, base_model
-from rlrf_trainers.distributed import decoder_forward, is_sharded
+from rlrf_trainers.model import backbone
+from rlrf_trainers.model.backbone import Arguments, base_model
+from rlrf_trainers.model.distributed import decoder_forward, is_sharded
 
 Ids = Sequence[int]
 
@@ -95,7 +95,7 @@ def completion_hidden(
         prompts: ``[B]`` token ids, non-empty each.
         layout: of the ``[B]`` completions.
         logits: give the model's own logits instead, ``[N, V]``: for models whose head
-            :class:`rlrf_trainers.vocabulary.Head` does not know.
+            :class:`rlrf_trainers.losses.vocabulary.Head` does not know.
 
     Returns:
         ``[N, H]`` in the order of ``layout``, in the model's dtype.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlrf import Task
 from rlrf.errors import RlrfError, UsageError
-from rlrf_trainers.distributed import World
+from rlrf_trainers.model.distributed import World
 
 PROMPTS = 32
 """Prompts that are rendered at the start, to see whether they can be."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rlrf.errors import MissingDependencyError, UsageError
 from rlrf.notices import notice
-from rlrf_trainers import backbone, distributed
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.policies.hf import quiet_transformers
+from rlrf_trainers.engines.hf import quiet_transformers
+from rlrf_trainers.model import backbone, distributed
 
 
 def trainable(model: Any, config: TrainerConfig) -> Any:

@@ -9,7 +9,7 @@ sampled several times and the log-probabilities matter as much as the tokens:
 - the log-probability returned is that of the distribution the token was drawn from.
 
 :func:`score` is its counterpart: log-probabilities of given completions. There is no text here;
-see :mod:`rlrf_trainers.policies.chat` for that.
+see :mod:`rlrf_trainers.model.chat` for that.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.nn.functional import pad
 from rlrf import progress
 from rlrf.errors import RlrfError
 from rlrf.policy import FinishReason, SamplingParams, TokenScores
-from rlrf_trainers import backbone
-from rlrf_trainers.backbone import Arguments, base_model
+from rlrf_trainers.model import backbone
+from rlrf_trainers.model.backbone import Arguments, base_model
 
 PREFILL_TOKENS = 32_768
 """Prompt tokens, padding included, in one forward pass of a prefill."""

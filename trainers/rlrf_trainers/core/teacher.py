@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlrf_trainers.backbone import base_model
-from rlrf_trainers.distributed import full_state, gathered, load_full, swapped
-from rlrf_trainers.vocabulary import Head, Logits
+from rlrf_trainers.losses.vocabulary import Logits
+from rlrf_trainers.model.backbone import base_model
+from rlrf_trainers.model.distributed import full_state, gathered, load_full, swapped
+from rlrf_trainers.model.head import Head
 
 Kind = Literal["ema", "trust_region", "frozen", "live"]
 

@@ -22,8 +22,8 @@ from rlrf.errors import PromptError, RlrfError, UsageError
 from rlrf.feedback import defuse
 from rlrf.messages import Message, Messages, action_message
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.forward import Layout
-from rlrf_trainers.policies.hf import HFPolicy
+from rlrf_trainers.engines.hf import HFPolicy
+from rlrf_trainers.model.prefix import Layout
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from rlrf import Env, Rollout, TrainResult
-from rlrf_trainers.batch import Batch, Sample
-from rlrf_trainers.checkpoints import State, prefixed
 from rlrf_trainers.config import GRPOConfig
-from rlrf_trainers.learner import Learner
+from rlrf_trainers.core.batch import Batch, Sample
+from rlrf_trainers.core.learner import Learner
+from rlrf_trainers.core.teacher import Kind, Teacher
 from rlrf_trainers.losses import (
     BatchCounts,
     clipped_surrogate,
     group_advantages,
     k3_kl,
 )
-from rlrf_trainers.teacher import Kind, Teacher
-from rlrf_trainers.vocabulary import Objective, Tokens
+from rlrf_trainers.losses.vocabulary import Objective, Tokens
+from rlrf_trainers.run.checkpoints import State, prefixed
 
 
 @dataclass

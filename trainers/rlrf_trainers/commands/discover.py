@@ -43,11 +43,11 @@ from rlrf.errors import ConfigError, UnknownIdError, UsageError, check_whole
 from rlrf.progress import phase
 from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
+from rlrf_trainers.algorithms.sdpo import SDPOTrainer
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.policies.hf import HFPolicy
-from rlrf_trainers.preflight import check_questions
-from rlrf_trainers.reprompt import Hint, build_reprompt, choose_hints
-from rlrf_trainers.sdpo import SDPOTrainer
+from rlrf_trainers.core.preflight import check_questions
+from rlrf_trainers.core.reprompt import Hint, build_reprompt, choose_hints
+from rlrf_trainers.engines.hf import HFPolicy
 
 METHODS = ("sdpo", "best_of_k", "multi_turn")
 BATCH = 16

@@ -1,0 +1,1 @@
+"""The trainers: each file is its paper's algorithm box."""

@@ -1,0 +1,1 @@
+"""What `rlrf discover` and `rlrf model` do."""

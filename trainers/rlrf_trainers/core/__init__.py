@@ -1,0 +1,1 @@
+"""What algorithms share: the learner, the teacher, batches, the optimizer."""

@@ -1,0 +1,1 @@
+"""What samples completions and scores them (see :mod:`rlrf.policy`)."""

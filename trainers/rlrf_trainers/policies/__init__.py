@@ -1,1 +1,0 @@
-"""Policies: what samples completions and scores them (see :mod:`rlrf.policy`)."""

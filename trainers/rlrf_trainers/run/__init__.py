@@ -1,0 +1,1 @@
+"""What a run leaves: its record, its warnings, its checkpoints, its trackers."""
