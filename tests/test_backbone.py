@@ -25,11 +25,10 @@ from rlrf import SamplingParams, UsageError, notices, user  # noqa: E402
 from rlrf.notices import SlowPathWarning, notice  # noqa: E402
 from rlrf.policy import Prompt  # noqa: E402
 from rlrf.report import write_report  # noqa: E402
-from rlrf_trainers import backbone  # noqa: E402
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
 from rlrf_trainers.core.optimizer import MasterAdamW, trainable  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy, quiet_transformers  # noqa: E402
-from rlrf_trainers.model import sampler  # noqa: E402
+from rlrf_trainers.model import backbone, sampler  # noqa: E402
 from rlrf_trainers.model.head import Head  # noqa: E402
 from rlrf_trainers.model.prefix import Layout, can_share, completion_logits  # noqa: E402
 from tests.model_zoo import OTHER, PLAIN, RECURRENT, SLIDING  # noqa: E402

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rlrf import Feedback, InfraError, Outcome, Task, UsageError, assistant, system, user  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
-from rlrf_trainers import preflight  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.commands.models import export_model  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
+from rlrf_trainers.core import preflight  # noqa: E402
 from rlrf_trainers.core.optimizer import MasterAdamW  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.model.distributed import World  # noqa: E402

@@ -20,8 +20,8 @@ from rlrf import Feedback, InfraError, Outcome, Task, UsageError, cli, user  # n
 from rlrf.evaluate import pass_at_k  # noqa: E402
 from rlrf.notices import notice  # noqa: E402
 from rlrf.policy import Completion  # noqa: E402
-from rlrf_trainers import discover as module  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
+from rlrf_trainers.commands import discover as module  # noqa: E402
 from rlrf_trainers.commands.discover import (  # noqa: E402
     METHODS,
     DiscoveryReport,

@@ -15,8 +15,8 @@ pytest.importorskip("peft")
 import torch.distributed as dist  # noqa: E402
 
 from rlrf import Prompt, SamplingParams, UsageError, user  # noqa: E402
-from rlrf_trainers import distributed as d  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.model import distributed as d  # noqa: E402
 from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
 
 pytestmark = [

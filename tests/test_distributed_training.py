@@ -15,10 +15,10 @@ pytest.importorskip("peft")
 
 from rlrf import RlrfError, Rollout, SamplingParams, UsageError, rollout  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
-from rlrf_trainers import distributed  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
+from rlrf_trainers.model import distributed  # noqa: E402
 from rlrf_trainers.run.checkpoints import Checkpoints, newest  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
 from tests.test_distributed import ALONE, both  # noqa: E402

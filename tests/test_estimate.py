@@ -12,12 +12,13 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from rlrf import Feedback, Outcome, SingleTurnEnv, Task, progress  # noqa: E402
-from rlrf_trainers import estimate, record  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
+from rlrf_trainers.core import estimate  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.model.backbone import base_model  # noqa: E402
+from rlrf_trainers.run import record  # noqa: E402
 from tests.tiny_model import tiny_model, tiny_tokenizer  # noqa: E402
 
 FEEDBACK = 24
