@@ -40,13 +40,14 @@ class Wrong(SingleTurnEnv):
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A clock that only a model moves: a second a token, two more for its backward pass."""
-    clock = SimpleNamespace(now=0.0)
+    """A clock that only a model moves: a second a token, and what its backward pass takes."""
+    clock = SimpleNamespace(now=0.0, backward=2)
     clock.perf_counter = lambda: clock.now
     for module in (estimate, record):
         monkeypatch.setattr(module, "time", clock)
     monkeypatch.setattr(estimate, "_head_share", lambda learner: 0.0)
     monkeypatch.setattr(estimate, "FILLED", 1.0)
+    monkeypatch.setattr(estimate, "DIFFER", 1.0)
     monkeypatch.setattr(estimate, "FEEDBACK_TOKENS", FEEDBACK)
     monkeypatch.setattr(estimate, "_QUICK_S", math.inf)
     monkeypatch.setattr(estimate, "_LONGEST_S", math.inf)
@@ -59,7 +60,7 @@ def timed(clock: SimpleNamespace) -> HFPolicy:
 
     def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        clock.now += ids.numel() * (3 if torch.is_grad_enabled() else 1)
+        clock.now += ids.numel() * (1 + clock.backward * torch.is_grad_enabled())
 
     base_model(policy.model).get_decoder().register_forward_pre_hook(count, with_kwargs=True)
     return policy
@@ -90,7 +91,7 @@ SDPO = {
         (SDPOTrainer, {"probe_tasks": 0, "eval_steps": 0, "eval_on_start": False}),
         (SDPOTrainer, {"mini_batch_prompts": 2, "teacher_regularization": "frozen"}),
         (SDPOTrainer, {"num_iterations": 2, "baseline": "control"}),
-        (SDPOTrainer, {"teacher_regularization": "trust_region"}),
+        (SDPOTrainer, {"teacher_regularization": "trust_region", "lora_r": 2}),
         (GRPOTrainer, {}),
         (GRPOTrainer, {"beta": 0.1, "num_iterations": 2}),
     ],
@@ -102,6 +103,7 @@ def test_every_pass_of_a_run_is_counted(cls, config, clock, monkeypatch, tmp_pat
         estimate, "forecast", lambda *given: found.append(whole(*given)) or found[-1]
     )
     more = SDPO if cls is SDPOTrainer else {}
+    clock.backward = 1 if "lora_r" in config else 2  # nothing for weights that are frozen
     made = cls(timed(clock), Wrong(), cls.config_class(**(CONFIG | more | config)))
     with progress.listening(lambda text: None):
         history = made.train().history
