@@ -265,7 +265,7 @@ def test_an_interrupt_that_is_raised_where_it_goes_nowhere_is_raised_again(tmp_p
     process = _started(code.replace("GRACE_S = 0.05", "GRACE_S = 1000"), tmp_path, "sampling")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "again: rlrf eval --env stuck-v0" in error
+    assert error.endswith(": rlrf eval --env stuck-v0 --policy stuck --out r.json\n")
     assert "Exception ignored" not in error
 
 
