@@ -130,18 +130,27 @@ class Interrupts:
         sys.unraisablehook = self._unraisable
         os.close(self._writer)  # ends the watcher
 
-    def _raise(self, number: int, _: FrameType | None) -> None:
+    def _raise(self, number: int, frame: FrameType | None) -> None:
         if self._closed or self._raised:
             return  # a second one is for the watcher
-        self.signal, self._raised = number, True
+        self.signal = number
+        while frame is not None:
+            if frame.f_code is Interrupts._ignored.__code__:  # where it would go nowhere, too
+                self._ask_again()
+                return
+            frame = frame.f_back
+        self._raised = True
         raise KeyboardInterrupt
 
     def _ignored(self, unraisable: Any) -> None:
         if self.signal is None or unraisable.exc_type is not KeyboardInterrupt:
             self._unraisable(unraisable)
         elif not self._closed:  # raised in a finalizer, where it goes nowhere
-            with contextlib.suppress(OSError):
-                os.write(self._writer, _AGAIN)
+            self._ask_again()
+
+    def _ask_again(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._writer, _AGAIN)
 
     def _watch(self) -> None:
         deadline: float | None = None
