@@ -619,8 +619,22 @@ def test_a_model_that_cannot_call_tools_is_refused_at_the_start():
     other.chat_template = CHATML.replace("tool_call>'", "other_call>'")
     with pytest.raises(UsageError, match=r"cannot be read.*set tokenizer\.response_template"):
         rlrf.rollout(Guess(), HFPolicy(MODEL, other))
-    other.response_template = RESPONSE_TEMPLATE
-    HFPolicy(MODEL, other).check_tools(TOOLS)
+    other.response_template = RESPONSE_TEMPLATE  # which reads what this template does not write
+    with pytest.raises(UsageError, match="response_template does not read"):
+        HFPolicy(MODEL, other).check_tools(TOOLS)
+    marks = {"open": "<other_call>", "close": "</other_call>"}
+    fields = RESPONSE_TEMPLATE["fields"]
+    fields = {**fields, "tool_calls": {**fields["tool_calls"], **marks}}
+    other.response_template = {**RESPONSE_TEMPLATE, "fields": fields}
+    chat = HFPolicy(MODEL, other).chat
+    chat.check_tools(TOOLS)
+    assert len(reading(chat, CALL.replace("tool_call", "other_call"), TOOLS)["tool_calls"]) == 1
+    HFPolicy(MODEL, tiny_tokenizer(), tool_format="react").check_tools(TOOLS)
+    with pytest.raises(UsageError, match="tool 0 is .*'f'"):
+        HFPolicy(MODEL, tiny_tokenizer()).check_tools(("f",))
+    bad = {"function": {"name": "f", "parameters": {"type": "strin"}}}
+    with pytest.raises(UsageError, match="the tool 'f'.*at /type"):
+        HFPolicy(MODEL, tiny_tokenizer()).check_tools((bad,))
 
 
 def test_control_tokens_in_keys_and_names_are_broken():
