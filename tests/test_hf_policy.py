@@ -630,10 +630,10 @@ def test_a_model_that_cannot_call_tools_is_refused_at_the_start():
     chat.check_tools(TOOLS)
     assert len(reading(chat, CALL.replace("tool_call", "other_call"), TOOLS)["tool_calls"]) == 1
     HFPolicy(MODEL, tiny_tokenizer(), tool_format="react").check_tools(TOOLS)
-    with pytest.raises(UsageError, match="tool 0 is .*'f'"):
+    with pytest.raises(UsageError, match=r"tool 0 is .*'f'"):
         HFPolicy(MODEL, tiny_tokenizer()).check_tools(("f",))
     bad = {"function": {"name": "f", "parameters": {"type": "strin"}}}
-    with pytest.raises(UsageError, match="the tool 'f'.*at /type"):
+    with pytest.raises(UsageError, match=r"the tool 'f'.*at /type"):
         HFPolicy(MODEL, tiny_tokenizer()).check_tools((bad,))
 
 

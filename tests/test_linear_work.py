@@ -82,12 +82,26 @@ SITES: dict[str, dict[str, str]] = {
     },
     "rlrf/runs.py": {"Run._read": FILES, "Run._lines": FILES},
     "rlrf/sandbox/checkers.py": {"_decimal": "checkers of output"},
-    "rlrf/tools/families.py": dict.fromkeys("Format _BRACKET _BRACKET_OF_LINE _PYTHON_BRACKET _CLOSES _FUNCTION _FUNCTION_END " "_FUNCTION_CLOSE _PARAMETER _VALUE_MARK _AFTER_VALUE _BLOCK_MARK _TOOL_CALL_MARK " "_CALL_HEAD _LINE_HEAD _NAME _KEYWORD _LINE_LIST _MISTRAL_HEAD _ACTION _INPUT " "_REACT_LINE _MORE _XML_OPENS _LLAMA_OPENS _PYTHONIC_OPENS _MISTRAL_OPENS _JSON_OPENS".split(), "parse calls"),
+    "rlrf/tools/families.py": dict.fromkeys(
+        (
+            "Format _BRACKET _BRACKET_OF_LINE _PYTHON_BRACKET _CLOSES _FUNCTION _FUNCTION_END "
+            "_FUNCTION_CLOSE _PARAMETER _VALUE_MARK _AFTER_VALUE _BLOCK_MARK _TOOL_CALL_MARK "
+            "_CALL_HEAD _LINE_HEAD _NAME _KEYWORD _LINE_LIST _MISTRAL_HEAD _ACTION _INPUT "
+            "_REACT_LINE _MORE _XML_OPENS _LLAMA_OPENS _PYTHONIC_OPENS _MISTRAL_OPENS _JSON_OPENS"
+        ).split(),
+        "parse calls",
+    ),
     "rlrf/tools/formats.py": {"_form": OURS},
     "rlrf/tools/quoted.py": dict.fromkeys(("_FENCE", "_TICKS"), "parse calls"),
     "rlrf/tools/schema.py": {"_compiled": OURS},
     "rlrf/tools/told.py": {"near": "validate"},
-    "rlrf/tools/values.py": dict.fromkeys("_SPACE _INTEGER _NUMBER _PYTHON_INTEGER _PYTHON_NUMBER _NUMERIC _WORD _STRING " "_CUT_ESCAPE _PYTHON_STRINGS _ESCAPE _SURROGATE JSON.string".split(), "parse calls"),
+    "rlrf/tools/values.py": dict.fromkeys(
+        (
+            "_SPACE _INTEGER _NUMBER _PYTHON_INTEGER _PYTHON_NUMBER _NUMERIC _WORD _STRING "
+            "_CUT_ESCAPE _PYTHON_STRINGS _ESCAPE _SURROGATE JSON.string"
+        ).split(),
+        "parse calls",
+    ),
     "environments/rlrf_environments/code/answers.py": {
         "_INTEGER": "checkers of output",
         "_TOLERANCE": DATA,

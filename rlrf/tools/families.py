@@ -5,8 +5,8 @@ there, or the place to go on from if nothing there looks like a call.
 
 Where a call cannot be read, the hard question is where it ends: too late, and the next call is lost
 in it; too early, and a call that it quotes in an argument is executed. So what was read before the
-fault belongs to it, and what follows up to where its brackets, quotes or parameters close; only
-where they never do is the next mark of a call taken for one.
+fault belongs to it, and what follows up to where its brackets or parameters close. Where they never
+do, the next mark of a call is taken for one only if nothing that is open could quote it.
 """
 
 from __future__ import annotations
@@ -75,10 +75,18 @@ class Source:
         """The end of ``text[start:end]`` without whitespace behind it."""
         return start + len(self.text[start:end].rstrip())
 
-    def before(self, mark: str, start: int, at: int) -> int:
-        """The end of what begins at ``start`` and reaches to the mark after ``at``, or the end."""
-        found = self.text.find(mark, at, self.stop)
-        return self.stripped(start, self.stop if found < 0 else found)
+    def until(self, following: re.Pattern[str], start: int, value: int, fault: ValueFault) -> int:
+        """The end of what begins at ``start`` and whose value has a fault: before what follows it.
+
+        In brackets that do not close something follows only where it is the fault itself; what
+        comes later may be quoted there, and so it may in a string.
+        """
+        found = None
+        if self.text.startswith(("[", "{", "("), value, self.stop):
+            found = None if fault.in_string else following.match(self.text, fault.at, self.stop)
+        else:
+            found = following.search(self.text, fault.at, self.stop)
+        return self.stripped(start, found.start() if found else self.stop)
 
     def closes(self, brackets: re.Pattern[str], start: int, fault: int) -> int | None:
         """Where the brackets that open at a place close, behind a fault in them; None: nowhere."""
@@ -165,6 +173,7 @@ def _of_items(source: Source, items: _Items, place: tuple[int, int], keys: Seque
     return unit
 
 
+_S = r"[ \t\n\r]*"  # JSON's space
 # Brackets and strings. A string that nothing closes is one up to the end of its line, or of the
 # text: so no character is looked at twice.
 _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
@@ -178,18 +187,22 @@ _PYTHON_BRACKET = re.compile(
 # --- <tool_call> ------------------------------------------------------------------------------
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_CLOSES = re.compile(rf"\s*{_CLOSE}")
+_CLOSES = re.compile(rf"{_S}{_CLOSE}")
+_TOOL_CALL_MARK = re.compile("</?tool_call>")
 
 
-def _unread(source: Source, start: int, at: int, status: InvalidStatus, why: str) -> Unit:
-    """A block that could be read up to ``at``: it ends with its mark, else before the next one."""
-    following = source.text.find(_OPEN, at, source.stop)
-    limit = source.stop if following < 0 else following
-    close = source.text.find(_CLOSE, at, limit)
-    if close < 0:
-        end = source.stripped(start, limit)
-        return source.invalid("unclosed", f"{_CLOSE} is missing", start, end)
-    return source.invalid(status, why, start, close + len(_CLOSE))
+def _unread(
+    source: Source, start: int, at: int, status: InvalidStatus, why: str, quoted: bool
+) -> Unit:
+    """A block that could be read up to ``at``: it ends with its mark, else before the next one.
+
+    ``quoted``: ``at`` is in a string or a parameter, where the next one may stand, too.
+    """
+    mark = _TOOL_CALL_MARK.search(source.text, at, source.stop)
+    if mark is not None and mark[0] == _CLOSE:
+        return source.invalid(status, why, start, mark.end())
+    end = source.stripped(start, mark.start() if mark and not quoted else source.stop)
+    return source.invalid("unclosed", f"{_CLOSE} is missing", start, end)
 
 
 def _stray_close(source: Source, found: re.Match[str]) -> Unit:
@@ -211,20 +224,19 @@ def _hermes(source: Source, found: re.Match[str]) -> Unit | int:
         whole = source.closes(_BRACKET, source.skip(body), fault.at)
         at = whole if whole and _CLOSES.match(source.text, whole, source.stop) else fault.at
         why = f"{fault.why} at character {fault.at - start}"
-        return _unread(source, start, at, "invalid_json", why)
+        return _unread(source, start, at, "invalid_json", why, at == fault.at and fault.in_string)
     try:
         return Unit(start, close.end(), [_as_call(value, (start, close.end()))])
     except _Refused as refused:
         return source.invalid(refused.status, refused.why, start, close.end())
 
 
-_FUNCTION = re.compile(r"\s*<function=([^>\n]*)>\s*")
-_FUNCTION_END = re.compile(r"</function>\s*</tool_call>")
-_FUNCTION_CLOSE = re.compile(r"</function>(?:\s*</tool_call>)?")
+_FUNCTION = re.compile(rf"{_S}<function=([^>\n]*)>{_S}")
+_FUNCTION_END = re.compile(rf"</function>{_S}</tool_call>")
+_FUNCTION_CLOSE = re.compile(rf"</function>(?:{_S}</tool_call>)?")
 _PARAMETER = re.compile(r"<parameter=([^>\n]*)>")
 _VALUE_MARK = re.compile(r"<parameter=[^>\n]*>|</parameter>")
-_AFTER_VALUE = re.compile(r"\s*(?=<parameter=|</function>)")
-_TOOL_CALL_MARK = re.compile("</?tool_call>")
+_AFTER_VALUE = re.compile(rf"{_S}(?=<parameter=|</function>)")
 _BLOCK_MARK = re.compile(r"<parameter=[^>\n]*>|</?tool_call>")
 
 
@@ -248,8 +260,8 @@ def _qwen_xml(source: Source, found: re.Match[str]) -> Unit | int:
     try:
         name, texts, end = _function(source, found.end())
     except _Refused as refused:
-        at = _after_parameters(source, refused.at)
-        return _unread(source, start, at, refused.status, refused.why)
+        at, quoted = _after_parameters(source, refused.at)
+        return _unread(source, start, at, refused.status, refused.why, quoted)
     convert = Converter(source.tools.get(name))
     arguments = {key: convert(key, value) for key, value in texts.items()}
     return Unit(start, end, [Call(name, arguments, (start, end))])
@@ -299,22 +311,20 @@ def _end_of_value(source: Source, at: int) -> int | None:
     return None
 
 
-def _after_parameters(source: Source, at: int) -> int:
-    """Behind the values in the rest of a function, which may quote calls."""
+def _after_parameters(source: Source, at: int) -> tuple[int, bool]:
+    """Behind the values in the rest of a function; or in the one that does not end."""
     while mark := _BLOCK_MARK.search(source.text, at, source.stop):
         if mark[0] in (_OPEN, _CLOSE):
             break
         end = _end_of_value(source, mark.end())
-        if end is None:  # a call that begins in the value is quoted, unless the block ends first
-            mark = _TOOL_CALL_MARK.search(source.text, mark.end(), source.stop)
-            return at if mark and mark[0] == _CLOSE else source.stop
+        if end is None:
+            return mark.end(), True
         at = end + len("</parameter>")
-    return at
+    return at, False
 
 
 # --- bare JSON --------------------------------------------------------------------------------
 
-_S = r"[ \t\n\r]*"
 _OBJECT = rf"(?:\{{(?={_S}\")|\[(?={_S}\{{))"
 _HEAD = rf'(?:\[{_S})?\{{{_S}"(?:name|arguments|parameters|type"{_S}:{_S}"function)"{_S}[:,]'
 _CALL_HEAD = re.compile(_HEAD)
@@ -342,10 +352,7 @@ def _bare(keys: tuple[str, ...]) -> Reader:
                 return fault.at
             whole = source.closes(_BRACKET, at, fault.at)
             whole = whole or source.closes(_BRACKET_OF_LINE, at, fault.at)
-            if whole is None:
-                following = _LINE_HEAD.search(text, fault.at, source.stop)
-                whole = source.stripped(start, following.start() if following else source.stop)
-            return source.faulty(fault, start, whole)
+            return source.faulty(fault, start, whole or source.until(_LINE_HEAD, start, at, fault))
         if not tagged and not any(_is_meant(item, source.tools) for item, _ in items):
             return end
         after = source.skip(end)
@@ -422,10 +429,7 @@ def _pythonic(source: Source, found: re.Match[str]) -> Unit | int:
             at, more = reader.following(after, "]")
     except ValueFault as fault:
         end = source.closes(_PYTHON_BRACKET, begin, fault.at)
-        if end is None:
-            following = _LINE_LIST.search(text, max(fault.at, begin + 1), stop)
-            end = source.stripped(start, following.start() if following else stop)
-        end = max(end, found.end())
+        end = max(end or source.until(_LINE_LIST, start, begin, fault), found.end())
         if fault.at == at and text.startswith("(", at, stop):
             return source.invalid("missing_name", "a call has no name before '('", start, end)
         return source.faulty(fault, start, end, "malformed")
@@ -462,6 +466,7 @@ def _python_call(reader: Python, at: int) -> tuple[Call, int]:
 # --- Mistral ----------------------------------------------------------------------------------
 
 _TOOL_CALLS = "[TOOL_CALLS]"
+_MISTRAL_OPENS = re.compile(re.escape(_TOOL_CALLS))
 _MISTRAL_HEAD = re.compile(
     rf"{_S}([^\s\[\]{{}}]*)[ \t]*(?:\[CALL_ID\][ \t]*[^\s\[\]{{}}]*[ \t]*)?(\[ARGS\])?{_S}"
 )
@@ -484,7 +489,7 @@ def _mistral(source: Source, found: re.Match[str]) -> Unit | int:
         value, end = read_json(source.text, at, source.stop)
     except ValueFault as fault:
         whole = source.closes(_BRACKET, at, fault.at)
-        end = whole or source.before(_TOOL_CALLS, start, fault.at)
+        end = whole or source.until(_MISTRAL_OPENS, start, at, fault)
         return source.faulty(fault, start, max(end, found.end()))
     if not name:
         why = f"between {_TOOL_CALLS} and [ARGS] there must be the name of a tool"
@@ -525,12 +530,15 @@ def _react(source: Source, found: re.Match[str]) -> Unit | int:
         return source.invalid("malformed", why, start, end)
     try:
         value, end = read_json(text, given.end(), stop)
-        rest = text.find("\n", end, stop)
-        if text[end : stop if rest < 0 else rest].strip():
-            raise ValueFault("the line must end after the JSON object", source.skip(end))
     except ValueFault as fault:
-        whole = source.closes(_BRACKET, source.skip(given.end()), fault.at)
-        return source.faulty(fault, start, whole or _end_of_input(source, fault.at))
+        place = source.skip(given.end())
+        whole = source.closes(_BRACKET, place, fault.at)
+        return source.faulty(fault, start, whole or source.until(_REACT_LINE, start, place, fault))
+    line_end = text.find("\n", end, stop)
+    whole = source.stripped(start, stop if line_end < 0 else line_end)
+    if whole > end:
+        why = f"the line must end after the JSON object, at character {end - start}"
+        return source.invalid("invalid_json", why, start, whole)
     if not name:
         return source.invalid("missing_name", "Action names no tool", start, end)
     if not isinstance(value, dict):
@@ -548,7 +556,6 @@ _MORE = re.compile(r"\s*[;,]?\s*")
 _XML_OPENS = re.compile("</?tool_call>|<function=[^>\n]*>")
 _LLAMA_OPENS = re.compile(rf"(?:{re.escape(_TAG)}{_S})?{_OBJECT}|{re.escape(_TAG)}")
 _PYTHONIC_OPENS = re.compile(rf"{re.escape(_PYTHON_START)}|^[ \t]*{_LIST}", re.MULTILINE | re.ASCII)
-_MISTRAL_OPENS = re.compile(re.escape(_TOOL_CALLS))
 _JSON_OPENS = re.compile(_OBJECT)
 
 FORMATS: Mapping[str, Format] = {

@@ -65,7 +65,7 @@ def validate(schema: Mapping[str, Any], arguments: Any) -> tuple[Fault, ...]:
     values, fault = _unfit(arguments)
     if fault is not None:
         return (fault,)
-    _left.references = 10_000 + 100 * values
+    _left.references = 1_000 + 100 * values
     try:
         errors = list(itertools.islice(checker.iter_errors(arguments), MAX_FAULTS))
         found = itertools.chain.from_iterable(map(_faults, errors))
@@ -204,6 +204,13 @@ def _checker_class() -> Any:
                 if _matcher(wanted)(name):
                     yield from validator.descend(value, inner, path=name, schema_path=wanted)
 
+    def properties(validator: Any, by: Any, instance: Any, schema: Any) -> Iterator[Any]:
+        for name, inner in by.items() if isinstance(instance, dict) else ():
+            if name in instance and inner is False:  # jsonschema would not say where
+                yield ValidationError("", validator="false", path=[name], instance=instance[name])
+            elif name in instance:
+                yield from validator.descend(instance[name], inner, path=name, schema_path=name)
+
     def additional(validator: Any, inner: Any, instance: Any, schema: Any) -> Iterator[Any]:
         known, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
         for name, value in instance.items() if isinstance(instance, dict) else ():
@@ -244,6 +251,7 @@ def _checker_class() -> Any:
         Draft202012Validator,
         {
             "$ref": ref,
+            "properties": properties,
             "pattern": pattern,
             "patternProperties": pattern_properties,
             "additionalProperties": additional,
@@ -314,7 +322,7 @@ def _faults(error: Any) -> Iterator[Fault]:
             yield told
         if told is not None or nearest is not None:
             return
-    yield Fault(pointer, keyword or "false", _message(error)[:400])
+    yield Fault(pointer, keyword or "false", _message(error)[:400])  # None: of the schema false
 
 
 def _branches(error: Any) -> list[list[Any]]:
@@ -379,7 +387,7 @@ def _message(error: Any) -> str:
     if keyword in _LIMITS:
         has = f" has {counted(len(value), 'character')}" if isinstance(value, str) else ""
         return f"{shown(value)}{has}; accepted: {_LIMITS[keyword]} {wanted}"
-    if keyword is None:
+    if keyword in (None, "false"):
         return f"{shown(value)} stands where nothing is accepted"
     return f"{shown(value)} does not meet {keyword}: {json.dumps(wanted)[:120]}"
 

@@ -62,10 +62,13 @@ class ValueFault(Exception):
         why: what is wrong with it.
         at: the character of the text.
         unfinished: whether the text ended in the middle of a value.
+        in_string: whether it is in a string, whose end is not known then.
     """
 
-    def __init__(self, why: str, at: int, unfinished: bool = False) -> None:
-        self.why, self.at, self.unfinished = why, at, unfinished
+    def __init__(
+        self, why: str, at: int, unfinished: bool = False, in_string: bool = False
+    ) -> None:
+        self.why, self.at, self.unfinished, self.in_string = why, at, unfinished, in_string
         super().__init__(why)
 
 
@@ -203,18 +206,15 @@ class JSON:
         return number, found.end()
 
     def _broken_string(self, at: int) -> ValueFault:
-        if at >= self.stop:
-            return ValueFault("the text ends within a string", at, unfinished=True)
-        if self.text[at] == "\\":
-            escape = _CUT_ESCAPE.match(self.text, at, self.stop)
-            if escape and escape.end() == self.stop:
-                return ValueFault("the text ends within a string", at, unfinished=True)
-            return ValueFault(f"{self.text[at : at + 2]!r} is no escape of JSON", at)
-        return ValueFault(
-            f"the character {self.text[at]!r} must be escaped in a string, as "
-            f"{json.dumps(self.text[at])[1:-1]}",
-            at,
-        )
+        escape = _CUT_ESCAPE.match(self.text, at, self.stop)
+        if at >= self.stop or (escape and escape.end() == self.stop):
+            why = "the text ends within a string"
+        elif escape:
+            why = f"{self.text[at : at + 2]!r} is no escape of JSON"
+        else:
+            escaped = json.dumps(self.text[at])[1:-1]
+            why = f"{self.text[at]!r} must be escaped in a string, as {escaped}"
+        return ValueFault(why, at, why.startswith("the text ends"), in_string=True)
 
     def _whole(self, value: str, at: int) -> str:
         if not value.isascii() and _SURROGATE.search(value):
@@ -249,8 +249,8 @@ class Python(JSON):
         end = found.end()
         if not self._is(mark, end):
             if end >= self.stop or self.text[end] == "\\":
-                raise ValueFault("the text ends within a string", end, unfinished=True)
-            raise ValueFault(f"the line ends within a string that {mark} opens", end)
+                raise ValueFault("the text ends within a string", end, True, in_string=True)
+            raise ValueFault(f"the line ends within a string that {mark} opens", end, False, True)
         raw = self.text[at + len(mark) : end]
         if "\\" in raw:
             raw = _ESCAPE.sub(lambda found: _unescaped(found[0], at), raw)
