@@ -379,6 +379,7 @@ BROKEN = [
     (J, '{"name": "f", "arguments": {"a": {"name": "g", "arguments": {}}', "unclosed"),
     (J, '```json\n{"name": "f", "arguments": {}}}\n```', "invalid_json"),
     (J, '[{"name": "f", "arguments": {}},]', "invalid_json"),
+    (J, '{\n"name": "f",\n"arguments": {"x": 5"\n}\n}', "invalid_json"),
     (J, '{"name": "f", "arguments": {', "unclosed"),
     (J, '```json\n{"name": "f", "arguments": {"a": 1}\n```', "unclosed"),
     (J, '{"arguments": {}}', "missing_name"),
@@ -486,6 +487,9 @@ def test_a_call_that_is_not_wholly_in_code_is_no_code():
     found = checked(f"{x}\n{x}\n```\n{GOOD[X]}\n```", X)
     assert [c.arguments for c in found.calls] == [{"t": f"```\n{GOOD[X]}\n```"}] * 2
     assert found.content == f"\n```\n{GOOD[X]}\n```"
+    half = f"{F}<parameter=t>\n```\n</parameter>{E}"  # opens a block that the last would close
+    assert len(checked(f"{half}\n{GOOD[X]}\n{half}\n{GOOD[X]}", X).calls) == 4
+    assert not checked(f"```text\n```python\n{GOOD[X]}\n```", X).calls
 
 
 def test_the_reasoning_may_have_been_taken_out_already():
