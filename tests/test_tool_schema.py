@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -390,6 +392,13 @@ def test_the_vocabulary_is_complete_and_told():
     ]  # fmt: skip
     assert all(STATUSES.values())
     assert check(InvalidCall("unclosed", "x", (0, 1), "y"), []).status in STATUSES
+
+
+def test_the_page_lists_every_format_and_status():
+    page = (Path(__file__).parents[1] / "docs" / "tools.md").read_text()
+    listed = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    policies = ["hf", "openai"]
+    assert listed == [*tools.FORMATS, *tools.INVALID, *STATUSES, *policies]
 
 
 def test_tools_need_no_jsonschema_until_arguments_are_checked():
