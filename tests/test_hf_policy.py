@@ -646,7 +646,8 @@ WRITTEN = {  # how a family's template writes each call, and a reply in that for
     ),
     "qwen3_coder_xml": (
         """{{- '\\n<tool_call>\\n<function=' + f.name + '>\\n' }}"""
-        """{%- for k, v in f.arguments | items %}{{- '<parameter=' + k + '>\\n' + v + '\\n</parameter>\\n' }}{%- endfor %}"""
+        """{%- for k, v in f.arguments | items %}"""
+        """{{- '<parameter=' + k + '>\\n' + v + '\\n</parameter>\\n' }}{%- endfor %}"""
         """{{- '</function>\\n</tool_call>' }}""",
         "<tool_call>\n<function=f>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>",
     ),

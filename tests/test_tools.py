@@ -187,7 +187,7 @@ def test_what_a_family_writes_is_read_back(writer):
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", WRITERS)
 def test_whatever_a_family_writes_is_read_back(writer):
-    round_trips(writer, 500)
+    round_trips(writer, 200)
 
 
 DEEP = [
