@@ -154,6 +154,8 @@ class Completion:
         if self.message is None:
             return spoken(self.text)
         message: Message = {**self.message, "content": self.text}
+        if "invalid_tool_calls" in message:
+            message["invalid_tool_calls"] = list(map(self._in_text, message["invalid_tool_calls"]))
         if self.text != action_text(self.message) and _holds(
             self.text, message.get("reasoning_content") or ""
         ):
@@ -187,6 +189,22 @@ class Completion:
             return (c, d) if begins or c < d else (-1, -1)
 
         return tuple(mapped(a, b) for a, b in self.offsets)
+
+    def _in_text(self, call: Any) -> Any:
+        """A call that could not be read, its span counted in the text and not in the content."""
+        span: Any = call.get("span") if isinstance(call, Mapping) else None
+        if not _is_span(span):
+            return call
+        found = []
+        for place, end in zip(span, (0, 1), strict=True):  # the end of a range ends within it
+            before, at = 0, len(self.text)
+            for a, b in self._content_ranges():
+                if place < before + b - a + end:
+                    at = a + place - before
+                    break
+                before += b - a
+            found.append(at)
+        return {**call, "span": found}
 
     def _content_ranges(self) -> tuple[tuple[int, int], ...]:
         if self.ranges is not None:

@@ -23,6 +23,7 @@ from rlrf.errors import PromptTooLongError, RlrfError, UsageError
 from rlrf.feedback import token_offsets
 from rlrf.messages import assistant, system, user
 from rlrf.policy import Policy, Prompt, SamplingParams
+from rlrf.tools import FORMATS
 from rlrf_trainers.engines.hf import HFPolicy
 from rlrf_trainers.model import sampler
 from rlrf_trainers.model.sampler import draw, next_token_logprobs, sample, score
@@ -621,8 +622,165 @@ def test_a_model_that_cannot_call_tools_is_refused_at_the_start():
     other.chat_template = CHATML.replace("tool_call>'", "other_call>'")
     with pytest.raises(UsageError, match=r"cannot be read.*set tokenizer\.response_template"):
         rlrf.rollout(Guess(), HFPolicy(MODEL, other))
-    other.response_template = RESPONSE_TEMPLATE
-    HFPolicy(MODEL, other).check_tools(TOOLS)
+    other.response_template = RESPONSE_TEMPLATE  # which reads what this template does not write
+    with pytest.raises(UsageError, match="response_template does not read"):
+        HFPolicy(MODEL, other).check_tools(TOOLS)
+    marks = {"open": "<other_call>", "close": "</other_call>"}
+    fields = RESPONSE_TEMPLATE["fields"]
+    fields = {**fields, "tool_calls": {**fields["tool_calls"], **marks}}
+    other.response_template = {**RESPONSE_TEMPLATE, "fields": fields}
+    chat = HFPolicy(MODEL, other).chat
+    chat.check_tools(TOOLS)
+    assert len(reading(chat, CALL.replace("tool_call", "other_call"), TOOLS)["tool_calls"]) == 1
+    HFPolicy(MODEL, tiny_tokenizer(), tool_format="react").check_tools(TOOLS)
+    with pytest.raises(UsageError, match=r"tool 0 is .*'f'"):
+        HFPolicy(MODEL, tiny_tokenizer()).check_tools(("f",))
+    bad = {"function": {"name": "f", "parameters": {"type": "strin"}}}
+    with pytest.raises(UsageError, match=r"the tool 'f'.*at /type"):
+        HFPolicy(MODEL, tiny_tokenizer()).check_tools((bad,))
+
+
+WRITTEN = {  # how a family's template writes each call, and a reply in that format
+    "hermes_json": (
+        """{{- '\\n<tool_call>\\n{"name": "' ~ f.name ~ '", "arguments": ' }}"""
+        """{{- f.arguments | tojson }}{{- '}\\n</tool_call>' }}""",
+        CALL,
+    ),
+    "qwen3_coder_xml": (
+        """{{- '\\n<tool_call>\\n<function=' + f.name + '>\\n' }}"""
+        """{%- for k, v in f.arguments | items %}"""
+        """{{- '<parameter=' + k + '>\\n' + v + '\\n</parameter>\\n' }}{%- endfor %}"""
+        """{{- '</function>\\n</tool_call>' }}""",
+        "<tool_call>\n<function=f>\n<parameter=n>\n1\n</parameter>\n</function>\n</tool_call>",
+    ),
+    "llama_json": (
+        """{{- '{"name": "' + f.name + '", ' }}{{- '"parameters": ' }}{{- f.arguments | tojson }}"""
+        """{{- '}' }}""",
+        '{"name": "f", "parameters": {"n": 1}}',
+    ),
+    "llama_pythonic": (
+        """{{- '[' + f.name + '(' }}{%- for k, v in f.arguments | items %}"""
+        """{{- k ~ '="' ~ v ~ '"' }}{%- endfor %}{{- ')]' }}""",
+        "[f(n=1)]",
+    ),
+    "mistral": (
+        """{{- '[TOOL_CALLS][{"name": "' ~ f.name ~ '", "arguments": ' ~ f.arguments | tojson }}"""
+        """{%- if call.id | length != 9 %}{{- raise_exception('no id') }}{%- endif %}"""
+        """{{- ', "id": "' ~ call.id ~ '"}]' }}""",
+        '[TOOL_CALLS][{"name": "f", "arguments": {"n": 1}, "id": "abcdefghi"}]',
+    ),
+    "react": (
+        """{{- 'Action: ' ~ f.name ~ '\\nAction Input: ' ~ f.arguments | tojson }}""",
+        'Action: f\nAction Input: {"n": 1}',
+    ),
+    "json": (
+        """{{- {"name": f.name, "arguments": f.arguments} | tojson }}""",
+        '{"name": "f", "arguments": {"n": 1}}',
+    ),
+}
+NUMBERED = (
+    {
+        "type": "function",
+        "function": {"name": "f", "parameters": {"properties": {"n": {"type": "integer"}}}},
+    },
+)
+
+
+def writing(call, special=()):
+    """A tokenizer whose chat template writes calls so."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    begin, end = CHATML.index("{%- for call"), CHATML.index("{{- '<|im_end|>\\n' }}\n{%- endfor %}")
+    each = "{%- for call in message.tool_calls or [] %}{%- set f = call.function %}"
+    tokenizer.chat_template = f"{CHATML[:begin]}{each}{call}{{%- endfor %}}{CHATML[end:]}"
+    return tokenizer
+
+
+def test_the_format_of_calls_is_that_of_the_chat_template():
+    assert set(WRITTEN) == set(FORMATS)
+    for format, (template, call) in WRITTEN.items():
+        chat = HFPolicy(MODEL, writing(template)).chat
+        chat.check_tools(NUMBERED)
+        assert chat._written_format == format
+        message = reading(chat, f"<think>{call}</think>Ok.\n{call}<|im_end|>", NUMBERED)
+        assert [c["function"]["arguments"] for c in message["tool_calls"]] == ['{"n": 1}']
+        assert message["content"] == "Ok."
+        # Or what is asked for.
+        asked = HFPolicy(MODEL, writing(template), tool_format="json").chat
+        assert len(reading(asked, WRITTEN["json"][1], NUMBERED)["tool_calls"]) == 1
+        # A template that writes something beside the call is of no known family.
+        other = HFPolicy(MODEL, writing("{{- '<|tool|>' }}" + template + "{{- '<|/tool|>' }}")).chat
+        assert other._written_format is None
+    with pytest.raises(
+        UsageError, match=r"unknown format of tool calls 'hermes'.*Accepted: hermes"
+    ):
+        policy(tool_format="hermes")
+
+
+def test_calls_are_told_by_marks_that_are_special_tokens():
+    marks = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
+    chat = HFPolicy(MODEL, writing(WRITTEN["mistral"][0], marks)).chat
+    text = (
+        'Ok.[TOOL_CALLS]f[ARGS]{"n": 1}[TOOL_CALLS]f[ARGS]{n}[TOOL_CALLS]f[ARGS]{"n": 2}<|im_end|>'
+    )
+    message = reading(chat, text, NUMBERED)
+    assert [c["function"]["arguments"] for c in message["tool_calls"]] == ['{"n": 1}', '{"n": 2}']
+    assert message["content"] == "Ok.f{n}"
+    (invalid,) = message["invalid_tool_calls"]
+    assert invalid["text"] == "[TOOL_CALLS]f[ARGS]{n}"
+    assert message["content"][slice(*invalid["span"])] == "f{n}"
+    assert reading(chat, 'f{"n": 1}', NUMBERED) == assistant('f{"n": 1}')
+    chat = HFPolicy(MODEL, writing(WRITTEN["llama_json"][0], marks)).chat
+    message = reading(chat, '<|python_tag|>{"name": "f", "parameters": {"n": 1}}', NUMBERED)
+    assert (message["content"], len(message["tool_calls"])) == (None, 1)
+
+
+def test_no_response_template_repairs_a_call_of_a_known_family():
+    tokenizer = tiny_tokenizer()
+    tokenizer.response_template = RESPONSE_TEMPLATE
+    chat = HFPolicy(MODEL, tokenizer).chat
+    prompt = chat.encode((user("x"),))
+    for text in (CALL.removesuffix("</tool_call>"), CALL.replace("1", "NaN"), f"```\n{CALL}\n```"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.parse_response(ids, prefix=prompt)["tool_calls"]  # as it would be
+        message = reading(chat, text, TOOLS)
+        assert (message["content"], "tool_calls" in message) == (text, False)
+        assert ("invalid_tool_calls" in message) != text.startswith("`")
+
+
+class Reads(Guess):
+    """Keeps what it is told; with its reasoning, if it asks for that."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.reads_reasoning, self.heard = whole, []
+
+    async def respond(self, state, action):
+        self.heard.append(action)
+        return rlrf.Turn((), 0.0, terminated=True)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_cannot_be_read_reaches_the_environment(whole, monkeypatch):
+    reply = f"<think>hm</think>So: {CALL} <tool_call>guess</tool_call>."
+    tokenizer = tiny_tokenizer()
+    ids = [*tokenizer.encode(reply, add_special_tokens=False), IM_END]
+    sampled = sampler.Sampled(tuple(ids), (0.0,) * len(ids), "stop")
+    monkeypatch.setattr(
+        sampler, "sample", lambda model, prompts, *_, **__: [sampled] * len(prompts)
+    )
+    env = Reads(whole)
+    rlrf.rollout(env, HFPolicy(MODEL, tokenizer), env.tasks("train")[:1])
+    (heard,) = env.heard
+    assert len(heard["tool_calls"]) == 1
+    (invalid,) = heard["invalid_tool_calls"]
+    assert heard["content"] == (reply if whole else "So: <tool_call>guess</tool_call>.")
+    assert (
+        heard["content"][slice(*invalid["span"])]
+        == invalid["text"]
+        == "<tool_call>guess</tool_call>"
+    )
+    assert (invalid["status"], "why" in invalid) == ("invalid_json", True)
 
 
 def test_control_tokens_in_keys_and_names_are_broken():

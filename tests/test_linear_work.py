@@ -82,7 +82,26 @@ SITES: dict[str, dict[str, str]] = {
     },
     "rlrf/runs.py": {"Run._read": FILES, "Run._lines": FILES},
     "rlrf/sandbox/checkers.py": {"_decimal": "checkers of output"},
-    "rlrf/tools/formats.py": dict.fromkeys(("_DECODER", "_SPACE", "parse_hermes"), "parse_hermes"),
+    "rlrf/tools/families.py": dict.fromkeys(
+        (
+            "Format _BRACKET _BRACKET_OF_LINE _PYTHON_BRACKET _CLOSES _FUNCTION _FUNCTION_END "
+            "_FUNCTION_CLOSE _PARAMETER _VALUE_MARK _AFTER_VALUE _BLOCK_MARK _TOOL_CALL_MARK "
+            "_CALL_HEAD _LINE_HEAD _NAME _KEYWORD _LINE_LIST _MISTRAL_HEAD _ACTION _INPUT "
+            "_REACT_LINE _MORE _XML_OPENS _LLAMA_OPENS _PYTHONIC_OPENS _MISTRAL_OPENS _JSON_OPENS"
+        ).split(),
+        "parse calls",
+    ),
+    "rlrf/tools/formats.py": {"_form": OURS},
+    "rlrf/tools/quoted.py": dict.fromkeys(("_FENCE", "_TICKS"), "parse calls"),
+    "rlrf/tools/schema.py": {"_compiled": OURS},
+    "rlrf/tools/told.py": {"near": "validate"},
+    "rlrf/tools/values.py": dict.fromkeys(
+        (
+            "_SPACE _INTEGER _NUMBER _PYTHON_INTEGER _PYTHON_NUMBER _NUMERIC _WORD _STRING "
+            "_CUT_ESCAPE _PYTHON_STRINGS _ESCAPE _SURROGATE JSON.string"
+        ).split(),
+        "parse calls",
+    ),
     "environments/rlrf_environments/code/answers.py": {
         "_INTEGER": "checkers of output",
         "_TOLERANCE": DATA,
@@ -178,6 +197,7 @@ SITES: dict[str, dict[str, str]] = {
         "ChatTokenizer._safe_message": "chat",
         "ChatTokenizer.extend": "chat",
         "ChatTokenizer.parse": "trusted: the tokenizer's own patterns, as its author wrote them",
+        "ChatTokenizer._round_trips": "trusted: what the chat template writes of a call of ours",
         "ChatTokenizer._parsed": "trusted: the tokenizer's own patterns, as its author wrote them",
     },
     "trainers/rlrf_trainers/engines/hf.py": {"HFPolicy.update_weights": OURS},
@@ -311,6 +331,15 @@ TEXTS: dict[str, Callable[[int], str]] = {
         "<|im_end|>",
         "<tool_call>",
         "<tool_call>{",
+        "</tool_call>",
+        "<tool_call><function=f><parameter=a>",
+        "</parameter>",
+        "[TOOL_CALLS]f[ARGS]{",
+        "<|python_tag|>{",
+        '{"name": "f", "arguments": {',
+        '\n{"name": "f", "arguments": {}} ',
+        "\n[f(a=[",
+        "Action: f\nAction Input: {",
         "</answer>",
         "<answer>",
         "<|channel|>",
@@ -385,6 +414,9 @@ QUICK = [
         ascii, ("`", "~", "```\n", "> ", "- ", "[", "{", "9 ", "<think>", "\0", "\ud800", "\x1b[")
     ),
     *map(ascii, ("\u0300\u0316", "\\", "import a.", "x ", "\n", "<tool_call>{", "def f():\n", '"')),
+    *map(
+        ascii, ("<tool_call><function=f><parameter=a>", '{"name": "f", "arguments": {', "\n[f(a=[")
+    ),
 ]
 
 
@@ -524,10 +556,45 @@ def _split_reasoning(text: str) -> None:
     split(text, "<|channel|>analysis<|message|>")
 
 
-def _parse_hermes(text: str) -> None:
-    parse = importlib.import_module("rlrf.tools.formats").parse_hermes
-    parse(text)
-    parse(f"<tool_call>{text}</tool_call>")
+PARAMETERS = {
+    "type": "object",
+    "properties": {
+        "a": {"type": ["integer", "array", "null"], "items": {"type": "string"}},
+        "b": {"enum": ["x", "y"], "pattern": "^(a+)+$"},
+        "c": {"anyOf": [{"items": {"$ref": "#"}, "uniqueItems": True}, {"type": "null"}]},
+    },
+    "patternProperties": {"^(x+x+)+y$": {"type": "integer"}},
+    "additionalProperties": False,
+}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}]
+WRITTEN = {
+    "hermes_json": '<tool_call>{"name": "f", "arguments": {"a": %s}}</tool_call>',
+    "qwen3_coder_xml": "<tool_call><function=f><parameter=a>%s</parameter></function></tool_call>",
+    "llama_json": '<|python_tag|>{"name": "f", "parameters": {"a": %s}}',
+    "llama_pythonic": "[f(a=%s)]",
+    "mistral": "[TOOL_CALLS]f[ARGS]{%s}",
+    "react": "Action: f\nAction Input: {%s}",
+    "json": '```json\n{"name": "f", "arguments": {"a": %s}}\n```',
+}
+
+
+def _parse_calls(text: str) -> None:
+    tools = importlib.import_module("rlrf.tools")
+    assert WRITTEN.keys() == tools.FORMATS.keys()
+    for format, written in WRITTEN.items():
+        before, _, behind = written.partition("%s")
+        for reply in (text, before + text + behind, before + json.dumps(text) + behind):
+            tools.parse(reply, format, TOOLS, split=False)  # the rest is split_reasoning's
+
+
+def _validate(text: str) -> None:
+    tools = importlib.import_module("rlrf.tools")
+    words: list[Any] = text.split()
+    objects = [{w: i} for i, w in enumerate(words)]
+    for name, value in (("a", words), ("b", text), ("c", objects), ("c", [words, text]), (text, 1)):
+        call = tools.Call("f", {name: value, "xxxx": 1})
+        assert len(tools.check(call, TOOLS).message) < 3000
+    assert len(tools.check(tools.Call(text, {w: w for w in words}), TOOLS).message) < 3000
 
 
 def _turn(text: str) -> None:
@@ -563,7 +630,8 @@ PROBES: dict[str, Callable[[str], None]] = {
     "frames": _frames,
     "server": _server,
     "split_reasoning": _split_reasoning,
-    "parse_hermes": _parse_hermes,
+    "parse calls": _parse_calls,
+    "validate": _validate,
     "chat": _turn,
 }
 

@@ -76,9 +76,11 @@ def server() -> Iterator[Server]:
     made.close()
 
 
-def ask(server: Server, params: SamplingParams | None = None, **options: Any) -> Any:
+def ask(
+    server: Server, params: SamplingParams | None = None, tools: Any = (), **options: Any
+) -> Any:
     policy = OpenAIPolicy("m", base_url=server.url, **options)
-    prompt = Prompt(({"role": "user", "content": "hi"},))
+    prompt = Prompt(({"role": "user", "content": "hi"},), tools=tools)
     try:
         (reply,) = rlrf.run_sync(policy.generate([prompt], params or SamplingParams()))
     finally:
@@ -134,6 +136,40 @@ def test_whom_it_asks_is_said_once_and_openai_wants_a_key(server, monkeypatch, c
     assert "OPENAI_BASE_URL is given" in OpenAIPolicy("m", api_key="k")._by_default
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     assert OpenAIPolicy("m").base_url == server.url
+
+
+def test_calls_that_a_server_leaves_in_its_text(server):
+    tools = ({"type": "function", "function": {"name": "f", "parameters": {}}},)
+    call = '{"name": "f", "arguments": {"n": 1}}'
+
+    def told(text, tools=tools, **options):
+        given = options.pop("message", {})
+        server.answer = lambda body: (200, completion(text, message=given), {})
+        return ask(server, tools=tools, **options).message
+
+    hermes = f"Ok.\n<tool_call>{call}</tool_call><tool_call>{{</tool_call>"
+    message = told(hermes)
+    assert [c["function"] for c in message["tool_calls"]] == [
+        {"name": "f", "arguments": '{"n": 1}'}
+    ]
+    (invalid,) = message["invalid_tool_calls"]
+    assert message["content"] == "Ok.<tool_call>{</tool_call>"
+    assert message["content"][slice(*invalid["span"])] == invalid["text"]
+    assert told(f"```json\n{call}\n```", tool_format="json")["content"] is None
+    # Reasoning that the server has taken out is not looked for again.
+    thought = {"reasoning_content": f"<tool_call>{call}</tool_call>"}
+    message = told(f"<tool_call>{call}</tool_call>\n</think>\nSo.", message=thought)
+    assert (len(message["tool_calls"]), message["content"]) == (1, "\n</think>\nSo.")
+    # What the server has read is not read again; and without tools it is only text.
+    own = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+    assert told(hermes, message={"tool_calls": own})["tool_calls"] == own
+    assert told(hermes, ()) == {"role": "assistant", "content": hermes}
+    with pytest.raises(
+        UsageError, match=r"unknown format of tool calls 'jsn'\. Did you mean 'json'"
+    ):
+        OpenAIPolicy("m", base_url=server.url, tool_format="jsn")
+    with pytest.raises(UsageError, match=r"tool 0 is 'f'"):
+        OpenAIPolicy("m", base_url=server.url).check_tools(["f"])
 
 
 def test_token_ids_of_a_server_that_gives_them(server):

@@ -1,150 +1,141 @@
-"""Calls of tools as models write them in text.
+"""Calls of tools as models write them in text: :func:`parse`.
 
-A call that cannot be read is never repaired into one and never dropped: it stays where it is in the
-text and is told of beside the others, with its place and what is wrong with it.
+What holds in every format:
+
+1. A call is read as it stands, or it is none. Nothing is repaired into a call, and nothing that
+   looks like one is dropped: what cannot be read stays in the content and is in
+   :attr:`Parsed.invalid`, with its place, a status of :data:`INVALID` and what is wrong.
+2. No call is looked for in reasoning (:mod:`rlrf.reasoning`), in code that the text shows
+   (:mod:`rlrf.tools.quoted`), in the arguments of another call, or in what is invalid.
+3. Values are strict (:mod:`rlrf.tools.values`); of the keys beside a call's name and arguments
+   nothing is read.
+4. Work and memory are linear in the text; at most :data:`MAX_CALLS` are read of one.
+
+How each family writes its calls is told by its reader in :mod:`rlrf.tools.families`.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-Status = Literal["unclosed", "invalid_json", "malformed", "too_many"]
+from rlrf.errors import UsageError
+from rlrf.messages import whole_text
+from rlrf.reasoning import split_reasoning
+from rlrf.tools.calls import Parsed
+from rlrf.tools.families import FORMATS, Format, Source, Unit, block_of_calls
+from rlrf.tools.quoted import Quoted
+from rlrf.tools.specs import parameters_of
 
 MAX_CALLS = 128
-"""More blocks in one reply are not read: an error costs JSON's decoder the text before it."""
-
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_SPACE = re.compile(r"\s*")
+"""Calls read of one text, invalid ones and those in shown code included."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedCalls:
-    """What a text holds of calls.
+def parse(
+    text: str,
+    format: str,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    *,
+    split: bool = True,
+) -> Parsed:
+    """Read the calls in a reply.
 
-    Attributes:
-        calls: ``{"name", "arguments"}`` of each, the arguments as an object.
-        invalid: ``{"text", "span", "status", "why"}`` of what was meant for a call; ``span`` counts
-            in the text without the calls, which is :attr:`ranges` of it.
-        ranges: the characters that belong to no call, in order.
+    Args:
+        text: the reply, its special tokens included where the family marks calls by them
+            (``mistral``). Lone surrogates count as U+FFFD.
+        format: one of :data:`FORMATS`.
+        tools: what can be called (OpenAI schemas). ``qwen3_coder_xml``, which has no types, reads
+            arguments by them; the formats of bare JSON know a call without arguments by its name.
+        split: False where the reasoning has been taken out of the text already.
+
+    Raises:
+        UsageError: an unknown format, a tool that is none.
     """
+    form = _form(format)
+    text = whole_text(text)
+    start, stop = 0, len(text)
+    if split:
+        _, start, stop = split_reasoning(text)
+    found = _read(text[start:stop], form, parameters_of(tools or ()))
+    return dataclasses.replace(
+        found,
+        calls=tuple(dataclasses.replace(c, span=_moved(c.span, start)) for c in found.calls),
+        invalid=tuple(dataclasses.replace(c, span=_moved(c.span, start)) for c in found.invalid),
+        ranges=tuple(_moved(r, start) for r in found.ranges),
+    )
 
-    calls: tuple[dict[str, Any], ...]
-    invalid: tuple[dict[str, Any], ...]
-    ranges: tuple[tuple[int, int], ...]
 
+def check_format(format: Any) -> None:
+    """See that a format is one of :data:`FORMATS`.
 
-def parse_hermes(text: str) -> ParsedCalls:
-    """Read the calls of Hermes and Qwen: an object with ``name`` and ``arguments`` in its tags.
-
-    At most :data:`MAX_CALLS` blocks are read; what follows is one that is invalid. So the work is
-    linear in the text.
+    Raises:
+        UsageError: it is not.
     """
-    calls: list[dict[str, Any]] = []
-    invalid: list[dict[str, Any]] = []
-    ranges: list[tuple[int, int]] = []
-    removed = position = kept = 0
-    while (start := text.find(_OPEN, position)) >= 0:
-        body = start + len(_OPEN)
-        read = len(calls) + len(invalid)
-        if read > MAX_CALLS:
-            break
-        try:
-            if read == MAX_CALLS:
-                raise _Fault("too_many", f"a reply has at most {MAX_CALLS} calls")
-            value, end = _DECODER.raw_decode(text, _skip(text, body))
-            end = _skip(text, end)
-            if not text.startswith(_CLOSE, end):
-                raise _Fault("unclosed" if end == len(text) else "invalid_json", _NO_CLOSE)
-            calls.append(_call(value))
-        except (ValueError, RecursionError, _Fault) as error:
-            end = _end_of_block(text, body) if read < MAX_CALLS else len(text)
-            fault = error if isinstance(error, _Fault) else _json_fault(text, body, end, error)
-            invalid.append(
-                {
-                    "text": text[start:end],
-                    "span": [start - removed, end - removed],
-                    "status": fault.status,
-                    "why": fault.why,
-                }
-            )
-            position = end
+    _form(format)
+
+
+def _form(format: Any) -> Format:
+    if isinstance(format, str) and format in FORMATS:
+        return FORMATS[format]
+    near = difflib.get_close_matches(str(format)[:80], FORMATS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise UsageError(
+        f"unknown format of tool calls {format!r:.80}.{hint} Accepted: {', '.join(FORMATS)}"
+    )
+
+
+def _moved(span: tuple[int, int], by: int) -> tuple[int, int]:
+    return span[0] + by, span[1] + by
+
+
+def _read(text: str, form: Format, tools: Mapping[str, Any]) -> Parsed:
+    source, code = Source(text, len(text), tools), None
+    units: list[Unit] = []
+    at = read = 0
+    while found := form.opens.search(text, at):
+        unit = form.read(source, found)
+        if isinstance(unit, int):
+            at = max(unit, found.end())
             continue
-        position = end + len(_CLOSE)
-        before = len(text[kept:start].rstrip()) + kept  # a call swallows the space before it
-        ranges.append((kept, before))
-        kept = position if _skip(text, position) < len(text) else len(text)
-        removed += kept - before
-    ranges.append((kept, len(text)))
-    return ParsedCalls(tuple(calls), tuple(invalid), tuple((a, b) for a, b in ranges if a < b))
+        read += 1
+        if read > MAX_CALLS:
+            why = f"a reply has at most {MAX_CALLS} calls; what follows is not read"
+            units.append(source.invalid("malformed", why, unit.start, source.stop))
+            break
+        code = code or Quoted(text)
+        shown = code.covering(found.start())
+        if shown is not None and form.fenced:
+            block = block_of_calls(source, form, shown, found.start())
+            unit, shown = (unit, shown) if block is None else (block, None)
+        if shown is not None and (unit.invalid or unit.end <= shown.end):
+            at = max(shown.end, found.end())
+            continue
+        units.append(unit)
+        at = max(unit.end, found.end())
+        code.skip(at)
+    return _parsed(text, form, units)
 
 
-def wire_calls(calls: Sequence[dict[str, Any]], prefix: str) -> list[dict[str, Any]]:
-    """Calls as they are on the OpenAI wire: arguments as a JSON string, ids ``prefix_0`` and on."""
-    return [
-        {
-            "id": f"{prefix}_{i}",
-            "type": "function",
-            "function": {"name": call["name"], "arguments": json.dumps(call["arguments"])},
-        }
-        for i, call in enumerate(calls)
-    ]
-
-
-class _Fault(Exception):
-    def __init__(self, status: Status, why: str) -> None:
-        self.status, self.why = status, why
-
-
-_NO_CLOSE = f"after the JSON object there must be {_CLOSE}"
-
-
-def _call(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise _Fault("malformed", 'a call is a JSON object with "name" and "arguments"')
-    name, arguments = value.get("name"), value.get("arguments")
-    if not isinstance(name, str) or not name:
-        raise _Fault("malformed", 'the call has no "name", which is a string')
-    if not isinstance(arguments, dict):
-        raise _Fault("malformed", 'the call has no "arguments", which are a JSON object')
-    return {"name": name, "arguments": arguments}
-
-
-def _json_fault(text: str, body: int, end: int, error: Exception) -> _Fault:
-    if not text.startswith(_CLOSE, end - len(_CLOSE)):
-        return _Fault("unclosed", f"the call is never closed by {_CLOSE}")
-    if isinstance(error, json.JSONDecodeError):
-        return _Fault("invalid_json", f"{error.msg} at character {error.pos - body} of the call")
-    return _Fault("invalid_json", str(error)[:200] or type(error).__name__)
-
-
-def _end_of_block(text: str, body: int) -> int:
-    """Where a block ends that is no call: after its closing mark, else before the next opening."""
-    following = text.find(_OPEN, body)
-    limit = len(text) if following < 0 else following
-    close = text.find(_CLOSE, body, limit)
-    return limit if close < 0 else close + len(_CLOSE)
-
-
-def _skip(text: str, position: int) -> int:
-    found = _SPACE.match(text, position)
-    return found.end() if found else position
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
-    return found
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_object)
+def _parsed(text: str, form: Format, units: Sequence[Unit]) -> Parsed:
+    removed: list[tuple[int, int]] = []
+    for start, end in itertools.chain.from_iterable(unit.removed() for unit in units):
+        if removed and form.between.fullmatch(text, removed[-1][1], start):
+            removed[-1] = (removed[-1][0], end)
+        else:
+            removed.append((start, end))
+    ranges, kept = [], 0
+    for start, end in removed:
+        ranges.append((kept, kept + len(text[kept:start].rstrip())))
+        kept = end
+    if not removed or text[kept:].strip():
+        ranges.append((kept, len(text)))
+    ranges = [(a, b) for a, b in ranges if a < b]
+    return Parsed(
+        tuple(call for unit in units for call in unit.calls),
+        tuple(call for unit in units for call in unit.invalid),
+        "".join(text[a:b] for a, b in ranges),
+        tuple(ranges),
+    )

@@ -27,6 +27,7 @@ from rlrf.errors import (
 )
 from rlrf.messages import Messages
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
+from rlrf.tools import check_format
 from rlrf_trainers.config import MOST_ROLLOUTS, MOST_TOKENS
 from rlrf_trainers.model import sampler
 from rlrf_trainers.model.backbone import base_model
@@ -48,6 +49,8 @@ class HFPolicy:
             as they were saved.
         enable_thinking: the switch of that name of chat templates that have it; None for the
             template's own default.
+        tool_format: how the model writes calls of tools, one of :data:`rlrf.tools.FORMATS`; None
+            for what its chat template writes, or the tokenizer's own ``response_template``.
         max_batch_size: prompts that decode at once.
         max_context: tokens of prompt and completion together; None for what the model was built
             for.
@@ -62,7 +65,8 @@ class HFPolicy:
 
     Raises:
         UsageError: a model without a tokenizer, an unknown dtype, a device that cannot take it, a
-            model that is not a causal language model; a number that is none.
+            model that is not a causal language model; a number that is none; an unknown
+            ``tool_format``.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class HFPolicy:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         enable_thinking: bool | None = None,
+        tool_format: str | None = None,
         max_batch_size: int = 64,
         max_context: int | None = None,
     ) -> None:
@@ -91,6 +96,8 @@ class HFPolicy:
             raise UsageError(
                 f"enable_thinking is {enable_thinking!r:.80}; it must be true or false"
             )
+        if tool_format is not None:
+            check_format(tool_format)
         dtype = _dtype(dtype)
         self.source: Path | None = None  # the folder the model was read from
         if isinstance(model, (str, Path)):
@@ -144,7 +151,9 @@ class HFPolicy:
         self.context: int | None = max_context or getattr(
             base.config.get_text_config(), "max_position_embeddings", None
         )
-        self.chat = ChatTokenizer(tokenizer, _configured_end_ids(base), enable_thinking)
+        self.chat = ChatTokenizer(
+            tokenizer, _configured_end_ids(base), enable_thinking, tool_format
+        )
         self.end_ids = self.chat.end_ids
         self.weight_version = 0
         self._lock = threading.RLock()

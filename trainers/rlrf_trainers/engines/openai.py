@@ -25,7 +25,7 @@ from rlrf.policy import (
     TokenScores,
     check_completion,
 )
-from rlrf.tools import parse_hermes, wire_calls
+from rlrf.tools import check_format, check_specs, parse
 from rlrf.transport import JsonClient, RefusedError
 
 log = logging.getLogger("rlrf.policies")
@@ -73,9 +73,12 @@ class OpenAIPolicy:
         extra_body: further fields of each request, e.g.
             ``{"chat_template_kwargs": {"enable_thinking": False}}``.
         max_tokens_field: ``max_tokens``, or ``max_completion_tokens`` for models that insist.
+        tool_format: how the model writes calls of tools, one of :data:`rlrf.tools.FORMATS`, for
+            servers that leave them in the text; None for ``hermes_json``.
 
     Raises:
         ConfigError: an unusable ``base_url``, or negative ``retries``; no key for OpenAI's own.
+        UsageError: an unknown ``tool_format``.
     """
 
     def __init__(
@@ -89,7 +92,10 @@ class OpenAIPolicy:
         token_ids: bool = False,
         extra_body: Mapping[str, Any] | None = None,
         max_tokens_field: str = "max_tokens",
+        tool_format: str | None = None,
     ) -> None:
+        self.tool_format = "hermes_json" if tool_format is None else tool_format
+        check_format(self.tool_format)
         self.model = model
         named = base_url or os.environ.get("OPENAI_BASE_URL")
         key = api_key if api_key is not None else os.environ.get("OPENAI_API_KEY", "")
@@ -148,6 +154,14 @@ class OpenAIPolicy:
             UsageError: always.
         """
         raise UsageError("the policy 'openai' takes no weights; train with 'hf'")
+
+    def check_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """See that tools are ones; whether the model can call them, its server knows.
+
+        Raises:
+            UsageError: a tool is none, or its schema is.
+        """
+        check_specs(tools)
 
     async def aclose(self) -> None:
         """Close the connections that were opened on this event loop."""
@@ -232,7 +246,7 @@ class OpenAIPolicy:
                 message["tool_calls"] = list(raw["tool_calls"])
             if thought is not None:
                 message["reasoning_content"] = thought
-            message = _with_calls(action_message(message), prompt)
+            message = action_message(message)
             sampled, prompt_ids, logprobs = self._tokens(data, choice)
             reason = choice.get("finish_reason")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -246,6 +260,7 @@ class OpenAIPolicy:
                 kind="policy_refused",
                 retryable=False,
             )
+        message = _with_calls(message, prompt, self.tool_format)
         finish: FinishReason = reason if reason in ("length", "abort") else "stop"
         completion = Completion(prompt_ids, sampled, logprobs, text, finish, message)
         check_completion(completion)
@@ -287,16 +302,9 @@ def _thought(message: Mapping[str, Any]) -> str | None:
     return "".join(map(_text, thinking)) or None
 
 
-def _with_calls(message: Message, prompt: Prompt) -> Message:
-    """The message with the calls that a server has left in its text, in the format of Hermes."""
-    content = message["content"] or ""
-    if not prompt.tools or message.get("tool_calls") or "<tool_call>" not in content:
+def _with_calls(message: Message, prompt: Prompt, format: str) -> Message:
+    """The message with the calls that a server has left in its text."""
+    if not prompt.tools or message.get("tool_calls"):
         return message
-    found = parse_hermes(content)
-    message = {**message, "content": "".join(content[a:b] for a, b in found.ranges)}
-    if found.calls:
-        message["tool_calls"] = wire_calls(found.calls, f"call_{len(prompt.messages)}")
-        message["content"] = message["content"] or None
-    if found.invalid:
-        message["invalid_tool_calls"] = list(found.invalid)
-    return message
+    found = parse(message["content"] or "", format, prompt.tools, split=False)
+    return {**message, **found.message(f"call_{len(prompt.messages)}")}

@@ -10,6 +10,7 @@ What a policy with its own tokenizer needs around a sampler. Three things hold:
 from __future__ import annotations
 
 import codecs
+import dataclasses
 import functools
 import itertools
 import json
@@ -26,7 +27,7 @@ from rlrf.feedback import defuser, token_offsets
 from rlrf.messages import Message, Messages, assistant, joined, user
 from rlrf.policy import Prompt
 from rlrf.reasoning import opened_by, split_reasoning
-from rlrf.tools import parse_hermes, wire_calls
+from rlrf.tools import FORMATS, Call, Parsed, check_format, check_specs, parse, wire_calls
 
 _END_TOKENS = (
     "<|im_end|>",
@@ -36,6 +37,18 @@ _END_TOKENS = (
     "<end_of_turn>",
 )
 """End tokens by name: saved configurations often list only one of a model's two."""
+
+_STAND_IN = Call("rlrf_stand_in", {"x": "y"})
+_BY_TEMPLATE = (
+    "hermes_json",
+    "qwen3_coder_xml",
+    "mistral",
+    "react",
+    "llama_pythonic",
+    "json",
+    "llama_json",
+)
+"""Formats to try on what a chat template writes; those that read the others' too come last."""
 
 
 class ChatTokenizer:
@@ -47,12 +60,24 @@ class ChatTokenizer:
             chat template are added.
         enable_thinking: passed to the chat template when not None; templates that have no such
             switch ignore it.
+        tool_format: how the model writes calls, one of :data:`rlrf.tools.FORMATS`; None for what
+            its chat template writes, or the tokenizer's own ``response_template``.
+
+    Raises:
+        UsageError: an unknown ``tool_format``.
     """
 
     def __init__(
-        self, tokenizer: Any, end_ids: Iterable[int] = (), enable_thinking: bool | None = None
+        self,
+        tokenizer: Any,
+        end_ids: Iterable[int] = (),
+        enable_thinking: bool | None = None,
+        tool_format: str | None = None,
     ) -> None:
+        if tool_format is not None:
+            check_format(tool_format)
         self.tokenizer = tokenizer
+        self.tool_format = tool_format
         self._name = getattr(tokenizer, "name_or_path", None) or "this model"
         self._template_options = (
             {} if enable_thinking is None else {"enable_thinking": enable_thinking}
@@ -232,8 +257,9 @@ class ChatTokenizer:
         """The assistant message in sampled ids, and the characters of ``text`` its content is.
 
         The reasoning is beside the content; a section that the prompt has opened counts, and so do
-        marks that are special tokens. Calls of tools are read as the tokenizer says
-        (``response_template``), else in the format that its chat template writes.
+        marks that are special tokens. Calls of tools are read by :func:`rlrf.tools.parse` where
+        the format is given or the chat template writes it; else by the tokenizer's own
+        ``response_template``.
 
         Args:
             prompt_ids: what was completed.
@@ -242,42 +268,21 @@ class ChatTokenizer:
             offsets: as from :meth:`offsets`, within ``text``.
             tools: the tools that could be called.
         """
-        start, end, reasoning = self._answer(prompt_ids, token_ids, text, offsets)
-        message = assistant(text[start:end])
+        marked, plain = self._marked(token_ids, text, offsets)
+        reply = split_reasoning(marked, self._opened(prompt_ids))
+        start, end, reasoning = plain(reply.start), plain(reply.end), reply.reasoning
         ranges: tuple[tuple[int, int], ...] = ((start, end),)
-        calls: list[dict[str, Any]] = []
-        invalid: tuple[dict[str, Any], ...] = ()
-        if self._has_response_template:
-            try:
-                parsed = self._parsed(prompt_ids, token_ids, tools)
-                calls = [
-                    _wire_call(call, f"call_{len(prompt_ids)}_{i}")
-                    for i, call in enumerate(parsed.get("tool_calls") or ())
-                ]
-            except Exception as error:  # whatever a model wrote must not end the batch
-                parsed, calls = {}, []
-                if tools and start < end:
-                    why = f"the markup of the reply cannot be read: {type(error).__name__}"
-                    invalid = (_invalid(text[start:end], why),)
-            content = parsed.get("content") or ""
-            if start == end and reasoning is not None:
-                calls = []  # what it thought of calling
-            elif calls or (reasoning is None and _thought(parsed)):
-                at = text.rfind(content) if content else -1
-                ranges = ((at, at + len(content)),) if at >= 0 else ()
-                message["content"] = content
-                reasoning = _thought(parsed) if reasoning is None else reasoning
-        elif tools and self._writes_hermes:
-            found = parse_hermes(text[start:end])
-            calls = wire_calls(found.calls, f"call_{len(prompt_ids)}")
-            ranges = tuple((a + start, b + start) for a, b in found.ranges)
-            invalid = found.invalid
-            message["content"] = "".join(text[a:b] for a, b in ranges)
-        if calls:
-            message["tool_calls"] = calls
-            message["content"] = message["content"] or None
-        if invalid:
-            message["invalid_tool_calls"] = list(invalid)
+        call_id = f"call_{len(prompt_ids)}"
+        format = (self.tool_format or self._written_format) if tools else None
+        if format is not None:
+            found = parse(marked[reply.start : reply.end], format, tools, split=False)
+            message, ranges = _in_text(found, text, lambda at: plain(reply.start + at), call_id)
+        elif self._has_response_template:
+            message, ranges, reasoning = self._by_template(
+                prompt_ids, token_ids, text, (start, end), tools, reasoning
+            )
+        else:
+            message = assistant(text[start:end])
         if reasoning is not None:
             message["reasoning_content"] = reasoning
         return message, ranges
@@ -286,8 +291,9 @@ class ChatTokenizer:
         """See that this model can be told of tools and that its calls can be read.
 
         Raises:
-            UsageError: it cannot, or they cannot.
+            UsageError: it cannot, or they cannot; a tool is none, or its schema is.
         """
+        check_specs(tools)
         question = (user("Hello."),)
         if self._render(question, tools, reply_next=True) == self._render(
             question, (), reply_next=True
@@ -296,48 +302,114 @@ class ChatTokenizer:
                 f"the chat template of {self._name!r} does not show tools, which the environment "
                 "has; use a model that was trained to call tools, or another chat template"
             )
-        if not self._has_response_template and not self._writes_hermes:
-            raise UsageError(
-                f"the environment has tools, but calls of {self._name!r} cannot be read: its "
-                "tokenizer has no response_template and its chat template does not write calls as "
-                "<tool_call>{...}</tool_call>; set tokenizer.response_template"
+        if self.tool_format is None and self._written_format is None and not self._round_trips:
+            also = (
+                "its tokenizer's response_template does not read"
+                if self._has_response_template
+                else "its tokenizer has no response_template for"
             )
+            raise UsageError(
+                f"the environment has tools, but calls of {self._name!r} cannot be read: {also} "
+                "what its chat template writes, which is in none of the formats known here; give "
+                f"tool_format (one of {', '.join(FORMATS)}), or set tokenizer.response_template"
+            )
+
+    def _by_template(
+        self,
+        prompt_ids: Sequence[int],
+        token_ids: Sequence[int],
+        text: str,
+        answer: tuple[int, int],
+        tools: Sequence[Mapping[str, Any]],
+        reasoning: str | None,
+    ) -> tuple[Message, tuple[tuple[int, int], ...], str | None]:
+        """What the tokenizer's own ``response_template`` reads: message, ranges and reasoning."""
+        start, end = answer
+        message, ranges = assistant(text[start:end]), (answer,)
+        try:
+            parsed = self._parsed(prompt_ids, token_ids, tools)
+            calls = [
+                _wire_call(call, f"call_{len(prompt_ids)}_{i}")
+                for i, call in enumerate(parsed.get("tool_calls") or ())
+            ]
+        except Exception as error:  # whatever a model wrote must not end the batch
+            if tools and start < end:
+                why = f"the markup of the reply cannot be read: {type(error).__name__}"
+                message["invalid_tool_calls"] = [_invalid(text[start:end], why)]
+            return message, ranges, reasoning
+        thought = _thought(parsed) if reasoning is None else None
+        if (start == end and reasoning is not None) or not (calls or thought):
+            return message, ranges, reasoning  # what it thought of calling is no call
+        content = parsed.get("content") or ""
+        at = text.rfind(content) if content else -1
+        message["content"] = content
+        if calls:
+            message["tool_calls"] = calls
+            message["content"] = content or None
+        return message, ((at, at + len(content)),) if at >= 0 else (), reasoning or thought
 
     @property
     def _has_response_template(self) -> bool:
         return getattr(self.tokenizer, "response_template", None) is not None
 
     @functools.cached_property
-    def _writes_hermes(self) -> bool:
-        """Whether the chat template writes a call so that :func:`parse_hermes` reads it back."""
-        call = {"name": "rlrf_stand_in", "arguments": {"x": "y"}}
-        reply: Message = {
+    def _written(self) -> tuple[str, str, str]:
+        """How the chat template writes a call: before it, the call itself, and after it."""
+        mark = "rlrf stand-in reply"
+        call: Message = {
             "role": "assistant",
             "content": None,
-            "tool_calls": wire_calls((call,), "call"),
+            "tool_calls": [{**wire_calls((_STAND_IN,))[0], "id": "rlrfcall1"}],  # as Mistral has it
         }
         try:
-            written = self._render((user("Hello."), reply), (), reply_next=False)
+            said, written = (
+                self._render((user("Hello."), reply), (), reply_next=False)
+                for reply in (assistant(mark), call)
+            )
         except UsageError:
-            return False
-        return parse_hermes(written).calls == (call,)
+            return "", "", ""
+        start = _common(said.partition(mark)[0], written)
+        rest = written[start:]
+        end = len(rest) - _common(said.rpartition(mark)[2][::-1], rest[::-1])
+        return written[:start], rest[:end], rest[end:]
 
-    def _answer(
-        self,
-        prompt_ids: Sequence[int],
-        token_ids: Sequence[int],
-        text: str,
-        offsets: Sequence[tuple[int, int]],
-    ) -> tuple[int, int, str | None]:
-        """Where in ``text`` the answer stands, and the reasoning if there is any."""
+    @functools.cached_property
+    def _written_format(self) -> str | None:
+        """The format in which the chat template writes a call and nothing beside it, if known."""
+        for format in _BY_TEMPLATE:
+            found = parse(self._written[1], format, split=False)
+            calls = [(call.name, call.arguments) for call in found.calls]
+            if calls == [(_STAND_IN.name, _STAND_IN.arguments)] and not found.content.strip():
+                return format
+        return None
+
+    @functools.cached_property
+    def _round_trips(self) -> bool:
+        """Whether ``response_template`` reads what the chat template writes."""
+        before, call, behind = self._written
+        if not self._has_response_template or not call:
+            return False
+        try:
+            parsed = self.tokenizer.parse_response(call + behind, prefix=before)
+            calls = [_wire_call(found, "")["function"] for found in parsed["tool_calls"]]
+        except Exception:  # the author's patterns, which may fail in any way
+            return False
+        return calls == [wire_calls((_STAND_IN,))[0]["function"]]
+
+    def _marked(
+        self, token_ids: Sequence[int], text: str, offsets: Sequence[tuple[int, int]]
+    ) -> tuple[str, Callable[[int], int]]:
+        """``text`` with its special tokens, by which some families think and call.
+
+        And where in ``text`` a character of it stands.
+        """
         marks = [
             "" if i in self.end_ids else self._special.get(i, text[a:b])
             for i, (a, b) in zip(token_ids, offsets, strict=True)
         ]
-        marked = "".join(marks)  # with the special tokens, which some families think between
-        reply = split_reasoning(marked, self._opened(prompt_ids))
+        marked = "".join(marks)
         if marked == text:
-            return reply.start, reply.end, reply.reasoning
+            return text, lambda at: at
         starts = [0, *itertools.accumulate(map(len, marks))]
 
         def plain(position: int) -> int:
@@ -347,7 +419,7 @@ class ChatTokenizer:
             inside = 0 if token_ids[i] in self._special else position - starts[i]
             return offsets[i][0] + inside
 
-        return plain(reply.start), plain(reply.end), reply.reasoning
+        return marked, plain
 
     def _opened(self, prompt_ids: Sequence[int]) -> str:
         """The mark of reasoning with which the prompt ends, if it does."""
@@ -379,6 +451,31 @@ def _plain(value: Any, guard: Callable[[str], str]) -> Any:
 def _thought(parsed: Mapping[str, Any]) -> str | None:
     """The reasoning in what a response template has read; None if there is none."""
     return parsed.get("reasoning_content") or parsed.get("thinking") or None
+
+
+def _common(a: str, b: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
+
+
+def _in_text(
+    found: Parsed, text: str, plain: Callable[[int], int], call_id: str
+) -> tuple[Message, tuple[tuple[int, int], ...]]:
+    """The message of what was read in a reply, and its ranges; ``plain`` has the places."""
+    ranges = tuple((plain(a), plain(b)) for a, b in found.ranges)
+    ranges = tuple((a, b) for a, b in ranges if a < b)
+    moved = dataclasses.replace(
+        found,
+        content="".join(text[a:b] for a, b in ranges),
+        ranges=ranges,
+        invalid=tuple(
+            dataclasses.replace(call, span=(plain(call.span[0]), plain(call.span[1])))
+            for call in found.invalid
+        ),
+    )
+    return moved.message(call_id), ranges
 
 
 def _invalid(text: str, why: str) -> dict[str, Any]:
