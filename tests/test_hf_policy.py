@@ -19,6 +19,7 @@ import torch
 from transformers import Gemma3TextConfig, MistralConfig, Qwen3NextConfig
 
 import rlrf
+from rlrf import notices
 from rlrf.errors import PromptTooLongError, RlrfError, UsageError
 from rlrf.feedback import token_offsets
 from rlrf.messages import assistant, system, user
@@ -1006,3 +1007,30 @@ def test_a_prompt_with_a_seed_is_sampled_alike_whatever_is_beside_it():
     before = torch.get_rng_state()
     p.generate([a], SamplingParams(max_tokens=2))  # nothing is drawn where all have seeds
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("capability", "given", "expected"),
+    [
+        ("AVX2", None, torch.float32),
+        ("DEFAULT", None, torch.float32),
+        ("AVX512", None, torch.bfloat16),
+        ("AVX2", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_a_cpu_without_avx512_is_given_float32_and_that_is_said(
+    capability, given, expected, tmp_path, monkeypatch
+):
+    tiny_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    said = []
+    stop = notices.listen(lambda topic, message: said.append(message) or True)
+    try:
+        policy = HFPolicy(tmp_path, device="cpu", dtype=given)
+    finally:
+        stop()
+    assert {p.dtype for p in policy.model.parameters()} == {expected}
+    found = [text for text in said if "AVX-512" in text and "dtype='bfloat16'" in text]
+    assert len(found) == (expected is torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import platform
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from rlrf.errors import (
     describe,
 )
 from rlrf.messages import Messages
+from rlrf.notices import notice
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
 from rlrf.tools import check_format
 from rlrf_trainers.config import MOST_ROLLOUTS, MOST_TOKENS
@@ -46,7 +48,7 @@ class HFPolicy:
         device: where to put the model; None leaves a loaded one where it is and puts others on
             the GPU if there is one.
         dtype: a :class:`torch.dtype` or its name; None leaves a loaded model as it is and others
-            as they were saved.
+            as they were saved, but float32 where a CPU multiplies 16 bits slowly.
         enable_thinking: the switch of that name of chat templates that have it; None for the
             template's own default.
         tool_format: how the model writes calls of tools, one of :data:`rlrf.tools.FORMATS`; None
@@ -114,6 +116,8 @@ class HFPolicy:
                     f"with its tokenizer: {error}"
                 ) from error
             device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            if dtype is None and device.type == "cpu":
+                dtype = _fit_for_cpu(base_model(model))
         if tokenizer is None:
             raise UsageError(
                 "HFPolicy was given a loaded model but no tokenizer; pass tokenizer=..., or the "
@@ -389,6 +393,25 @@ def _device(device: str | int | torch.device | None) -> torch.device | None:
         f"device is {device!r}; it must be one of {', '.join(accepted)}, or None for the model's "
         "own, else the GPU if there is one"
     )
+
+
+def _fit_for_cpu(model: Any) -> torch.dtype | None:
+    """float32 for a model of 16 bits on a CPU that multiplies those slowly; else None.
+
+    An x86 CPU without AVX-512 converts each number on its own: a product of bf16 matrices takes
+    4.5 times as long as one of float32, and a training step minutes.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()
+    slow = capability in ("DEFAULT", "AVX2") and platform.machine().lower() in ("x86_64", "amd64")
+    if not slow or getattr(model, "dtype", None) not in (torch.bfloat16, torch.float16):
+        return None
+    notice(
+        "hf/dtype",
+        f"this CPU has no AVX-512 (PyTorch says {capability}) and multiplies 16-bit numbers "
+        f"several times slower than float32, so the model is loaded in float32, which takes twice "
+        f"the memory; dtype='{str(model.dtype).removeprefix('torch.')}' leaves it as it was saved",
+    )
+    return torch.float32
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
