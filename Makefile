@@ -52,7 +52,7 @@ setup: $(VENV)/.ready
 
 demo: $(VENV)/.ready
 	@echo "the demo: fetches $(MODEL) if it is not here (0.5 GB), trains it with SDPO on"
-	@echo "format-rules-v0, and writes a report to runs/demo-sdpo-$(SEED); about 10 minutes on 2 cores"
+	@echo "format-rules-v0, and writes a report to runs/demo-sdpo-$(SEED); about 10 minutes on 2 cores with AVX-512"
 	$(BIN)/rlrf train docs/examples/demo_sdpo.toml --model $(MODEL) \
 	  --run-dir runs/demo-sdpo-$(SEED) --set trainer.seed=$(SEED) --overwrite
 ifdef COMPARE
