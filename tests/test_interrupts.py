@@ -231,12 +231,15 @@ def test_an_interrupt_inside_c_code_that_hears_no_signal(tmp_path: Path) -> None
         re.M,
     )
     assert told, error
-    assert bool(told[1]) == (tmp_path / "r.json.partial").exists()
+    count = int(told[1] or 0)
+    assert not count or (tmp_path / "r.json.partial").exists()
     again = STUCK.replace("calls == 3", "False").replace("cli.main()", "print('go'); cli.main()")
     process = _started(again, tmp_path, "go")
     _, error = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert not told[1] or f"continuing r.json.partial: {told[1]} done" in error
+    there = re.search(r"continuing r\.json\.partial: (\d) done", error)
+    # What is told was kept; one more may have been written while it was told.
+    assert count <= (int(there[1]) if there else 0) <= 2
 
 
 def test_a_second_interrupt_ends_it_at_once(tmp_path: Path) -> None:
