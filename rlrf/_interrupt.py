@@ -39,6 +39,9 @@ GRACE_S = 1.5
 _AGAIN = b"\0"
 """What the watcher is told when an interrupt was raised where it went nowhere."""
 
+_AGAIN_S = 0.01
+"""Seconds between two tries to raise it where it goes somewhere."""
+
 CODES = {int(signal.SIGINT): 130, int(signal.SIGTERM): 143}
 """Signal to exit code, as shells have it."""
 
@@ -135,9 +138,8 @@ class Interrupts:
             return  # a second one is for the watcher
         self.signal = number
         while frame is not None:
-            if frame.f_code is Interrupts._ignored.__code__:  # where it would go nowhere, too
-                self._ask_again()
-                return
+            if frame.f_code is Interrupts._ignored.__code__:
+                return  # it would go nowhere here, too; the watcher asks again
             frame = frame.f_back
         self._raised = True
         raise KeyboardInterrupt
@@ -146,27 +148,30 @@ class Interrupts:
         if self.signal is None or unraisable.exc_type is not KeyboardInterrupt:
             self._unraisable(unraisable)
         elif not self._closed:  # raised in a finalizer, where it goes nowhere
-            self._ask_again()
-
-    def _ask_again(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._writer, _AGAIN)
+            with contextlib.suppress(OSError):
+                os.write(self._writer, _AGAIN)
 
     def _watch(self) -> None:
         deadline: float | None = None
         own = 0  # signals that are not the user's
+        lost = False  # whether the interrupt is still to be raised again
         while True:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._reader], [], [], left)[0]:
+            now = time.monotonic()
+            if deadline is not None and deadline <= now:
                 self._end()
+            if lost := lost and not self._raised:
+                own += 1
+                _thread.interrupt_main(signal.Signals(self.signal or signal.SIGINT))
+            left = None if deadline is None else min(deadline - now, _AGAIN_S if lost else 60)
+            if not select.select([self._reader], [], [], left)[0]:
+                continue
             heard = os.read(self._reader, 64)
             if self._closed:
                 os.close(self._reader)
                 return
             for number in heard:
-                if number == _AGAIN[0] and self.signal is not None:
-                    own, self._raised = own + 1, False
-                    _thread.interrupt_main(signal.Signals(self.signal))
+                if number == _AGAIN[0]:
+                    lost, self._raised = True, False
                 elif number not in CODES:
                     continue
                 elif own:
@@ -176,6 +181,8 @@ class Interrupts:
                 else:
                     deadline = time.monotonic() + GRACE_S
                     self.signal = self.signal or number
+            if lost:  # the own ones wake this up at once
+                time.sleep(_AGAIN_S)
 
     def _end(self, *, at_once: bool = False) -> None:
         """End the process in the main thread's stead."""

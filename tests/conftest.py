@@ -34,6 +34,14 @@ class _Heard(logging.Handler):
             self.messages.append(f"{record.name}: {message}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m leaves the slow ones out
+def pytest_collection_modifyitems(items):
+    """What needs a docker daemon is slow: the fast tests need nothing that pip does not bring."""
+    for item in items:
+        if item.get_closest_marker("docker"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def _deprecations():
     """What a library has deprecated is not used by us, also where only its logger says so.

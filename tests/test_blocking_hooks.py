@@ -343,8 +343,12 @@ def test_ctrl_c_ends_a_rollout_whose_loop_is_blocked(release, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         release.wait()
 
-    with pytest.raises(KeyboardInterrupt):
-        rlrf.rollout(Tasks(block, "t2"), policy(), deadline_s=None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what nohup starts ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            rlrf.rollout(Tasks(block, "t2"), policy(), deadline_s=None)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert AsyncEcho().grade("train-no", "no").reward == 1.0  # nobody waits for the blocked one
 
 
