@@ -780,6 +780,7 @@ BREAKING = [
         """,
         RE,
         limits=LONGER,
+        slow=True,
     ),
     row(
         "39_repr_of_a_deep_list_without_a_limit",
@@ -1913,6 +1914,7 @@ HACKS = [
         cases=ASSERTS,
         limits=Limits(1, 0.8, memory_mb=256),
         entry="f",
+        slow=True,
     ),
     row(
         "asserts_never_answered",
@@ -1928,6 +1930,7 @@ HACKS = [
         cases=ASSERTS,
         entry="f",
         limits=Limits(1, 0.6, memory_mb=256),
+        slow=True,
     ),
     row(
         "asserts_searched_for",

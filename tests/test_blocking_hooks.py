@@ -137,6 +137,7 @@ def test_the_others_are_begun_again_for_nothing_and_sample_the_same(release):
     assert left.items() <= healthy.items()
 
 
+@pytest.mark.slow
 def test_several_cost_one_deadline_side_by_side(release):
     blocked, when_told = [], []
 
@@ -154,6 +155,7 @@ def test_several_cost_one_deadline_side_by_side(release):
     assert when_told[1:] == [12] * 11  # but for the first, by which the environment was found out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [0, 1, 2])
 def test_several_turns(release, where):
     env = Turns(release.wait, where)
@@ -180,6 +182,7 @@ def test_an_evaluation(release):
     assert (report.n_unscored, report.pass_rate, report.failures) == (1, 1.0, {"deadline": 1})
 
 
+@pytest.mark.slow
 def test_a_wrapped_environment(release, said):
     env = DropFeedback(Tasks(release.wait, "t2", "t4"))
     assert unscored(rlrf.rollout(env, policy(), deadline_s=DEADLINE_S)) == ["t2", "t4"]
@@ -301,6 +304,7 @@ def test_one_without_a_deadline_holds_up_its_own_caller_only(release, monkeypatc
     assert results == [1.0]  # its own caller has waited for it
 
 
+@pytest.mark.slow
 def test_on_the_callers_own_loop_it_is_named_and_then_kept_apart(release, said):
     env = Tasks(lambda: said.wait(60), "t2", "t4")
 
@@ -317,6 +321,7 @@ def test_on_the_callers_own_loop_it_is_named_and_then_kept_apart(release, said):
     assert said.words[0].endswith("Nothing else can go on.")
 
 
+@pytest.mark.slow
 def test_an_async_policy_that_blocks_is_named_and_nobodys_time(said, monkeypatch):
     monkeypatch.setattr(_clock, "_LONG", 1.5 * DEADLINE_S)
 
@@ -343,7 +348,8 @@ def test_ctrl_c_ends_a_rollout_whose_loop_is_blocked(release, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         release.wait()
 
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what nohup starts ignores it
+    # What nohup started ignores it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             rlrf.rollout(Tasks(block, "t2"), policy(), deadline_s=None)

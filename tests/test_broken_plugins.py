@@ -73,6 +73,7 @@ def points(name: str, module: str) -> str:
     return lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault",
     [f if f in ("absent", "raises") else pytest.param(f, marks=pytest.mark.slow) for f in SOURCES],
@@ -185,16 +186,19 @@ def test_a_policy_without_a_model_is_told_before_anything_is_imported(
     assert (code, "unexpected keyword argument 'x'; its options are model" in error) == (2, True)
 
 
+MALFORMED = [
+    "[rlrf.policies]\nno equals sign\n",
+    b"\xff\xfe\0binary",
+    "[rlrf.policies\nx = y:z\n",
+    "[rlrf.environments]\nNot An Id = x:Y\n= x:Y\nodd-v0 = \n",
+    "[rlrf.policies]\nodd = :::\nspace name = a b c:d e\nextra = json:loads [some]\n",
+    "[rlrf.commands]\nlist = json:loads\n--help = json:loads\n[red = json:loads\n",
+]
+
+
 @pytest.mark.parametrize(
     "entry_points",
-    [
-        "[rlrf.policies]\nno equals sign\n",
-        b"\xff\xfe\0binary",
-        "[rlrf.policies\nx = y:z\n",
-        "[rlrf.environments]\nNot An Id = x:Y\n= x:Y\nodd-v0 = \n",
-        "[rlrf.policies]\nodd = :::\nspace name = a b c:d e\nextra = json:loads [some]\n",
-        "[rlrf.commands]\nlist = json:loads\n--help = json:loads\n[red = json:loads\n",
-    ],
+    [*MALFORMED[:2], *(pytest.param(text, marks=pytest.mark.slow) for text in MALFORMED[2:])],
 )
 def test_entry_points_that_are_malformed(entry_points, installed, monkeypatch, capsys) -> None:
     installed("malformed", entry_points)

@@ -66,6 +66,7 @@ def test_evaluations_do_not_depend_on_how_many_tasks_there_are_beside():
     assert few.items() <= many.items()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_the_weights_before_the_first_step_may_be_the_best(lora_r, resumed, tmp_path):
@@ -491,6 +492,7 @@ def altered(folder, how):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "lora_r"),
     [

@@ -425,6 +425,7 @@ def test_plug_in_commands_get_their_arguments_and_are_loaded_late(
     assert rlrf_cli("cliplug", "fetch")[0] == 2
 
 
+@pytest.mark.slow
 def test_a_plug_in_that_cannot_be_imported_breaks_only_itself(
     rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -761,6 +762,7 @@ def test_rollout_progress_on_a_terminal_and_off_it(capsys: pytest.CaptureFixture
 # --- resume -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resume_goes_on_with_what_the_run_was_configured_with(
     rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:

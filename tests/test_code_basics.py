@@ -120,6 +120,7 @@ def test_a_compile_error_has_line_and_column(env):
     assert env.grade("fold-digits", completion).metrics["compiles"] == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "kind", "words"),
     [
@@ -206,6 +207,7 @@ def test_rollouts_from_an_async_caller_share_the_pool(env):
     assert [r.reward for r in rollouts] == [1.0] * 4
 
 
+@pytest.mark.slow
 def test_waiting_for_a_slot_is_not_charged_to_the_deadline():
     """Slow attempts must not use up the deadline of those queued behind them."""
     env = rlrf.make("code-basics-v0", slots=1, limits=Limits(cpu_s=1, wall_s=3, memory_mb=256))

@@ -169,6 +169,7 @@ def test_wrong_options(tasks, options, why):
         tasks(**options)
 
 
+@pytest.mark.slow
 @needs_sandbox
 def test_own_checkers_limits_and_starter_code(tasks, caplog):
     env = tasks(
@@ -659,7 +660,14 @@ def test_what_is_fetched_is_checked(tmp_path, monkeypatch, right):
 
 
 @needs_sandbox
-@pytest.mark.parametrize("name", ["humaneval-v0", "humaneval-plus-v0", "mbpp-v0", "mbpp-plus-v0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "humaneval-v0",
+        "mbpp-v0",
+        *(pytest.param(f"{x}-plus-v0", marks=pytest.mark.slow) for x in ("humaneval", "mbpp")),
+    ],
+)
 def test_canonical_solutions_pass_and_none_does_not(name, published_code_data):
     env = rlrf.make(name, feedback="expected")
     nothing = "def half(n):\n    return None\n\ndef swap(p):\n    return None"

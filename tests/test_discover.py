@@ -412,6 +412,7 @@ def test_a_run_does_not_depend_on_those_before_it(config):
     assert len(set(same.rewards)) > 6
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_report_and_another_another():
     def report(seeds):
         return discover(Letters(), tiny(), ["task-0"], budget=12, seeds=seeds, config=LEARNS)
@@ -450,6 +451,7 @@ def test_sdpo_learns_from_the_feedback_of_a_task():
     assert moved.rewards[4:] != stayed.rewards[4:]
 
 
+@pytest.mark.slow
 def test_without_feedback_sdpo_warns_once_and_learns_nothing():
     with pytest.warns(RuntimeWarning, match="task 'task-0'.*feedback") as told:
         report = discover(Mute(), tiny(), methods="sdpo", budget=12, config=LEARNS)
@@ -523,6 +525,7 @@ def test_one_feedback_is_told_as_sdpo_tells_its_teacher():
     assert fit("What?", [told], 9999)[0] == taught.messages
 
 
+@pytest.mark.slow
 def test_the_oldest_feedback_goes_first_and_the_question_never():
     told = feedback(*(f"Number {i} is {'very ' * 10}wrong." for i in range(9)))
     question = "Is this " + "really " * 20 + "the question?"
@@ -850,6 +853,7 @@ def test_without_out_it_writes_below_runs(command, tmp_path):
 ALL = ("--limit", "2", "--budget", "12", "--seeds", "2", "--out")
 
 
+@pytest.mark.slow
 def test_a_killed_discovery_goes_on_where_it_was(command, tmp_path, monkeypatch):
     assert command(*ALL, "whole.json")[0] == 0
     whole = json.loads((tmp_path / "whole.json").read_text())
@@ -886,6 +890,7 @@ def test_a_killed_discovery_goes_on_where_it_was(command, tmp_path, monkeypatch)
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_continue(command, tmp_path, monkeypatch):
     def stop(self, run):
         raise KeyboardInterrupt

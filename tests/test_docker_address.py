@@ -106,6 +106,7 @@ def test_a_proxy_that_is_none(monkeypatch):
     refused("tcp://localhost:1")
 
 
+@pytest.mark.slow
 def test_a_daemon_that_says_nothing_sensible(tmp_path):
     path = str(tmp_path / "a.sock")
     with socket.socket(socket.AF_UNIX) as server:

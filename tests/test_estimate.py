@@ -87,12 +87,20 @@ SDPO = {
 @pytest.mark.parametrize(
     ("cls", "config"),
     [
-        (SDPOTrainer, {}),
-        (SDPOTrainer, {"probe_tasks": 0, "eval_steps": 0, "eval_on_start": False}),
-        (SDPOTrainer, {"mini_batch_prompts": 2, "teacher_regularization": "frozen"}),
+        pytest.param(SDPOTrainer, {}, marks=pytest.mark.slow),
+        pytest.param(
+            SDPOTrainer,
+            {"probe_tasks": 0, "eval_steps": 0, "eval_on_start": False},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            SDPOTrainer,
+            {"mini_batch_prompts": 2, "teacher_regularization": "frozen"},
+            marks=pytest.mark.slow,
+        ),
         (SDPOTrainer, {"num_iterations": 2, "baseline": "control"}),
         (SDPOTrainer, {"teacher_regularization": "trust_region", "lora_r": 2}),
-        (GRPOTrainer, {}),
+        pytest.param(GRPOTrainer, {}, marks=pytest.mark.slow),
         (GRPOTrainer, {"beta": 0.1, "num_iterations": 2}),
     ],
 )

@@ -83,6 +83,7 @@ def test_all_weights_are_no_adapter(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_given_by_a_relative_path_is_found_from_elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_tiny(tmp_path / "base")
@@ -113,6 +114,7 @@ def test_a_model_from_memory_cannot_be_loaded_again(tmp_path):
         export_model(tmp_path / "run", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_lora_run_can_be_trained_on(tmp_path):
     trained(tmp_path, lora_r=2)
     after = {}
@@ -148,6 +150,7 @@ def test_a_lora_run_can_be_trained_on(tmp_path):
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize(
     ("change", "name"), [({"num_hidden_layers": 3}, "layers.2"), ({"intermediate_size": 16}, "mlp")]

@@ -304,6 +304,7 @@ def reference_logps(trainer, rollouts):
     return trainer.reference_logps([batch])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_a_synced_reference_takes_its_share_of_the_policy(rollouts, every, alpha):

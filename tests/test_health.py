@@ -568,6 +568,7 @@ def topics_of(lines, config):
     return {topic for _, topic, _ in told(Monitor(config), lines, start=0)}
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_real_runs_of_a_tiny_model(history):
     # Its replies are six random bytes, cut off, and it learns at a rate of 1e-2: no false alarm.

@@ -76,6 +76,7 @@ def test_logprobs_are_those_of_one_plain_forward_pass(prompts, seed, size):
         assert out.logprobs == pytest.approx(plain_logprobs(prompt, out.token_ids), abs=1e-4)
 
 
+@pytest.mark.slow
 @few
 @given(prompts=prompt_lists, seed=st.integers(0, 99))
 def test_a_row_does_not_depend_on_the_rows_beside_it(prompts, seed):

@@ -38,6 +38,8 @@ from tests.hostile import (
 )
 from tests.hostile_kernel import KERNEL_CONTROLS, KERNEL_HOSTILE, KERNEL_PAIRS
 
+pytestmark = pytest.mark.slow  # 260 tests, on each of two sandboxes
+
 
 @dataclass(frozen=True)
 class Bait:

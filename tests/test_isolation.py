@@ -256,7 +256,7 @@ def check(done, unscored, scored=()):
             assert rollout.scored, (name, rollout.failure)
 
 
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("kind", ["hf", "scripted", pytest.param("openai", marks=pytest.mark.slow)])
 @few
 @given(data=st.data())
 def test_exactly_the_bad_item_is_unscored(server, kind, data):

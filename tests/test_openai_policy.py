@@ -286,6 +286,7 @@ def evaluate(server: Server, folder: Path, *more: str, **options: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_and_grades_nothing_twice(server, tmp_path):
     seen, gate = threading.Semaphore(0), threading.Event()
 
@@ -324,6 +325,7 @@ def test_a_killed_evaluation_goes_on_and_grades_nothing_twice(server, tmp_path):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_results_are_not_overwritten_and_settings_are_compared(
     server, tmp_path, monkeypatch, capsys
 ):

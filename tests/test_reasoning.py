@@ -227,6 +227,7 @@ def test_any_text_is_taken_apart_once(text, opened):
     assert action_message(message["content"])["content"] == message["content"]
 
 
+@pytest.mark.slow
 def test_linear_in_the_text():
     units = ["<think>", "</think>", "\n<think>", "</think>\n", "`</think>", "'", '"</think>"']
     units += ["```\n", "~~~", "<|channel|>a<|message|>", "<think> ", "analysis", "assistantfinal"]

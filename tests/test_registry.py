@@ -80,7 +80,7 @@ def test_specs_survive_json(name):
 
 
 @pytest.mark.parametrize("name", INSTALLED)
-@pytest.mark.parametrize("mode", ["sync", "async"])
+@pytest.mark.parametrize("mode", ["sync", pytest.param("async", marks=pytest.mark.slow)])
 def test_every_environment_makes_vectors(name, mode, published_code_data):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -277,7 +277,7 @@ def test_a_stuck_async_hook_costs_its_own_episode_its_own_deadline():
         if task.id == "two":
             await asyncio.Event().wait()  # for ever
 
-    done = rlrf.rollout(Words(before), ScriptedPolicy(last_word), deadline_s=1.0)
+    done = rlrf.rollout(Words(before), ScriptedPolicy(last_word), deadline_s=0.4)
     assert [r.reward for r in done] == [1.0, None, 1.0, 1.0]
     assert done[1].failure.startswith("deadline")
 
@@ -292,7 +292,7 @@ def test_a_stuck_plain_hook_holds_up_nobody():
             return Outcome(1.0)
 
     try:
-        done = rlrf.rollout(Stuck(), ScriptedPolicy(last_word), deadline_s=1.0)
+        done = rlrf.rollout(Stuck(), ScriptedPolicy(last_word), deadline_s=0.4)
     finally:
         release.set()
     assert [r.reward for r in done] == [1.0, None, 1.0, 1.0]
@@ -489,13 +489,13 @@ def test_a_hook_that_swallows_its_cancellation_holds_up_nobody():
                         await release.wait()
                 return Outcome(1.0)
 
-        found = await rlrf.arollout(Stubborn(), Recorder(), deadline_s=1.0)
+        found = await rlrf.arollout(Stubborn(), Recorder(), deadline_s=0.4)
         release.set()
         return found
 
     found = asyncio.run(go())
     assert [r.scored for r in found] == [True, False, True, True, True, True]
-    assert found[1].failure.startswith("deadline: the environment took more than 1 s")
+    assert found[1].failure.startswith("deadline: the environment took more than 0.4 s")
 
 
 def test_a_sync_method_inside_an_async_hook_is_refused_and_not_stuck():

@@ -135,6 +135,7 @@ def test_a_run_begins_in_one_step(tmp_path, monkeypatch):
     run.settle()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_as_it_began_is_gone_on_with(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     trainer(tmp_path / "whole", max_steps=2).train()
@@ -173,6 +174,7 @@ def test_what_a_run_was_told_before_does_not_hold_for_one_begun_from_python(tmp_
 # --- checkpoints --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_first_checkpoint_that_fails_is_gone_on_from(tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     trainer(tmp_path / "whole", max_steps=4).train()
@@ -225,6 +227,7 @@ def test_what_cannot_be_kept_does_not_hide_why_a_run_failed(lost, tmp_path, monk
         made.train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["weights", "state", "json", "lines", "half"])
 def test_an_older_checkpoint_is_used_where_the_newest_cannot_be(harm, tmp_path):
     run_dir = tmp_path / "run"

@@ -309,6 +309,7 @@ def pool():
     run_sync(made.aclose())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.binary(max_size=40) | json_values.map(lambda v: json.dumps(v).encode()), st.booleans())
 def test_a_program_that_writes_to_everything_it_can_reach(pool, data, leave):

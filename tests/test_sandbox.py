@@ -148,10 +148,15 @@ def test_the_same_program_gives_the_same_bytes(pool):
         ("print('ok'", Verdict.COMPILE_ERROR),
         ("x = '\0'", Verdict.COMPILE_ERROR),
         ("while True:\n    pass", Verdict.TIME_LIMIT),
-        ("import signal\nsignal.signal(24, signal.SIG_IGN)\nwhile True:\n    pass", "time_limit"),
-        (
+        pytest.param(
+            "import signal\nsignal.signal(24, signal.SIG_IGN)\nwhile True:\n    pass",
+            "time_limit",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "while True:\n    try:\n        pass\n    except BaseException:\n        pass",
             "time_limit",
+            marks=pytest.mark.slow,
         ),
         ("x = bytearray(10**10)", Verdict.MEMORY_LIMIT),
         ("x = []\nwhile True:\n    x.append('y' * 10**6)", Verdict.MEMORY_LIMIT),

@@ -536,6 +536,7 @@ def test_cancelling_ends_the_program(backend, tmp_path):
     asyncio.run(go())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_only_a_program_that_wanted_the_processor_gets_a_second_run(backend):
     async def go():
@@ -614,6 +615,7 @@ def descendants(session):
     return below
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] != "docker"])
 def test_nothing_outlives_an_owner_that_is_killed(backend, tmp_path):
     command = [sys.executable, "-c", OWNER, backend, repr(options(backend))]
@@ -627,6 +629,7 @@ def test_nothing_outlives_an_owner_that_is_killed(backend, tmp_path):
     assert eventually(lambda: not list(tmp_path.iterdir()), 10)  # its folders neither
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b.values[0] != "docker"])
 def test_a_child_of_the_owner_keeps_no_runner_alive(backend, tmp_path):
     """It has a copy of all that was open, unless it closes it."""

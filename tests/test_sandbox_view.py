@@ -123,6 +123,7 @@ READABLE = """
 """
 
 
+@pytest.mark.slow
 @needs_bwrap
 @pytest.mark.parametrize(
     "whose", ["the system's", pytest.param("one with a prefix", marks=pytest.mark.slow)]

@@ -495,6 +495,7 @@ def test_without_room_for_a_hint_nothing_is_distilled():
     assert not any(t.distil for t in targets)
 
 
+@pytest.mark.slow
 def test_a_long_teachers_prompts_are_read_in_parts(monkeypatch):
     import rlrf_trainers.core.learner as module
 

@@ -41,6 +41,7 @@ def test_a_reader_that_stops_reading_stops_nothing(tmp_path: Path) -> None:
     has_trained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_under_both_streams_stops_nothing(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:

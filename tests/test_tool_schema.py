@@ -217,6 +217,7 @@ def test_faults_are_bounded_in_number_and_length():
     assert len(check(Call("f", wrong), [spec("f", SCHEMA)]).message) < 2000
 
 
+@pytest.mark.slow
 def test_the_same_faults_whatever_the_hash_seed():
     code = (
         "from rlrf.tools import validate; schema = {'additionalProperties': False}\n"

@@ -589,12 +589,14 @@ def test_wandb_offline_keeps_the_run(tmp_path):
     assert {file.stem for file in files} == {f"run-{run_id}"}
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_is_left_out(tmp_path):
     pytest.importorskip("wandb")
     out = in_a_process("wandb", tmp_path, WANDB_MODE="online", WANDB_API_KEY="")
     assert out.count("not logged in") == 2
 
 
+@pytest.mark.slow
 def test_trackio_keeps_the_run(tmp_path):
     if importlib.util.find_spec("trackio") is None:
         pytest.skip("needs trackio")

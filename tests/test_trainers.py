@@ -92,8 +92,14 @@ def test_grpo_raises_the_reward():
     assert history[-1]["eval/reward"] > history[0]["eval/reward"] + 0.2
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("teacher", ["frozen", "ema", "trust_region"])
+@pytest.mark.parametrize(
+    ("alpha", "teacher"),
+    [
+        pytest.param(alpha, teacher, marks=[] if i == j else [pytest.mark.slow])
+        for i, alpha in enumerate((0.0, 0.5, 1.0))
+        for j, teacher in enumerate(("frozen", "ema", "trust_region"))
+    ],
+)
 def test_sdpo_moves_the_student_to_its_teacher(alpha, teacher):
     trainer = sdpo(
         max_steps=8,
@@ -107,6 +113,7 @@ def test_sdpo_moves_the_student_to_its_teacher(alpha, teacher):
     assert all(line["self_distillation/reprompt_sample_fraction"] == 1 for line in history[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -139,6 +146,7 @@ def test_sdpo_switches_train(config):
     assert all(math.isfinite(v) for line in history for v in line.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [
@@ -207,19 +215,24 @@ def gradients(cls, config, micro):
 @pytest.mark.parametrize(
     ("cls", "config"),
     [
-        (SDPOTrainer, {}),
         (SDPOTrainer, {"loss_aggregation": "sequence_mean_active"}),
         (SDPOTrainer, {"loss_aggregation": "token_mean", "distillation_alpha": 0.5}),
-        (GRPOTrainer, {"loss_type": "dapo"}),
         (GRPOTrainer, {"loss_type": "grpo", "beta": 0.05}),
-        (GRPOTrainer, {"loss_type": "dr_grpo"}),
-        (GRPOTrainer, {"loss_type": "bnpo"}),
-        (GRPOTrainer, {"importance_sampling_level": "sequence"}),
         (SDPOTrainer, {"distillation_weight": 0.3}),
-        (SDPOTrainer, {"distillation_level": "sequence"}),
-        (SDPOTrainer, {"baseline": "control"}),
         (SDPOTrainer, {"teacher_regularization": "trust_region", "loss_chunk_mb": 1}),
-        (SDPOTrainer, {"rollout_is": "sequence_truncate"}),
+        *(
+            pytest.param(cls, config, marks=pytest.mark.slow)
+            for cls, config in [
+                (SDPOTrainer, {}),
+                (GRPOTrainer, {"loss_type": "dapo"}),
+                (GRPOTrainer, {"loss_type": "dr_grpo"}),
+                (GRPOTrainer, {"loss_type": "bnpo"}),
+                (GRPOTrainer, {"importance_sampling_level": "sequence"}),
+                (SDPOTrainer, {"distillation_level": "sequence"}),
+                (SDPOTrainer, {"baseline": "control"}),
+                (SDPOTrainer, {"rollout_is": "sequence_truncate"}),
+            ]
+        ),
     ],
 )
 def test_the_gradient_does_not_depend_on_the_micro_batches(cls, config):
@@ -556,6 +569,7 @@ def test_the_run_directory_tells_everything(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_can_be_loaded_for_evaluation(tmp_path):
     save_tiny(tmp_path / "base")
     trainer = SDPOTrainer(

@@ -125,6 +125,7 @@ def test_the_worst_result_costs_what_an_honest_one_of_its_length_costs(name, dig
         assert raw.result is MISSING  # given up, and so no answer
 
 
+@pytest.mark.slow
 def test_honest_sets_and_dicts_are_read_however_large():
     for value in (
         set(range(50_000)),
