@@ -304,7 +304,6 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "sys.argv = ['rlrf', 'list']\n"
         "from rlrf import cli\n"
-        "cli.list_ = None\n"
         "print('go', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main()\n"

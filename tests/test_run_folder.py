@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from rlrf import UsageError, cli  # noqa: E402
+from rlrf import UsageError  # noqa: E402
 from rlrf._files import Unwritable  # noqa: E402
+from rlrf.commands import train as train_command  # noqa: E402
 from rlrf.report import write_report  # noqa: E402
 from rlrf.runs import InUse, Run, is_run, own  # noqa: E402
 from rlrf_trainers.commands.models import export_model  # noqa: E402
@@ -92,11 +93,11 @@ def test_a_folder_that_was_made_for_nothing_goes_again(tmp_path):
 
 
 def test_two_runs_without_a_name_get_two_folders(tmp_path):
-    path, first = cli._own_free(tmp_path / "x", named=False)
-    other, second = cli._own_free(tmp_path / "x", named=False)
+    path, first = train_command._own_free(tmp_path / "x", named=False)
+    other, second = train_command._own_free(tmp_path / "x", named=False)
     assert path == other == tmp_path / "x"  # of one process: nothing has begun
     Run.create(path, config={})
-    third, _ = cli._own_free(tmp_path / "x", named=False)
+    third, _ = train_command._own_free(tmp_path / "x", named=False)
     assert third == tmp_path / "x-2"
     first.close()
     second.close()

@@ -1,0 +1,59 @@
+"""What several commands share: options, the environment they name, where they print."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import rlrf
+from rlrf.config import parse_assignment
+from rlrf.env import Env
+
+EnvOptions = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", help="Option of the environment, name=value; repeatable."),
+]
+EnvId = Annotated[str, typer.Argument(metavar="ENV", help="Environment id; see `rlrf list`.")]
+
+
+def new_console() -> Console:
+    """Where a command prints what it was asked for."""
+    # Made when it is used: standard output may have been redirected since the import.
+    return Console()
+
+
+def is_main() -> bool:
+    """Whether this process talks: the first of those that a launcher starts, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def make_env(
+    id: str,
+    option: list[str] | None,
+    given: Mapping[str, Any],
+    *,
+    held_out: bool = False,
+) -> Env:
+    """The environment a command names.
+
+    Args:
+        id: its id.
+        option: ``name=value``, as given on the command line.
+        given: further options; None is none.
+        held_out: whether it is the split for evaluation that is wanted, where none is named.
+    """
+    options = assignments(option)
+    options |= {name: value for name, value in given.items() if value is not None}
+    env = rlrf.make(id, **options)
+    if held_out and env.eval_split in env.splits and "split" not in options:
+        env.split = env.eval_split
+    return env
+
+
+def assignments(texts: list[str] | None) -> dict[str, Any]:
+    """Of ``name=value``, the names and the values, read as TOML where they can be."""
+    return dict(parse_assignment(text) for text in texts or ())
