@@ -574,7 +574,7 @@ def random_model(folder: Path, *, hidden: int, layers: int) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
     from transformers.utils import logging
 
-    from rlrf_trainers.commands.models import models_dir
+    from rlrf_trainers.model.fetch import models_dir
 
     config = Qwen2Config(
         vocab_size=151_936,
@@ -793,7 +793,7 @@ def arguments() -> argparse.Namespace:
 def jobs_of(model: str, args: argparse.Namespace, scratch: Path) -> dict[str, Job]:
     """What to measure at one model."""
     from rlrf_trainers import config
-    from rlrf_trainers.commands.models import resolve_model
+    from rlrf_trainers.model.fetch import resolve_model
 
     real = model == "real"
     cuda = args.device == "cuda"

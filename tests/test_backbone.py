@@ -6,6 +6,7 @@ all the same; and whatever falls back says so.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import math
@@ -27,7 +28,7 @@ from rlrf.policy import Prompt  # noqa: E402
 from rlrf.report import write_report  # noqa: E402
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
 from rlrf_trainers.core.optimizer import MasterAdamW, trainable  # noqa: E402
-from rlrf_trainers.engines.hf import HFPolicy, quiet_transformers  # noqa: E402
+from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.model import backbone, sampler  # noqa: E402
 from rlrf_trainers.model.head import Head  # noqa: E402
 from rlrf_trainers.model.prefix import Layout, can_share, completion_logits  # noqa: E402
@@ -434,6 +435,7 @@ def test_training_leaves_no_hook_on_the_parameters():
 
 
 def test_a_notice_is_said_once_and_heard_by_whoever_listens():
+    gc.collect()  # records that the tracebacks of earlier tests hold
     with notices.collected() as first, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         for topic, message in (("topic", "slow"), ("topic", "slow"), ("other", "slower")):
@@ -475,9 +477,9 @@ def test_a_run_that_has_ended_hears_nothing_more(tmp_path):
 
 
 def test_only_one_warning_of_another_library_is_kept_from_the_user():
-    with quiet_transformers(), pytest.warns(FutureWarning, match="something else"):
+    with backbone.quiet_transformers(), pytest.warns(FutureWarning, match="something else"):
         warnings.warn("something else is deprecated", FutureWarning, stacklevel=1)
-    with quiet_transformers():
+    with backbone.quiet_transformers():
         warnings.warn("`is_gradient_checkpointing` is deprecated", FutureWarning, stacklevel=1)
 
 

@@ -115,10 +115,10 @@ ENDS = {
 def one_step(cls, values, model):
     kind, made = "sdpo" if cls is SDPOConfig else "grpo", build_config(cls, values)
     trainer = rlrf.make_trainer(kind, model=model, env=CountA(), config=made)
-    steps = trainer.learner.steps(trainer)
+    steps = trainer.loop.steps(trainer)
     next(steps)
-    trainer.learn(trainer.learner.collect())
-    trainer.learner.log_step()
+    trainer.learn(trainer.source.next())
+    trainer.loop.log_step()
     steps.close()
     return trainer
 

@@ -15,7 +15,7 @@ from rlrf import Feedback, InfraError, Outcome, Task, UsageError, assistant, sys
 from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
-from rlrf_trainers.commands.models import export_model  # noqa: E402
+from rlrf_trainers.commands.export import export_model  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.core import preflight  # noqa: E402
 from rlrf_trainers.core.optimizer import MasterAdamW  # noqa: E402
@@ -59,8 +59,8 @@ def test_evaluations_do_not_depend_on_how_many_tasks_there_are_beside():
     found = []
     for tasks in (3, 8):
         trainer = grpo(eval_tasks=tasks)
-        trainer.learner.evaluate_if_due()
-        found.append(trainer.learner._scores)
+        trainer.loop.evaluation.if_due()
+        found.append(trainer.loop.evaluation._scores)
     few, many = found
     assert len(few) == 3
     assert few.items() <= many.items()
@@ -86,7 +86,7 @@ def test_the_weights_before_the_first_step_may_be_the_best(lora_r, resumed, tmp_
         trainer = with_evaluations(made(2), [0.9, 0.2, 0.9])  # as good as the first is no better
     result = trainer.train()
     assert result.model_step == 0
-    assert trainer.learner.best == {"step": 0.0, "value": 0.9, "model_digest": ANY}
+    assert trainer.loop.evaluation.best == {"step": 0.0, "value": 0.9, "model_digest": ANY}
     if lora_r:
         left = load_file(tmp_path / "run" / "model" / "adapter_model.safetensors")
         assert not any(t.any() for n, t in left.items() if "lora_B" in n)  # adds nothing
@@ -124,27 +124,28 @@ class Flaky(Still):
 def test_an_evaluation_without_its_hard_tasks_is_no_better_one(tmp_path):
     env = Flaky()
     trainer = grpo(env, tmp_path / "run", max_steps=2, **KEPT | {"eval_tasks": 0})
-    log_step = trainer.learner.log_step
+    log_step = trainer.loop.log_step
 
     def then_break():
         line = log_step()
         env.broken = True
         return line
 
-    trainer.learner.log_step = then_break
+    trainer.loop.log_step = then_break
     result = trainer.train()
     assert [line["eval/reward"] for line in result.history] == [0.5, 1.0, 1.0]
     assert result.model_step == 0
-    assert trainer.learner.evaluations_since_best == 2
+    assert trainer.loop.evaluation.evaluations_since_best == 2
 
 
 def test_means_that_rounding_sets_apart_are_no_choice():
-    learner = grpo().learner
-    learner.best, learner._best_scores = {"step": 0.0, "value": 0.1}, dict.fromkeys("abc", 0.1)
-    learner._scores = dict.fromkeys("abc", 0.1 + 1e-17) | {"c": 0.30000000000000004 - 0.2}
-    assert not learner._better(0.1 + 1e-16)
-    learner._scores["a"] = 0.11
-    assert learner._better(0.104)
+    evaluation = grpo().loop.evaluation
+    evaluation.best = {"step": 0.0, "value": 0.1}
+    evaluation._best_scores = dict.fromkeys("abc", 0.1)
+    evaluation._scores = dict.fromkeys("abc", 0.1 + 1e-17) | {"c": 0.30000000000000004 - 0.2}
+    assert not evaluation._better(0.1 + 1e-16)
+    evaluation._scores["a"] = 0.11
+    assert evaluation._better(0.104)
 
 
 def test_another_evaluation_is_not_compared_with_the_old_one(tmp_path):
@@ -188,16 +189,16 @@ def test_processes_sample_and_show_what_one_would(demonstration, monkeypatch):
             success_reward_threshold=0.0,  # every sibling may be shown
             prompts_per_step=5,
         )
-        learner = made.learner
-        learner.step = 3
-        rollouts = learner.collect()
+        made.learner.step = 3
+        rollouts = made.source.next()
         shown = {
             (t.rollout.group_id, t.rollout.sample): t.reprompt and t.reprompt.messages
-            for t in made.reprompt(rollouts)
+            for t in made.prepare(rollouts)
         }
-        learner.step = 0
-        learner.evaluate_if_due()
-        return {(r.group_id, r.sample): r for r in rollouts}, shown, learner._scores
+        made.learner.step = 0
+        made.loop.evaluation.if_due()
+        scores = made.loop.evaluation._scores
+        return {(r.group_id, r.sample): r for r in rollouts}, shown, scores
 
     whole, hints, scores = found(0, 1)
     assert len(whole) == 5 * 4
@@ -211,10 +212,10 @@ def test_processes_sample_and_show_what_one_would(demonstration, monkeypatch):
 
 
 def test_the_same_task_twice_in_a_batch_is_sampled_anew():
-    learner = grpo().learner
-    task = learner.tasks[0]
+    source = grpo().source
+    task = source.tasks[0]
     one, other = (
-        [r.completion_ids for r in learner.sample([task, task]) if r.group_id.startswith(n)]
+        [r.completion_ids for r in source.sample([task, task]) if r.group_id.startswith(n)]
         for n in "01"
     )
     assert len(one) == len(other) == 4
@@ -281,14 +282,14 @@ def test_evaluations_of_other_tasks_are_told(monkeypatch):
         def gather(self, value):
             return [said[0], value]
 
-    learner = grpo().learner
-    learner.world = Recording(0, 2, torch.device("cpu"))
-    learner._check_evaluation()
-    learner.world = Against(1, 2, torch.device("cpu"))
-    learner._check_evaluation()
-    learner.eval_env = alike(Worded)
+    loop = grpo().loop
+    loop.world = Recording(0, 2, torch.device("cpu"))
+    loop.check_evaluation()
+    loop.world = Against(1, 2, torch.device("cpu"))
+    loop.check_evaluation()
+    loop.evaluation.env = alike(Worded)
     with pytest.raises(UsageError, match="not started alike: evaluation tasks is"):
-        learner._check_evaluation()
+        loop.check_evaluation()
 
 
 def alike(cls):
@@ -567,7 +568,7 @@ def test_settings_that_change_at_a_resumption_are_noted(saved, tmp_path):
             eval_env=CountA(feedback="none", split="train"),
             resume=True,
         )
-        assert resumed.learner.resumed(resumed) is saved
+        assert resumed.loop.resumed(resumed) is saved
     told = [e["message"] for e in Run.open(tmp_path / "run").events]
     changes = [m for m in told if " was " in m and "from here on" in m]
     assert "trainer.learning_rate was 0.01 before, and is 0.005 from here on" in changes

@@ -76,7 +76,7 @@ def learn(world, name, config, batches):
         mine = groups[world.rank :: world.size]
         trainer.learner.step = step
         trainer.learn([r for r in rollouts if r.group_id in mine])
-        lines.append(trainer.learner.log_step())
+        lines.append(trainer.loop.log_step())
     state = trainer.state_dict()
     return {n: t for n, t in state.tensors.items() if not n.startswith("rng")}, lines
 
@@ -122,12 +122,12 @@ def test_two_processes_equal_one(case, fsdp, records):
 
 def sampled(world, fsdp):
     """What is replied in a step of training and in an evaluation, by group and sample."""
-    learner = made("sdpo", {"fsdp": fsdp, "prompts_per_step": 5}).learner
-    learner.step = 2
-    replies = {(r.group_id, r.sample): r.completion_ids for r in learner.collect()}
-    learner.step = 0
-    learner.evaluate_if_due()
-    return replies, learner._scores
+    trainer = made("sdpo", {"fsdp": fsdp, "prompts_per_step": 5})
+    trainer.learner.step = 2
+    replies = {(r.group_id, r.sample): r.completion_ids for r in trainer.source.next()}
+    trainer.learner.step = 0
+    trainer.loop.evaluation.if_due()
+    return replies, trainer.loop.evaluation._scores
 
 
 @pytest.mark.slow

@@ -104,7 +104,7 @@ def test_huge_rewards_are_compared_without_an_overflow():
 
 @pytest.fixture(scope="module")
 def rollouts():
-    return grpo().learner.collect()
+    return grpo().source.next()
 
 
 def rewarded(rollouts, reward):
@@ -121,14 +121,14 @@ def test_grpo_does_not_move_a_single_weight(reward, scale, rollouts):
     # Not even by weight decay: a step in which nothing matters is none.
     assert all(torch.equal(before[n], p) for n, p in trainer.learner.model.named_parameters())
     assert not trainer.learner.optimizer.state()
-    line = trainer.learner.log_step()
+    line = trainer.loop.log_step()
     assert (line["reward"], line["frac_reward_zero_std"]) == (reward, 1)
     assert "loss" not in line
 
 
 def gradient(trainer, rollouts):
     trainer.learner.step = 1
-    trainer.improve(trainer.reprompt(rollouts))
+    trainer.improve(trainer.prepare(rollouts))
     return {n: p.grad for n, p in trainer.learner.model.named_parameters() if p.grad is not None}
 
 
@@ -162,7 +162,7 @@ def test_a_gap_of_nothing_is_nothing(monkeypatch):
             return Outcome(0.7, Feedback.of("wrong_answer", "Say a."))
 
     trainer = sdpo(Constant(), probe_tasks=4, model=policy())
-    trainer.probe()
+    trainer.before_training()
     gaps = trainer.learner.record.metrics["self_distillation/teacher_gap"]
     assert gaps
     assert {gap for gap, _ in gaps} == {0}

@@ -12,7 +12,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 from rlrf import UsageError, make_trainer  # noqa: E402
 from rlrf._files import Claim, InUse  # noqa: E402
-from rlrf_trainers.commands.models import app, export_model  # noqa: E402
+from rlrf_trainers.commands.export import export_model  # noqa: E402
+from rlrf_trainers.commands.models import app  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from tests.resume_driver import CountA  # noqa: E402
 from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402

@@ -150,7 +150,7 @@ def test_of_several_processes_bnpo_alone_weighs_each_alike(rollouts, loss_type, 
     def found(world):
         trainer = grpo(loss_type=loss_type)
         trainer.learner.world = world or trainer.learner.world
-        trainer.improve(trainer.advantages(rollouts))
+        trainer.improve(trainer.prepare(rollouts))
         return gradient(trainer.learner.model)
 
     assert_near(found(OfTwo(0, 2, torch.device("cpu"))), share * found(None))
@@ -301,7 +301,7 @@ def test_the_penalty_is_k3_to_where_the_policy_started(rollouts, loss_type, leve
 
 def reference_logps(trainer, rollouts):
     batch = Batch([Sample(r) for r in rollouts], trainer.learner.device)
-    return trainer.reference_logps([batch])[0]
+    return trainer.read([batch], "all")[0]
 
 
 @pytest.mark.slow

@@ -192,7 +192,7 @@ SITES: dict[str, dict[str, str]] = {
     "sandboxes/rlrf_sandboxes/values.py": {"_loads": "frames", "read_json": "frames"},
     "trainers/rlrf_trainers/run/checkpoints.py": {"_STEP": OURS, "Checkpoints.load": FILES},
     "trainers/rlrf_trainers/commands/discover.py": {"_RunsFile._read": FILES},
-    "trainers/rlrf_trainers/commands/models.py": {"_HUB_ID": OURS, "_fetch_part": OURS},
+    "trainers/rlrf_trainers/model/fetch.py": {"_HUB_ID": OURS, "_fetch_part": OURS},
     "trainers/rlrf_trainers/model/chat.py": {
         "ChatTokenizer._safe_message": "chat",
         "ChatTokenizer.extend": "chat",

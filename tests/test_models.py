@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 pytest.importorskip("transformers")
 
 from rlrf import RlrfError, UnknownIdError, UsageError
-from rlrf_trainers.commands import models
+from rlrf_trainers.commands.models import app
+from rlrf_trainers.model import fetch as models
 
 PARTS = [b"first part, ", b"second part, ", b"third part"]
 ENTRY = replace(
-    models.CATALOGUE["qwen2.5-coder-0.5b-instruct"],
+    models.catalogue()["qwen2.5-coder-0.5b-instruct"],
     name="toy",
     hub_id="nobody/toy",
     wheels=("toy-1==1", "toy-2==1", "toy-3==1"),
@@ -63,7 +64,7 @@ def alone(monkeypatch, tmp_path):
     monkeypatch.setenv("RLRF_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(models, "_hub_snapshot", lambda hub_id, offline: None)
+    monkeypatch.setattr(models, "hub_snapshot", lambda hub_id, offline: None)
 
 
 def test_parts_are_joined_checked_and_converted(tmp_path):
@@ -140,7 +141,7 @@ def test_a_model_is_looked_for_in_order(tmp_path, monkeypatch):
 
     name = "qwen2.5-coder-0.5b-instruct"
     monkeypatch.setattr(
-        models, "_hub_snapshot", lambda hub_id, offline: calls.append(("hub", hub_id, offline))
+        models, "hub_snapshot", lambda hub_id, offline: calls.append(("hub", hub_id, offline))
     )
     monkeypatch.setattr(
         models, "fetch_from_pypi", lambda entry, out, say: calls.append(("pypi", entry.name)) or out
@@ -163,7 +164,7 @@ def test_an_answering_hub_is_preferred(tmp_path, monkeypatch):
         calls.append(offline)
         return None if offline else tmp_path
 
-    monkeypatch.setattr(models, "_hub_snapshot", snapshot)
+    monkeypatch.setattr(models, "hub_snapshot", snapshot)
     monkeypatch.setattr(models, "hub_answers", lambda: True)
     assert models.resolve_model("smollm2-135m-instruct", say=lambda line: None) == tmp_path
     assert calls == [True, False]
@@ -211,21 +212,21 @@ def test_pip_failures_are_one_line(tmp_path, monkeypatch):
 
 def test_the_commands(tmp_path, monkeypatch):
     run = CliRunner().invoke
-    listed = run(models.app, ["list"])
+    listed = run(app, ["list"])
     assert "qwen2.5-coder-0.5b-instruct" in listed.output
-    monkeypatch.setattr(models, "fetch_from_pypi", lambda entry, out: out)
-    fetched = run(models.app, ["fetch", "smollm2-135m-instruct", "--source", "pypi"])
+    monkeypatch.setattr("rlrf_trainers.commands.models.fetch_from_pypi", lambda entry, out: out)
+    fetched = run(app, ["fetch", "smollm2-135m-instruct", "--source", "pypi"])
     assert fetched.output.strip().endswith("smollm2-135m-instruct")
-    assert isinstance(run(models.app, ["fetch", "--source", "moon"]).exception, UsageError)
-    assert isinstance(run(models.app, ["fetch", "--out", str(tmp_path)]).exception, UsageError)
+    assert isinstance(run(app, ["fetch", "--source", "moon"]).exception, UsageError)
+    assert isinstance(run(app, ["fetch", "--out", str(tmp_path)]).exception, UsageError)
 
 
 def test_the_catalogue_is_sound():
-    for name, entry in models.CATALOGUE.items():
+    for name, entry in models.catalogue().items():
         assert name == entry.name == name.lower()
         assert len(entry.sha256) == 64
         assert all("==" in wheel for wheel in entry.wheels)
-    assert models.DEFAULT_MODEL in models.CATALOGUE
+    assert models.DEFAULT_MODEL in models.catalogue()
 
 
 def test_a_run_is_no_model(tmp_path):

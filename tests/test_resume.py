@@ -17,7 +17,7 @@ from rlrf import RlrfError, Task, UsageError  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
-from rlrf_trainers.commands.models import export_model  # noqa: E402
+from rlrf_trainers.commands.export import export_model  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.run.checkpoints import BEST, Checkpoints, State, newest  # noqa: E402
@@ -97,7 +97,7 @@ def test_a_state_puts_everything_back(cls, tmp_path):
 
     def one_step():
         made.learner.step += 1
-        made.learn(made.learner.collect())
+        made.learn(made.source.next())
         return {n: p.detach().clone() for n, p in made.learner.model.named_parameters()}
 
     one_step()
@@ -208,7 +208,7 @@ def test_another_trainer_or_task_set_is_refused(tmp_path):
             return [Task(f"other-{i}", f"Say {i}.") for i in range(7)]
 
     resumed = trainer(tmp_path / "run", max_steps=3, resume=True)
-    resumed.learner.tasks = Other().tasks()
+    resumed.loop.tasks = Other().tasks()
     with pytest.raises(UsageError, match=r"tasks='7 \(sha256"):
         resumed.train()
 
@@ -332,7 +332,7 @@ def with_evaluations(made, rewards):
         if made.learner.step % made.config.eval_steps == 0:
             made.learner.record("eval/reward", next(values))
 
-    made.learner.evaluate_if_due = evaluate
+    made.loop.evaluation.if_due = evaluate
     return made
 
 

@@ -18,7 +18,7 @@ from rlrf._files import Unwritable  # noqa: E402
 from rlrf.commands import train as train_command  # noqa: E402
 from rlrf.report import write_report  # noqa: E402
 from rlrf.runs import InUse, Run, is_run, own  # noqa: E402
-from rlrf_trainers.commands.models import export_model  # noqa: E402
+from rlrf_trainers.commands.export import export_model  # noqa: E402
 from rlrf_trainers.run.checkpoints import Checkpoints, State, newest  # noqa: E402
 from tests.test_resume import everything, lines, trainer  # noqa: E402
 
@@ -219,7 +219,7 @@ def test_what_cannot_be_kept_does_not_hide_why_a_run_failed(lost, tmp_path, monk
     def fail(line):
         if line["step"] == 1:
             for name in lost:
-                whose = made.learner if name == "_save_model" else Run
+                whose = made.loop if name == "_save_model" else Run
                 monkeypatch.setattr(whose, name, full)
             raise RuntimeError("boom")
 

@@ -66,13 +66,13 @@ def sdpo(env=None, **config):
 
 def sdpo_gradient(rollouts, **config):
     trainer = sdpo(**config)
-    trainer.improve(trainer.reprompt(rollouts))
+    trainer.improve(trainer.prepare(rollouts))
     return gradient(trainer.learner.model)
 
 
 @pytest.fixture(scope="module")
 def rollouts():
-    collected = sdpo().learner.collect()
+    collected = sdpo().source.next()
     rewards = {r.group_id: set() for r in collected}
     for r in collected:
         rewards[r.group_id].add(r.reward)
@@ -91,14 +91,14 @@ def test_weight_zero_is_grpo_without_scaling(rollouts):
     config = GRPOConfig(**SMALL, loss_type="grpo", scale_rewards="none")
     grpo = GRPOTrainer(double_policy(), Parity(), config)
     grpo.learner.step = 1
-    grpo.improve(grpo.advantages(rollouts))
+    grpo.improve(grpo.prepare(rollouts))
     found = sdpo_gradient(rollouts, distillation_weight=0.0)
     assert_near(found, gradient(grpo.learner.model))
 
 
 def test_routing_distils_failures_and_reinforces_the_rest(rollouts):
     trainer = sdpo(route_to_grpo=True)
-    targets = trainer.reprompt(rollouts)
+    targets = trainer.prepare(rollouts)
     assert {(t.rollout.solved, t.distil, t.reinforce) for t in targets if t.reprompt} <= {
         (False, 1.0, 0.0),
         (True, 0.0, 1.0),
@@ -111,7 +111,7 @@ def test_routing_distils_failures_and_reinforces_the_rest(rollouts):
 def by_hand(rollouts, per_token=None, **config):
     """The gradient of the first step's loss; see :func:`tests.by_hand.sdpo_loss`."""
     trainer = sdpo(**config)
-    targets, model = trainer.reprompt(rollouts), trainer.learner.model
+    targets, model = trainer.prepare(rollouts), trainer.learner.model
     return gradient_of(sdpo_loss(model, targets, trainer.config, per_token=per_token), model)
 
 
@@ -201,7 +201,7 @@ def strange(rollouts):
 def assert_honoured(rollouts, config, *unlike):
     """Every optimizer step is that of the definition, and the last would not be otherwise."""
     trainer = sdpo(**config)
-    targets = trainer.reprompt(rollouts)
+    targets = trainer.prepare(rollouts)
     steps = steps_of(trainer, rollouts)
     assert len(steps) == trainer.config.num_iterations
 
@@ -268,7 +268,7 @@ def test_the_reward_beside_feedback_is_clipped(strange, knobs):
 
 def test_metrics_tell_how_much_of_the_reward_was_clipped(strange):
     trainer = sdpo(**TWICE, distillation_weight=0.5, epsilon=0.1, epsilon_high=0.4)
-    matters = [t.matters for t in trainer.reprompt(strange)]
+    matters = [t.matters for t in trainer.prepare(strange)]
     assert_clipping_is_told(trainer, strange, matters)
 
 
@@ -287,7 +287,7 @@ def test_a_teacher_is_what_it_is_said_to_be_after_two_steps(rollouts, kind, lora
     trainer = sdpo(
         **lora, teacher_regularization=kind, teacher_update_rate=share, learning_rate=1e-2
     )
-    targets = [t for t in trainer.reprompt(rollouts) if t.reprompt]
+    targets = [t for t in trainer.prepare(rollouts) if t.reprompt]
     start = trained(trainer.learner.model)
     steps_of(trainer, rollouts)
     one = trained(trainer.learner.model)
@@ -310,7 +310,7 @@ def test_a_teacher_is_what_it_is_said_to_be_after_two_steps(rollouts, kind, lora
         ),
     }
     batch = Batch(targets, trainer.learner.device)
-    found = trainer.teacher_logits([batch])[0](slice(None), None)
+    found = trainer.read([batch], "taught")[0](slice(None), None)
     # The teachers' weights are float32.
     torch.testing.assert_close(found, expected.pop(kind), atol=1e-4, rtol=1e-5)
     assert all(apart(found, other) for other in expected.values())
@@ -324,7 +324,7 @@ def test_a_trust_region_teaches_a_mixture_of_logits(rollouts, rate):
     start = trained(trainer.learner.model)
     steps_of(trainer, rollouts)
     (step,) = steps_of(trainer, rollouts)
-    targets = trainer.reprompt(rollouts)
+    targets = trainer.prepare(rollouts)
 
     def definition(teacher):
         return gradient_of(
@@ -395,7 +395,7 @@ class Tennis(rlrf.MultiTurnEnv):
 def test_feedback_stands_beside_the_turn_it_is_about():
     trainer = sdpo(Tennis(), feedback_placement="turn")
     decode = trainer.learner.tokenizer.decode
-    for target in trainer.reprompt(trainer.learner.collect()):
+    for target in trainer.prepare(trainer.source.next()):
         r, shown = target.rollout, target.reprompt
         question, rest = decode(list(shown.prompt_ids)), decode(list(shown.completion_ids))
         assert "hint 1" in question
@@ -414,9 +414,9 @@ def test_feedback_stands_beside_the_turn_it_is_about():
 
 def test_teacher_and_student_score_the_same_tokens_of_every_turn():
     trainer = sdpo(Tennis(), feedback_placement="turn", teacher_regularization="live")
-    targets = trainer.reprompt(trainer.learner.collect())
-    batch = trainer.learner.micro_batches(targets)[0]
-    logits = trainer.teacher_logits([batch])[0](slice(None), None)
+    targets = trainer.prepare(trainer.source.next())
+    batch = trainer.learner.micro_batches(targets, trainer.blank)[0]
+    logits = trainer.read([batch], "taught")[0](slice(None), None)
     ids = batch.ids
     start = 0
     for target in batch.samples:
@@ -439,7 +439,7 @@ def test_a_long_turns_feedback_is_shortened_not_the_turn():
             return rlrf.Turn(turn.messages, 0.0, long, terminated=turn.terminated)
 
     trainer = sdpo(Chatty(), feedback_placement="turn", max_reprompt_len=300)
-    (target, *_) = trainer.reprompt(trainer.learner.collect())
+    (target, *_) = trainer.prepare(trainer.source.next())
     shown: Reprompt = target.reprompt
     assert shown.truncated
     assert len(shown.prompt_ids) <= 300
@@ -457,7 +457,7 @@ def test_an_environment_that_says_nothing_gets_a_message_for_its_feedback():
             return rlrf.Turn((), 0.0, turn.feedback, terminated=turn.terminated)
 
     trainer = sdpo(Silent(), feedback_placement="turn")
-    targets = trainer.reprompt(trainer.learner.collect())
+    targets = trainer.prepare(trainer.source.next())
     assert targets
     for target in targets:
         shown = target.reprompt
@@ -478,7 +478,7 @@ def test_the_teachers_prompt_stays_within_the_models_context():
     model = HFPolicy(tiny_model().double(), tiny_tokenizer(), max_context=200)
     trainer = SDPOTrainer(model, Verbose(), SDPOConfig(**SMALL, probe_tasks=0))
     trainer.learner.step = 1
-    for target in trainer.reprompt(trainer.learner.collect()):
+    for target in trainer.prepare(trainer.source.next()):
         assert target.reprompt.truncated
         assert len(target.reprompt.prompt_ids) + len(target.rollout.completion_ids) <= 200
 
@@ -490,7 +490,7 @@ def test_without_room_for_a_hint_nothing_is_distilled():
     trainer.config = trainer.config.model_copy(update={"max_reprompt_len": 40})
     trainer.reprompter.config = trainer.config
     with pytest.warns(RuntimeWarning, match="max_reprompt_len=40"):
-        targets = trainer.reprompt(trainer.learner.collect())
+        targets = trainer.prepare(trainer.source.next())
     assert targets
     assert not any(t.distil for t in targets)
 
@@ -502,7 +502,7 @@ def test_a_long_teachers_prompts_are_read_in_parts(monkeypatch):
     found, sizes = [], []
     for budget in (100, 10_000):
         trainer = sdpo(Verbose(), micro_batch_tokens=budget)
-        targets = trainer.reprompt(trainer.learner.collect())
+        targets = trainer.prepare(trainer.source.next())
         batch = Batch(targets, trainer.learner.device)
         hidden = module.completion_hidden
         calls = []
@@ -514,7 +514,7 @@ def test_a_long_teachers_prompts_are_read_in_parts(monkeypatch):
                 hidden(model, prompts, *a, **k),
             )[1],
         )
-        found.append(trainer.teacher_logits([batch])[0](slice(None), None))
+        found.append(trainer.read([batch], "taught")[0](slice(None), None))
         sizes.append(calls)
         monkeypatch.undo()
     assert len(sizes[0]) == len(targets)
@@ -557,10 +557,10 @@ def test_the_teacher_gap_compares_with_siblings_not_with_the_failure(monkeypatch
         return out
 
     monkeypatch.setattr(policy, "generate", scripted)
-    order = list(trainer.learner.rng.getstate())
-    trainer.probe()
+    order = list(trainer.source.rng.getstate())
+    trainer.before_training()
     found = trainer.learner.record.metrics
     gap = [value for value, _ in found["self_distillation/teacher_gap"]]
     assert len(gap) == 6  # of two tasks three attempts each failed
     assert math.isclose(sum(gap) / 6, 1 - 1 / 3)
-    assert list(trainer.learner.rng.getstate()) == order  # training is not disturbed
+    assert list(trainer.source.rng.getstate()) == order  # training is not disturbed

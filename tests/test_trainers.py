@@ -204,9 +204,8 @@ def gradients(cls, config, micro):
 
     trainer.learner.optimizer_step = spy
     trainer.learner.step = 1
-    rollouts = trainer.learner.collect()
-    prepare = trainer.reprompt if cls is SDPOTrainer else trainer.advantages
-    trainer.improve(prepare(rollouts))
+    rollouts = trainer.source.next()
+    trainer.improve(trainer.prepare(rollouts))
     loss = trainer.learner._loss
     spy()
     return loss, caught
@@ -278,7 +277,7 @@ def test_inactive_rows_shrink_the_step_unless_told_otherwise():
             SDPOConfig(**{**SMALL, "prompts_per_step": 12, "loss_aggregation": mode}),
         )
         trainer.learner.step = 1
-        trainer.improve(trainer.reprompt(trainer.learner.collect()))
+        trainer.improve(trainer.prepare(trainer.source.next()))
         return trainer.learner._loss
 
     assert loss("sequence_mean_active") == pytest.approx(2 * loss("sequence_mean"), rel=1e-5)
@@ -334,7 +333,7 @@ def test_checkpointing_drops_nothing_even_in_layers_that_drop_by_themselves():
     trainer = sdpo(
         model=HFPolicy(tiny_model(config=config), tiny_tokenizer()), gradient_checkpointing=True
     )
-    rollouts = trainer.learner.sample(trainer.learner.tasks[:2])
+    rollouts = trainer.source.sample(trainer.source.tasks[:2])
     batch = Batch([Sample(r) for r in rollouts], trainer.learner.device)
     one, two = (trainer.learner.hidden(batch.prompts, batch.layout) for _ in range(2))
     assert one.requires_grad
@@ -468,7 +467,7 @@ def test_a_run_in_which_nothing_could_be_scored_goes_to_its_end_and_fails(tmp_pa
         ):
             trainer.train()
         assert not moved(before, trainer)
-        assert trainer.learner.run.status == "failed"
+        assert trainer.loop.run.status == "failed"
 
 
 def test_a_nan_loss_stops_before_it_reaches_a_weight(tmp_path, monkeypatch):
@@ -806,7 +805,7 @@ def test_checkpointing_runs_layers_again_and_changes_no_gradient(make, lora_r):
     for checkpointing in (False, True):
         trainer = make(model=double_policy(), gradient_checkpointing=checkpointing, lora_r=lora_r)
         learner = trainer.learner
-        rollouts = rollouts or learner.collect()
+        rollouts = rollouts or trainer.source.next()
         calls, backward = [], learner.backward
 
         def spied(loss, model=learner.model, calls=calls, backward=backward):
@@ -816,8 +815,7 @@ def test_checkpointing_runs_layers_again_and_changes_no_gradient(make, lora_r):
             hook.remove()
 
         learner.backward = spied
-        prepare = trainer.reprompt if make is sdpo else trainer.advantages
-        trainer.improve(prepare(rollouts))
+        trainer.improve(trainer.prepare(rollouts))
         found[checkpointing], again[checkpointing] = gradient_in(learner.model), len(calls)
     assert again[False] == 0
     assert again[True] > 0
@@ -841,7 +839,7 @@ def test_a_chunk_of_the_loss_holds_no_more_than_it_may(monkeypatch, make, config
             max_completion_length=12,
             micro_batch_tokens=100_000,
         )
-        rollouts, rows = rollouts or trainer.learner.collect(), []
+        rollouts, rows = rollouts or trainer.source.next(), []
         assert sum(len(r.completion_ids) for r in rollouts) > 161
         monkeypatch.setattr(
             Head,
@@ -888,7 +886,7 @@ def asked_of(trainer, do):
 def test_training_samples_as_it_is_told(make, knobs, how):
     trainer = make(eval_temperature=0.1, eval_top_p=0.2, **knobs)
     c = {**SMALL, **knobs}
-    asked = asked_of(trainer, trainer.learner.collect)
+    asked = asked_of(trainer, trainer.source.next)
     assert asked == {how: c["prompts_per_step"] * c["num_generations"]}
 
 
@@ -905,7 +903,7 @@ def test_training_samples_as_it_is_told(make, knobs, how):
 )
 def test_evaluation_samples_as_it_is_told(knobs, how, n):
     trainer = grpo(temperature=1.5, top_p=0.7, top_k=7, **knobs)
-    assert asked_of(trainer, trainer.learner.evaluate_if_due) == {how: n}
+    assert asked_of(trainer, trainer.loop.evaluation.if_due) == {how: n}
     assert len(trainer.learner.record.metrics["eval/reward"]) == n
 
 
@@ -942,7 +940,7 @@ def test_evaluation_is_on_held_out_tasks_or_on_the_environment_for_it(env, eval_
     env, eval_env = env(), eval_env and eval_env()
     config = GRPOConfig(**{**SMALL, "eval_samples": 2})
     trainer = GRPOTrainer(policy(), env, config, eval_env=eval_env)
-    trainer.learner.evaluate_if_due()
+    trainer.loop.evaluation.if_due()
     graded = (eval_env or env).graded
     assert len(graded) == SMALL["eval_tasks"]
     assert set(graded.values()) == {2}
@@ -956,8 +954,8 @@ def test_episodes_get_the_deadline_and_the_company_they_are_given(monkeypatch, m
     rollout, given = rlrf.rollout, []
     monkeypatch.setattr(rlrf, "rollout", lambda *a, **k: (given.append(k), rollout(*a, **k))[1])
     trainer = make(rollout_deadline_s=7.5, max_concurrency=3)
-    trainer.learner.collect()
-    trainer.learner.evaluate_if_due()
+    trainer.source.next()
+    trainer.loop.evaluation.if_due()
     assert [k["deadline_s"] for k in given] == [7.5, 7.5]
     assert [k["max_concurrency"] for k in given] == [3, 3]
 
@@ -966,14 +964,14 @@ def test_every_seed_is_evaluated_on_the_same_tasks():
     drawn = []
     for seed in (0, 1, 2):
         env = Graded()
-        grpo(env, seed=seed).learner.evaluate_if_due()
+        grpo(env, seed=seed).loop.evaluation.if_due()
         drawn.append(set(env.graded))
     assert drawn[0] == drawn[1] == drawn[2]
 
 
 def test_the_probe_samples_as_training_does():
     trainer = sdpo(Mumbling(), temperature=0.7, top_p=0.8, top_k=5, probe_tasks=2)
-    asked = asked_of(trainer, trainer.probe)
+    asked = asked_of(trainer, trainer.before_training)
     assert list(asked) == [(0.7, 0.8, 5, 6)]
     assert asked[0.7, 0.8, 5, 6] == 2 * 4 + 2 * 4  # each attempt failed and is tried again
 

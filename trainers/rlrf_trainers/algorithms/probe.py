@@ -16,8 +16,8 @@ from statistics import mean
 import rlrf
 from rlrf import Completion, Prompt, SamplingParams
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.core.learner import Learner, seed_of
 from rlrf_trainers.core.reprompt import Reprompt, Reprompter, choose_hints
+from rlrf_trainers.core.source import RolloutSource, seed_of
 from rlrf_trainers.engines.hf import HFPolicy
 from rlrf_trainers.model import distributed
 
@@ -40,7 +40,7 @@ class _Shown:
         return self.policy.generate(read, params)
 
 
-def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) -> None:
+def measure_gap(source: RolloutSource, reprompter: Reprompter, config: SDPOConfig) -> None:
     """Record ``self_distillation/teacher_gap`` and what it is the difference of.
 
     On ``probe_tasks`` training tasks the policy tries a few times. For each failed attempt that
@@ -50,13 +50,13 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
 
     Recorded only where an attempt failed and could be given a hint.
     """
-    tasks = learner.tasks
+    learner, tasks = source.learner, source.tasks
     # Of its own seed: whether there is a probe must not change what is trained on.
     rng = random.Random(config.seed)
     chosen = rng.sample(range(len(tasks)), min(config.probe_tasks, len(tasks)))
     probed = [tasks[i] for i in chosen]
     with distributed.whole(learner.model):
-        rollouts = learner.sample(probed, config.probe_samples)
+        rollouts = source.sample(probed, config.probe_samples)
         scored = [r for r in rollouts if r.scored]
         rewards: dict[str, list[float]] = defaultdict(list)
         for r in scored:
@@ -76,7 +76,7 @@ def measure_gap(learner: Learner, reprompter: Reprompter, config: SDPOConfig) ->
         again = [by_id[r.task_id] for r, _ in shown]
         reprompts = {f"{i}:{r.task_id}": reprompt for i, (r, reprompt) in enumerate(shown)}
         retries = rlrf.rollout(
-            learner.env,
+            source.env,
             _Shown(learner.policy, reprompts),
             again,
             max_concurrency=config.max_concurrency,

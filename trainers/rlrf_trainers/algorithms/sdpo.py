@@ -4,11 +4,11 @@ The policy is its own teacher: shown the environment's feedback on its attempt (
 correct one), it scores the same tokens again, and the student moves towards what it says.
 
     for each batch of questions x:
-        sample y ~ pi(. | x), get reward r and feedback f            collect
-        build the reprompt (x, f) or (x, sibling's solution)         choose_hints, build_reprompt
-        q(. | x, f, y<t) = the teacher's distributions on y          teacher.read
-        minimise sum_t D(pi(. | x, y<t) || stopgrad q(. | x, f, y<t))
-        teacher follows the student                                  teacher.update
+        sample y ~ pi(. | x), get reward r and feedback f                 source.next
+        build the reprompt (x, f) or (x, sibling's solution)              prepare
+        q(. | x, f, y<t) = the teacher's distributions on y               read
+        minimise sum_t D(pi(. | x, y<t) || stopgrad q(. | x, f, y<t))     objective
+        teacher follows the student                                       after_batch
 
 No reward enters the loss: it only decides whose attempt may serve as a demonstration. Unless
 ``distillation_weight`` or ``route_to_grpo`` mixes GRPO in.
@@ -16,21 +16,20 @@ No reward enters the loss: it only decides whose attempt may serve as a demonstr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlrf import Env, Feedback, Rollout, TrainResult
+from rlrf import Env, Feedback, Rollout
 from rlrf.errors import UsageError
 from rlrf.feedback import Level
 from rlrf_trainers.algorithms.probe import measure_gap
 from rlrf_trainers.config import SDPOConfig
+from rlrf_trainers.core.algorithm import Algorithm, Loss
 from rlrf_trainers.core.batch import Batch, Sample
-from rlrf_trainers.core.learner import Learner
 from rlrf_trainers.core.reprompt import (
     Hint,
     Reprompt,
@@ -48,7 +47,6 @@ from rlrf_trainers.losses import (
     importance_weights,
 )
 from rlrf_trainers.losses.vocabulary import Logits, Objective, TeacherLogits, Tokens
-from rlrf_trainers.run.checkpoints import State, prefixed
 
 
 @dataclass
@@ -72,43 +70,19 @@ _ROOM_CHECKED = 8
 """Tasks that are looked at to see whether a reprompt has room for a hint."""
 
 
-class SDPOTrainer:
-    """Trains a policy with SDPO.
+class SDPOTrainer(Algorithm[SDPOConfig, Target]):
+    """Trains a policy with SDPO; the environment's feedback level is what the teacher is shown."""
 
-    Args:
-        model: a folder or name, a loaded transformers model, or an :class:`HFPolicy`.
-        env: the environment; its feedback level is what the teacher is shown.
-        config: see :class:`SDPOConfig`.
-        run_dir: where to write; None writes nothing.
-        eval_env: held-out environment; None: ``env``'s ``eval`` split.
-        on_step: called with every line of metrics.
-        resume: go on with the run in ``run_dir``.
-    """
+    config_class, sample_class = SDPOConfig, Target
+    answers = ("user",)  # into whose message the teacher's hint goes
 
-    config_class = SDPOConfig
+    def setup(self) -> None:
+        """The teacher, and what it is shown.
 
-    def __init__(
-        self,
-        model: Any,
-        env: Env,
-        config: SDPOConfig | None = None,
-        *,
-        run_dir: str | Path | None = None,
-        eval_env: Env | None = None,
-        on_step: Callable[[dict[str, float]], None] | None = None,
-        resume: bool = False,
-    ) -> None:
-        self.config = c = config or SDPOConfig()
-        self.learner = Learner(
-            model,
-            env,
-            c,
-            run_dir=run_dir,
-            eval_env=eval_env,
-            on_step=on_step,
-            resume=resume,
-            answers=("user",),  # into whose message the teacher's hint goes
-        )
+        Raises:
+            UsageError: there is nothing a teacher can be shown, or no room for it.
+        """
+        c = self.config
         self.teacher = Teacher(self.learner.model, c.teacher_regularization, c.teacher_update_rate)
         self.divergence = Divergence(
             c.distillation_alpha,
@@ -116,8 +90,8 @@ class SDPOTrainer:
             c.distillation_add_tail,
             c.distillation_advantage_clip or None,
         )
-        self.reprompter = Reprompter(c, self.learner.policy, env)
-        self._check_teacher(env)
+        self.reprompter = Reprompter(c, self.learner.policy, self.source.env)
+        self._check_teacher(self.source.env)
 
     def _check_teacher(self, env: Env) -> None:
         """See that there is something a teacher can be shown, and room for it.
@@ -138,7 +112,7 @@ class SDPOTrainer:
                 "level, or num_generations"
             )
         hint = Hint(None, Feedback.of("critique", "."))
-        some = self.learner.tasks[:_ROOM_CHECKED]
+        some = self.source.tasks[:_ROOM_CHECKED]
         if not any(self.reprompter.has_room(task.messages, hint) for task in some):
             raise UsageError(
                 f"max_reprompt_len={c.max_reprompt_len} leaves no room for a hint beside any of "
@@ -146,49 +120,24 @@ class SDPOTrainer:
                 f"{self.learner.policy.context}); raise it, or shorten reprompt_template"
             )
 
-    def train(self) -> TrainResult:
-        """Run all steps; see the module's algorithm box.
-
-        Raises:
-            RlrfError: the loss is not finite. The run directory keeps everything up to the step
-                before, the model included.
-        """
-        learner = self.learner
-        with learner.guarded():
-            for _ in learner.steps(self, first=self.probe):
-                self.learn(learner.collect())  # y ~ pi(. | x), r, f
-            return learner.finish()
-
-    def probe(self) -> None:
+    def before_training(self) -> None:
         """Measure the teacher gap: what the hint is worth before anything is learnt."""
-        if not self.config.probe_tasks:
-            return
-        with self.learner.clock("probe"):
-            measure_gap(self.learner, self.reprompter, self.config)
+        if self.config.probe_tasks:
+            with self.learner.clock("probe"):
+                measure_gap(self.source, self.reprompter, self.config)
 
-    def learn(self, rollouts: Sequence[Rollout]) -> None:
-        """Learn from one generation batch: its optimizer steps, then one of the teacher."""
-        learner, config = self.learner, self.config
-        targets = self.reprompt(rollouts)  # (x, f) or (x, a sibling's solution)
-        steps = [
-            mini_batch
-            for _ in range(config.num_iterations)
-            for mini_batch in learner.mini_batches(targets)
-            if learner.anywhere(any(t.matters for t in mini_batch))
-        ]
-        if len(steps) > 1:  # the later ones are off-policy
-            learner.remember_old_logps([t for t in targets if t.matters])
-        moved = False
-        for mini_batch in steps:
-            self.improve(mini_batch)
-            moved |= learner.optimizer_step()
+    def after_batch(self, moved: bool) -> None:
+        """The teacher follows the student."""
         if moved:
-            self.teacher.update(learner.optimizer.masters)
-        self.log(rollouts, targets)
+            self.teacher.update(self.learner.optimizer.masters)
+
+    def followers(self) -> Mapping[str, Teacher]:
+        """The teacher."""
+        return {"teacher": self.teacher}
 
     # --- the reprompt -----------------------------------------------------------------------
 
-    def reprompt(self, rollouts: Sequence[Rollout]) -> list[Target]:
+    def prepare(self, rollouts: Sequence[Rollout]) -> list[Target]:
         """Decide what each rollout learns from, and build its teacher's prompt.
 
         Unscored rollouts are left out, also of every mean.
@@ -263,75 +212,69 @@ class SDPOTrainer:
 
     # --- the update -------------------------------------------------------------------------
 
-    def improve(self, targets: Sequence[Target]) -> None:
-        """Accumulate the gradient of one optimizer step."""
-        learner = self.learner
-        taught = [t for t in targets if t.distil and t.tokens]
-        others = [t for t in targets if t.matters and not t.distil]
-        # Rows without a hint count as well: see SDPOConfig.loss_aggregation.
-        distil_counts = learner.counts(targets, taught)
-        reinforce_counts = learner.counts(targets, [t for t in targets if t.reinforce])
-        for rows, has_teacher in ((taught, True), (others, False)):
-            for window in learner.windows(rows):
-                teachers = self.teacher_logits(window) if has_teacher else [None] * len(window)
-                for batch, teacher in zip(window, teachers, strict=True):
-                    with learner.clock("update"):
-                        if batch is None:
-                            learner.idle()
-                            continue
-                        self._distil(batch, teacher, distil_counts, reinforce_counts)
+    def counts(self, samples: Sequence[Target]) -> tuple[BatchCounts, BatchCounts]:
+        """What the distillation and what the policy gradient is divided by.
 
-    def _distil(
-        self,
-        batch: Batch[Target],
-        teacher: TeacherLogits | None,
-        distil_counts: BatchCounts,
-        reinforce_counts: BatchCounts,
-    ) -> None:
-        learner, config = self.learner, self.config
-        hidden = learner.hidden(batch.prompts, batch.layout)  # [N, H]
-        distils = teacher is not None
-        advantages: Tensor | None = None
-        if teacher is not None and config.distillation_level != "logit":
-            advantages, teacher = self.advantages(batch, hidden, teacher), None
-        objective = self.objective(
-            batch, hidden, advantages, distils, distil_counts, reinforce_counts
-        )
-        metrics = learner.loss(
-            batch, objective, hidden=hidden, divergence=self.divergence, teacher=teacher
-        )
-        learner.record.sampling(batch, metrics["logps"])
-        if advantages is not None:
-            metrics["teacher_student_kl"] = -advantages
-        if distils:
-            self._record_divergence(batch, metrics)
+        Rows without a hint count as well: see :attr:`SDPOConfig.loss_aggregation`.
+        """
+        taught = [t for t in samples if t.distil and t.tokens]
+        counts = self.learner.counts
+        return counts(samples, taught), counts(samples, [t for t in samples if t.reinforce])
+
+    def parts(self, samples: Sequence[Target]) -> Mapping[str, list[Target]]:
+        """Those with a teacher, and those that have their reward alone."""
+        return {
+            "taught": [t for t in samples if t.distil and t.tokens],
+            "others": [t for t in samples if t.matters and not t.distil],
+        }
+
+    def blank(self, name: str) -> Target:
+        """A target that stands for nothing, with a teacher where the others have one."""
+        nothing = Reprompt((), (0,), False, (0,), (1,))
+        return Target.of_nothing(reprompt=nothing, control=nothing)
 
     def objective(
         self,
         batch: Batch[Target],
-        hidden: Tensor,
+        said: TeacherLogits | None,
+        counts: tuple[BatchCounts, BatchCounts],
+    ) -> Loss:
+        """Divergence from the teacher, and the policy gradient of the rewards where it has weight.
+
+        Args:
+            batch: the micro-batch.
+            said: the teacher's logits; None where the rows have none.
+            counts: what the distillation, and what the policy gradient is divided by.
+        """
+        distils, teacher = said is not None, said
+        advantages: Tensor | None = None
+        if said is not None and self.config.distillation_level != "logit":
+            advantages, teacher = self.advantages(batch, said), None
+
+        def told(metrics: dict[str, Tensor]) -> None:
+            if advantages is not None:
+                metrics["teacher_student_kl"] = -advantages
+            if distils:
+                self._record_divergence(batch, metrics)
+
+        objective = self._objective(batch, advantages, distils, *counts)
+        return Loss(objective, self.divergence, teacher, told)
+
+    def _objective(
+        self,
+        batch: Batch[Target],
         advantages: Tensor | None,
         distils: bool,
         distil_counts: BatchCounts,
         reinforce_counts: BatchCounts,
     ) -> Objective:
-        """Divergence from the teacher, and the policy gradient of the rewards where it has weight.
-
-        Args:
-            batch: the micro-batch.
-            hidden: ``[N, H]`` of the student.
-            advantages: ``[N]`` of the sampled tokens, at the token and sequence level.
-            distils: whether the rows have a teacher.
-            distil_counts: what the distillation is divided by.
-            reinforce_counts: what the policy gradient is divided by.
-        """
         config = self.config
         rewards = batch.per_row([t.advantage for t in batch.samples])  # [N]
         distil = batch.per_row([t.distil for t in batch.samples])
         distil = distil * batch.weights(config.loss_aggregation, distil_counts)
         reinforce = batch.per_row([t.reinforce for t in batch.samples])
         reinforce = reinforce * batch.weights(config.loss_aggregation, reinforce_counts)
-        correction = self.learner.sampler_correction(batch, hidden)
+        correction = self.learner.sampler_correction(batch)
         old = batch.old_logps
         reinforces = any(t.reinforce for t in batch.samples)
 
@@ -371,26 +314,26 @@ class SDPOTrainer:
 
         return objective
 
-    def advantages(self, batch: Batch[Target], hidden: Tensor, teacher: TeacherLogits) -> Tensor:
+    def advantages(self, batch: Batch[Target], teacher: TeacherLogits) -> Tensor:
         """``[N]`` of ``log q(y_t) - log pi(y_t)``, or its mean over the row at sequence level."""
         learner, config = self.learner, self.config
-        student = learner.student_logps(batch, hidden)
-        fixed = hidden.detach()
-        found = (
-            learner.logps(lambda rows: teacher(rows, learner.head.logits(fixed[rows])), batch.ids)
-            - student
-        )
+        fixed = batch.hidden.detach()
+        found = learner.logps(
+            lambda rows: teacher(rows, learner.head.logits(fixed[rows])), batch.ids
+        ) - learner.student_logps(batch)
         for clip in (config.distillation_kl_clip, config.distillation_advantage_clip):
             if clip:
                 found = found.clamp(-clip, clip)
         return batch.row_means(found) if config.distillation_level == "sequence" else found
 
-    def teacher_logits(self, window: Sequence[Batch[Target] | None]) -> list[TeacherLogits | None]:
+    def read(self, window: Sequence[Batch[Target]], name: str) -> Sequence[TeacherLogits | None]:
         """The teacher's logits of the student's tokens, after the reprompts, per micro-batch.
 
         With a control, ``log q`` becomes ``log pi + log q_hint - log q_control``: what remains of
         the advantage ``log q - log pi`` is what this hint says and another does not.
         """
+        if name == "others":
+            return [None] * len(window)
         with self.learner.clock("teacher"):
             shown = self._read(window, "reprompt")
             if self.config.baseline == "none":
@@ -401,13 +344,12 @@ class SDPOTrainer:
             for a, b in zip(shown, control, strict=True)
         ]
 
-    def _read(self, window: Sequence[Batch[Target] | None], which: str) -> list[Logits]:
+    def _read(self, window: Sequence[Batch[Target]], which: str) -> list[Logits]:
         readers = []
         for batch in window:
-            prompts = [getattr(t, which) for t in batch.samples] if batch else []
+            prompts = [getattr(t, which) for t in batch.samples]
             ids = [p.prompt_ids for p in prompts]
-            layout = Reprompt.layout(prompts) if prompts else None
-            readers.append(self.learner.reader(batch, ids, layout))
+            readers.append(self.learner.reader(batch, ids, Reprompt.layout(prompts)))
         return self.teacher.read(readers, self.learner.head)
 
     # --- the record -------------------------------------------------------------------------
@@ -427,34 +369,9 @@ class SDPOTrainer:
             values = iter(row.tolist())
             target.token_kl = [next(values) if m else None for m in target.rollout.completion_mask]
 
-    def log(self, rollouts: Sequence[Rollout], targets: Sequence[Target]) -> None:
-        """Rewards, and every rollout with what its teacher saw and thought."""
-        learner = self.learner
-        learner.record.rewards([t.rollout for t in targets])
-        extra: dict[int, dict[str, Any]] = {
-            id(t.rollout): {
-                "teacher_prompt": learner.tokenizer.decode(list(t.reprompt.prompt_ids)),
-                "token_kl": t.token_kl or None,
-            }
-            for t in targets
-            if t.reprompt
-        }
-        shown = [extra.get(id(r), {}) for r in rollouts]
-        learner.record.rollouts(rollouts, learner.step, extra=shown)
-
-    # --- state ------------------------------------------------------------------------------
-
-    def state_dict(self, *, copy: bool = True) -> State:
-        """Everything the next step depends on; see :meth:`Learner.state_dict`."""
-        state = self.learner.state_dict(copy=copy)
-        state.tensors |= prefixed("teacher", self.teacher.state_dict(copy=copy))
-        return state
-
-    def load_state_dict(self, state: State) -> None:
-        """Take what :meth:`state_dict` gave.
-
-        Raises:
-            UsageError: it is of another model or configuration.
-        """
-        self.learner.load_state_dict(state)
-        self.teacher.load_state_dict(state.part("teacher"))
+    def notes(self, sample: Target) -> Mapping[str, Any]:
+        """What the teacher saw and thought."""
+        if sample.reprompt is None:
+            return {}
+        prompt = self.learner.tokenizer.decode(list(sample.reprompt.prompt_ids))
+        return {"teacher_prompt": prompt, "token_kl": sample.token_kl or None}

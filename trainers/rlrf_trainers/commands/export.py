@@ -39,11 +39,12 @@ def _exported(
     run: Run, checkpoint: str, merge: bool, write_out: Callable[[Callable[[Path], Any]], Path]
 ) -> Path:
     from rlrf.config import build_config
-    from rlrf_trainers.commands.models import IN_MEMORY
     from rlrf_trainers.config import GRPOConfig, SDPOConfig
+    from rlrf_trainers.core.loop import IN_MEMORY
     from rlrf_trainers.core.optimizer import trainable
     from rlrf_trainers.core.preflight import digest_of_weights, kept_weights
-    from rlrf_trainers.engines.hf import HFPolicy, quiet_transformers
+    from rlrf_trainers.engines.hf import HFPolicy
+    from rlrf_trainers.model.backbone import quiet_transformers
     from rlrf_trainers.run.checkpoints import Checkpoints
 
     written = run.config.get("trainer", {})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ class Sample:
         """How many tokens the policy sampled."""
         return sum(self.rollout.completion_mask)
 
+    @property
+    def matters(self) -> bool:
+        """Whether it can move a weight."""
+        return self.tokens > 0
+
+    @classmethod
+    def of_nothing(cls, **more: Any) -> Self:
+        """One sampled token that stands for nothing; see :attr:`Batch.blank`."""
+        rollout = Rollout("", "", (0,), (0,), (1,), (0.0,), reward=0.0)
+        return cls(rollout, **more)
+
 
 S = TypeVar("S", bound=Sample)
 
@@ -39,9 +50,14 @@ class Batch(Generic[S]):
         layout: the order of the ``N`` tokens.
         ids: ``[N]`` the sampled tokens.
         prompts: ``[B]`` the student's prompts.
+        hidden: ``[N, H]`` the student's hidden states, once they have been made.
+        blank: whether it stands for nothing: what a process computes while others have samples
+            left, since with sharded weights every forward is a common one. Its weights are zero.
     """
 
-    def __init__(self, samples: Sequence[S], device: torch.device) -> None:
+    hidden: Tensor
+
+    def __init__(self, samples: Sequence[S], device: torch.device, *, blank: bool = False) -> None:
         self.samples = list(samples)
         rollouts = [s.rollout for s in samples]
         self.prompts = [r.prompt_ids for r in rollouts]
@@ -49,7 +65,7 @@ class Batch(Generic[S]):
             [r.completion_ids for r in rollouts], [r.completion_mask for r in rollouts]
         )
         self.ids = self.layout.flat(self.layout.completions, device)
-        self.device = device
+        self.device, self.blank = device, blank
 
     def per_row(self, values: Sequence[float]) -> Tensor:
         """``[N]``: each row's value at each of its tokens."""
@@ -80,6 +96,8 @@ class Batch(Generic[S]):
         self, mode: Aggregation, counts: BatchCounts, max_completion_length: int | None = None
     ) -> Tensor:
         """``[N]``: each token's weight in the loss of the whole optimizer step."""
+        if self.blank:
+            return torch.zeros(len(self.ids), device=self.device)
         mask = self.layout.mask(self.device)
         return self.layout.unpadded(
             aggregation_weights(

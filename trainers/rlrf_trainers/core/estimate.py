@@ -26,6 +26,7 @@ from rlrf_trainers.model import sampler
 
 if TYPE_CHECKING:
     from rlrf_trainers.core.learner import Learner
+    from rlrf_trainers.core.loop import Loop
 
 FILLED = 0.5
 """How much of its longest length a reply has on average; one of a batch has all of it."""
@@ -53,11 +54,11 @@ def plan(config: TrainerConfig, env: str, eval_tasks: int) -> str:
     return f"{text}; {times} evaluations on {eval_tasks} held-out tasks"
 
 
-def estimate(learner: Learner) -> str:
+def estimate(loop: Loop) -> str:
     """How long what is left of a run takes, in a line, by timing its model."""
     began = time.perf_counter()
-    work = forecast(learner, _paced(learner))
-    c, step = learner.config, learner.step
+    work = forecast(loop, _paced(loop))
+    c, step = loop.config, loop.learner.step
     seconds = work.probe + (c.max_steps - step) * work.step
     seconds += c.evaluations_after(step) * work.evaluation
     spent = time.perf_counter() - began
@@ -97,11 +98,12 @@ class Forecast:
     evaluation: float
 
 
-def forecast(learner: Learner, pace: Pace) -> Forecast:
+def forecast(loop: Loop, pace: Pace) -> Forecast:
     """Seconds of the parts of a run at a pace: every pass over tokens that it makes."""
+    learner = loop.learner
     c, share = learner.config, learner.world.size
     most, longest = learner.policy.max_batch_size, c.max_completion_length
-    prompt = _tokens(learner, learner.tasks)
+    prompt = _tokens(learner, loop.tasks)
 
     def sampled(distinct: float, each: float, length: float) -> float:
         """Of ``each`` replies to ``distinct`` prompts of so many tokens."""
@@ -130,21 +132,22 @@ def forecast(learner: Learner, pace: Pace) -> Forecast:
         hints = prompts * (differ if shared > 1 else c.num_generations) * hint
         step += c.num_iterations * teachers * (read + hints) * pace.prefill
         if c.probe_tasks and not learner.step:
-            probed = min(c.probe_tasks, len(learner.tasks)) / share
+            probed = min(c.probe_tasks, len(loop.tasks)) / share
             differ = c.probe_samples**DIFFER
             probe = sampled(probed, c.probe_samples, prompt)  # and again with hints, all of them
             probe += sampled(probed * differ, c.probe_samples / differ, prompt + hint)
     elif getattr(c, "beta", 0):
         step += c.num_iterations * read * pace.prefill
-    tasks = learner.eval_env.tasks(learner.eval_split)
+    tasks = loop.evaluation.env.tasks(loop.evaluation.split)
     held_out = min(c.eval_tasks or math.inf, len(tasks)) / share
     return Forecast(probe, step, sampled(held_out, c.eval_samples, _tokens(learner, tasks)))
 
 
-def _paced(learner: Learner) -> Pace:
+def _paced(loop: Loop) -> Pace:
     """Time the model on some of the prompts that it is about to answer."""
+    learner = loop.learner
     c, policy = learner.config, learner.policy
-    tasks = [learner.tasks[i] for i in range(min(len(learner.tasks), _MOST_PROMPTS))]
+    tasks = [loop.tasks[i] for i in range(min(len(loop.tasks), _MOST_PROMPTS))]
     tasks = tasks[: max(1, c.prompts_per_step // learner.world.size)]
     ids = [policy.chat.prompt_ids(Prompt(task.messages)) for task in tasks]
     rows = [row for row in ids for _ in range(c.num_generations)][: policy.max_batch_size]

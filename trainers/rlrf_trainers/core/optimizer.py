@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlrf.errors import MissingDependencyError, UsageError
+from rlrf.errors import UsageError
 from rlrf.notices import notice
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.engines.hf import quiet_transformers
 from rlrf_trainers.model import backbone, distributed
 
 
@@ -25,24 +24,14 @@ def trainable(model: Any, config: TrainerConfig) -> Any:
     loaded from a folder, and of one that its owner has frozen in part, the rest.
     """
     if config.lora_r and not hasattr(model, "peft_config"):
+        wanted, r = config.lora_target_modules, config.lora_r
+        _check_targets(model, wanted)
         try:
-            from peft import LoraConfig, get_peft_model
-        except ModuleNotFoundError as error:
-            raise MissingDependencyError("lora_r > 0", "peft", "train") from error
-        _check_targets(model, config.lora_target_modules)
-        adapter = LoraConfig(
-            r=config.lora_r,
-            lora_alpha=config.lora_alpha or 2 * config.lora_r,
-            target_modules=config.lora_target_modules,
-            task_type="CAUSAL_LM",
-        )
-        with quiet_transformers():
-            try:
-                model = get_peft_model(model, adapter)
-            except ValueError as error:
-                raise UsageError(
-                    f"lora_target_modules={config.lora_target_modules!r} cannot be adapted: {error}"
-                ) from error
+            model = backbone.with_lora(model, r, config.lora_alpha or 2 * r, wanted)
+        except ValueError as error:
+            raise UsageError(
+                f"lora_target_modules={wanted!r} cannot be adapted: {error}"
+            ) from error
     elif not hasattr(model, "peft_config"):
         for name in ("lora_alpha", "lora_target_modules"):
             if getattr(config, name) != type(config).model_fields[name].default:

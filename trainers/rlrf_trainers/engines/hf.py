@@ -6,19 +6,16 @@ import contextlib
 import difflib
 import platform
 import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from rlrf import progress
 from rlrf.errors import (
-    MissingDependencyError,
     PromptError,
     PromptTooLongError,
     RlrfError,
@@ -31,9 +28,10 @@ from rlrf.notices import notice
 from rlrf.policy import Completion, Prompt, SamplingParams, TokenScores
 from rlrf.tools import check_format
 from rlrf_trainers.config import MOST_ROLLOUTS, MOST_TOKENS
-from rlrf_trainers.model import sampler
+from rlrf_trainers.model import backbone, sampler
 from rlrf_trainers.model.backbone import base_model
-from rlrf_trainers.model.chat import ChatTokenizer
+from rlrf_trainers.model.chat import ChatTokenizer, load_tokenizer
+from rlrf_trainers.model.fetch import resolve_model
 
 
 class HFPolicy:
@@ -103,11 +101,14 @@ class HFPolicy:
         dtype = _dtype(dtype)
         self.source: Path | None = None  # the folder the model was read from
         if isinstance(model, (str, Path)):
-            self.source = _folder(model)
+            self.source = resolve_model(str(model))
             try:
-                tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.source)
-                with quiet_transformers(), progress.phase(f"loading the model {self.source.name}"):
-                    model = _load(self.source, dtype)
+                tokenizer = tokenizer or load_tokenizer(self.source)
+                with (
+                    backbone.quiet_transformers(),
+                    progress.phase(f"loading the model {self.source.name}"),
+                ):
+                    model = backbone.load(self.source, dtype)
             except (OSError, LookupError, TypeError, ValueError, SafetensorError) as error:
                 if isinstance(error, RlrfError):
                     raise
@@ -124,7 +125,7 @@ class HFPolicy:
                 "model's folder instead of the model"
             )
         base = base_model(model)
-        if not isinstance(base, PreTrainedModel) or not base.can_generate():
+        if not backbone.generates(base):
             raise UsageError(
                 f"HFPolicy needs a causal language model of transformers, got "
                 f"{type(base).__name__}; load it with AutoModelForCausalLM"
@@ -327,52 +328,6 @@ class HFPolicy:
         return stopped
 
 
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars of transformers' own in ours, nor what other libraries use of it."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
-    try:
-        with warnings.catch_warnings():
-            # peft (0.21) asks transformers >= 5.23 by a name that is deprecated there.
-            warnings.filterwarnings(
-                "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning
-            )
-            yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
-
-
-def _folder(model: str | Path) -> Path:
-    """The folder of a model given by folder or name."""
-    from rlrf_trainers.commands.models import resolve_model
-
-    return resolve_model(str(model))
-
-
-def _load(folder: Path, dtype: torch.dtype | None) -> Any:
-    """The model in a folder; an adapter is put on the model it was trained on, to be trained on."""
-    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
-    try:
-        from peft import PeftConfig, PeftModel
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"the adapter {str(folder)!r}", "peft", "train") from error
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-    try:
-        base_folder = _folder(str(base))
-    except RlrfError as error:
-        raise UsageError(
-            f"{str(folder)!r} holds an adapter of the model {base!r}, which cannot be had: "
-            f"{error}. Mend base_model_name_or_path in its adapter_config.json"
-        ) from None
-    whole = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype or "auto")
-    return PeftModel.from_pretrained(whole, str(folder), is_trainable=True)
-
-
 def _device(device: str | int | torch.device | None) -> torch.device | None:
     """The device, if it is one of this machine's.
 
@@ -421,7 +376,7 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return found
 
 
-def _configured_end_ids(model: PreTrainedModel) -> set[int]:
+def _configured_end_ids(model: Any) -> set[int]:
     """The end tokens of a model's generation and model configuration; each holds one or many."""
     found: set[int] = set()
     for config in (model.generation_config, model.config.get_text_config()):

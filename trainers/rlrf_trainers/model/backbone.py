@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rlrf.errors import UsageError
+from rlrf.errors import MissingDependencyError, RlrfError, UsageError
 from rlrf.notices import notice
+from rlrf_trainers.model.fetch import resolve_model
 
 _CACHE_NAMES = ("cache", "past_key_values")
 """What forward passes call their key-value cache: since transformers 5.24, and before."""
@@ -287,3 +289,72 @@ def checkpoints_activations(model: Any) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200]
+
+
+# --- loading and adapting -----------------------------------------------------------------------
+
+
+def load(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model in a folder; an adapter is put on the model it was trained on, to be trained on.
+
+    Raises:
+        UsageError: an adapter whose model cannot be had.
+        MissingDependencyError: an adapter, and peft is not installed.
+    """
+    if (folder / "config.json").exists() or not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto")
+    try:
+        from peft import PeftConfig, PeftModel
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"the adapter {str(folder)!r}", "peft", "train") from error
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    try:
+        base_folder = resolve_model(str(base))
+    except RlrfError as error:
+        raise UsageError(
+            f"{str(folder)!r} holds an adapter of the model {base!r}, which cannot be had: "
+            f"{error}. Mend base_model_name_or_path in its adapter_config.json"
+        ) from None
+    whole = AutoModelForCausalLM.from_pretrained(base_folder, dtype=dtype or "auto")
+    return PeftModel.from_pretrained(whole, str(folder), is_trainable=True)
+
+
+def generates(base: Any) -> bool:
+    """Whether it is a causal language model of transformers."""
+    return isinstance(base, PreTrainedModel) and base.can_generate()
+
+
+def with_lora(model: Any, r: int, alpha: int, targets: Sequence[str] | str) -> Any:
+    """The model with a fresh LoRA adapter, which alone is trained.
+
+    Raises:
+        MissingDependencyError: peft is not installed.
+        ValueError: peft cannot adapt such modules.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("lora_r > 0", "peft", "train") from error
+    modules = targets if isinstance(targets, str) else list(targets)
+    adapter = LoraConfig(r=r, lora_alpha=alpha, target_modules=modules, task_type="CAUSAL_LM")
+    with quiet_transformers():
+        return get_peft_model(model, adapter)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars of transformers' own in ours, nor what other libraries use of it."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there
+    try:
+        with warnings.catch_warnings():
+            # peft (0.21) asks transformers >= 5.23 by a name that is deprecated there.
+            warnings.filterwarnings(
+                "ignore", r"`is_gradient_checkpointing` is deprecated", FutureWarning
+            )
+            yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]  # untyped there

@@ -17,6 +17,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,13 @@ _BY_TEMPLATE = (
     "llama_json",
 )
 """Formats to try on what a chat template writes; those that read the others' too come last."""
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
 class ChatTokenizer:

@@ -7,8 +7,8 @@ its loss by counts of the whole batch:
 - data parallel: every rank has the whole model, and :func:`sum_gradients` runs once per step;
 - FSDP2 (:func:`shard`): a rank keeps ``1/size`` of every parameter, gradient and optimizer state
   and gathers a layer when it computes with it. Every forward and backward is then a collective
-  operation: all ranks must run the same number of them, in the same order (:func:`idle` is what a
-  rank without work runs), except inside :func:`whole`.
+  operation: all ranks must run the same number of them, in the same order (who has no work left
+  runs blank batches), except inside :func:`whole`.
 
 All functions do the obvious local thing when there is only one process.
 """
@@ -362,18 +362,6 @@ def decoder_forward(model: Any, **kwargs: Any) -> Tensor:
         del base.forward
         if own is not None:
             base.forward = own
-
-
-def idle(model: Any) -> Tensor:
-    """Zero, at the price of one forward of one token: what a rank runs while others have work.
-
-    With gradients enabled it depends on the weights, with a gradient of zero: add it to the loss,
-    or run its backward pass where there is none.
-    """
-    ids = torch.zeros(1, 1, dtype=torch.long, device=_device())
-    hidden = decoder_forward(model, input_ids=ids, use_cache=False)
-    head: Tensor = base_model(model).get_output_embeddings().weight
-    return 0 * (hidden.sum() + head[0].sum())
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -180,3 +180,15 @@ def newest(run_dir: Path | str) -> State | None:
 def prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under ``prefix.``; :meth:`State.part` takes it off again."""
     return {f"{prefix}.{n}": t for n, t in tensors.items()}
+
+
+class Stateful(Protocol):
+    """A trainer that can be put back to where it was."""
+
+    def state_dict(self, *, copy: bool = True) -> State:
+        """Everything the next step depends on; without ``copy`` it may change with that step."""
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Take what :meth:`state_dict` gave."""
+        ...

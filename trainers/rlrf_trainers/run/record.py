@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ from torch import Tensor
 from rlrf import Env, Rollout, notices, progress
 from rlrf.runs import Run
 from rlrf_trainers.config import TrainerConfig
-from rlrf_trainers.core.batch import Batch
 from rlrf_trainers.losses import reward_statistics
 from rlrf_trainers.model.distributed import World
 from rlrf_trainers.run.health import Monitor
 from rlrf_trainers.run.trackers import Trackers, open_trackers
+
+if TYPE_CHECKING:
+    from rlrf_trainers.core.batch import Batch
 
 
 class Record:
@@ -82,6 +84,15 @@ class Record:
         self.metrics[name].append((float(value), float(weight)))
         if how is not None:
             self._how[name] = how
+
+    @contextlib.contextmanager
+    def without(self, blank: bool) -> Iterator[None]:
+        """Forget the metrics given inside, if they are of a batch that stands for nothing."""
+        before = {name: list(values) for name, values in self.metrics.items()} if blank else {}
+        yield
+        if blank:
+            self.metrics.clear()
+            self.metrics.update(before)
 
     def collected(self, rollouts: Sequence[Rollout], step: int) -> None:
         """Lengths, entropy and the environment's metrics of a generation batch."""
