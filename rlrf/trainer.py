@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from rlrf.errors import UsageError
 from rlrf.plugins import Registry
 
 
@@ -66,6 +68,7 @@ def make_trainer(
         UnknownIdError: no such trainer.
         ConfigError: a wrong key or value in ``config``.
         MissingDependencyError: the ``train`` extra is not installed.
+        UsageError: the class does not take these arguments, or has no ``train()``.
     """
     from rlrf.config import build_config
     from rlrf.registry import make
@@ -76,5 +79,32 @@ def make_trainer(
         config = build_config(config_class, dict(config or {}))
     if isinstance(env, str):
         env = make(env)
+    try:
+        inspect.signature(cls).bind(model, env, config, **kwargs)
+    except TypeError as error:
+        raise UsageError(
+            f"trainer {name!r} cannot be built: {error}. A trainer takes (model, env, config), and "
+            f"here {', '.join(kwargs) or 'nothing else'}; this one takes {_takes(cls)}"
+        ) from None
+    except ValueError:  # a class of another language, which does not say
+        pass
     trainer: Trainer = cls(model, env, config, **kwargs)
+    if not callable(getattr(trainer, "train", None)):
+        raise UsageError(f"trainer {name!r} has no method train(): {type(trainer).__name__}")
     return trainer
+
+
+def _takes(cls: Any) -> str:
+    return ", ".join(inspect.signature(cls).parameters) or "nothing"
+
+
+def accepted(cls: Any, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is offered to a trainer, the keywords that its class takes."""
+    try:
+        parameters = inspect.signature(cls).parameters.values()
+    except (TypeError, ValueError):
+        return dict(offered)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return dict(offered)
+    names = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return {name: value for name, value in offered.items() if name in names}

@@ -137,6 +137,40 @@ class LooseTrainer:
         return TrainResult([{"loss": float(self.config["anything"])}])
 
 
+class PlainTrainer:
+    """Knows nothing of runs."""
+
+    def __init__(self, model: Any, env: Any, config: Any) -> None:
+        self.how = config.get("how")
+
+    def train(self) -> Any:
+        lines: list[Any] = [{"step": i, "reward": i / 4, "note": "x"} for i in range(3)]
+        if self.how == "fails":
+            raise ValueError("no")
+        return {"nothing": None, "odd": TrainResult([3])}.get(self.how, TrainResult(lines))  # type: ignore[list-item]  # wrong on purpose
+
+
+class ListeningTrainer(PlainTrainer):
+    """Tells its steps."""
+
+    def __init__(self, model: Any, env: Any, config: Any, *, on_step: Any) -> None:
+        super().__init__(model, env, config)
+        self.on_step = on_step
+
+    def train(self) -> Any:
+        result = super().train()
+        for line in result.history:
+            self.on_step(line)
+        return result
+
+
+class OddTrainer:
+    """Takes something else."""
+
+    def __init__(self, policy: Any) -> None:
+        pass
+
+
 def scripted(answer: str = "Paris", *, model: str | None = None) -> ScriptedPolicy:
     """Says one thing."""
     return ScriptedPolicy(lambda messages: answer)
@@ -165,6 +199,9 @@ rlrf.policies.register("cli-needs-model", needs_model)
 rlrf.policies.register("cli-slow", slow_path)
 rlrf.trainers.register("cli-fake", FakeTrainer)
 rlrf.trainers.register("cli-loose", LooseTrainer)
+rlrf.trainers.register("cli-plain", PlainTrainer)
+rlrf.trainers.register("cli-listening", ListeningTrainer)
+rlrf.trainers.register("cli-odd", OddTrainer)
 
 Invoke = Callable[..., tuple[int, str, str]]
 
@@ -532,6 +569,64 @@ def test_train_runs_and_leaves_a_run_a_config_and_a_report(
     assert trainer.config.learning_rate == 1e-4
     assert trainer.eval_env is not None
     assert (trainer.env.split, trainer.eval_env.split) == ("train", "eval")
+
+
+@pytest.mark.parametrize("name", ["cli-plain", "cli-listening"])
+def test_a_trainer_that_knows_of_no_run_gets_one(
+    rlrf_cli: Invoke, name: str, tmp_path: Path
+) -> None:
+    command = (
+        "train",
+        "--model",
+        "m",
+        "--env",
+        "cli-cities-v0",
+        "--trainer",
+        name,
+        "--run-dir",
+        "a",
+    )
+    code, _, error = rlrf_cli(*command)
+    assert code == 0, error
+    run = Run.open(tmp_path / "a")
+    assert run.status == "done"
+    assert [(m["step"], m["reward"]) for m in run.metrics] == [(0, 0), (1, 0.25), (2, 0.5)]
+    assert (run.path / "report.html").is_file()
+    assert (run.path / "config.toml").is_file()
+    assert run.config["trainer"]["name"] == name
+    code, _, error = rlrf_cli(*command)
+    assert (code, "already holds a run" in error) == (2, True)
+    assert rlrf_cli(*command, "--overwrite", "--no-report")[0] == 0
+    assert len(Run.open(tmp_path / "a").metrics) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "told"),
+    [
+        ("cli-odd", [], "trainer 'cli-odd' cannot be built: too many positional"),
+        ("cli-plain", ["--set", "trainer.how=nothing"], "returned None; it must return rlrf.Train"),
+        ("cli-plain", ["--set", "trainer.how=odd"], "whose line 0 is 3; each must be a mapping"),
+        ("cli-plain", ["--set", "trainer.how=fails"], "ValueError"),
+    ],
+)
+def test_a_wrong_trainer_is_one_line(
+    rlrf_cli: Invoke, name: str, more: list[str], told: str
+) -> None:
+    command = (
+        "train",
+        "--model",
+        "m",
+        "--env",
+        "cli-cities-v0",
+        "--trainer",
+        name,
+        "--run-dir",
+        "a",
+    )
+    code, _, error = rlrf_cli(*command, *more)
+    assert code in (1, 2)
+    (line, *_) = error.splitlines()
+    assert told in line
 
 
 def test_a_run_can_be_repeated_from_its_own_config(rlrf_cli: Invoke) -> None:

@@ -37,27 +37,78 @@ def test_the_environment_of_the_tutorial_conforms():
     assert "4 of 5" in feedback.text
 
 
-def test_the_trainer_of_the_tutorial_learns_on_public_names_in_sixty_lines():
+class CountA(rlrf.SingleTurnEnv):
+    success_threshold = 0.15
+
+    def load_tasks(self, split):
+        return [rlrf.Task(f"{split}-{i}", f"Say {i}.") for i in range(8)]
+
+    def grade(self, task, completion):
+        return rlrf.Outcome(completion.count("a") / max(1, len(completion)))
+
+
+def public(name, lines):
+    """An example, which is short and takes nothing private."""
+    source = (DOCS / "examples" / f"{name}.py").read_text()
+    assert len(source.splitlines()) <= lines
+    assert not re.search(r"(?:import|\.)\s*_[a-z]", source)
+    return example(name)
+
+
+@pytest.mark.parametrize(("name", "lines"), [("reinforce", 40), ("raft", 30)])
+def test_an_algorithm_of_the_tutorial_has_everything_else_for_nothing(name, lines, tmp_path):
+    pytest.importorskip("torch")
+    from tests.tiny_model import save_tiny
+
+    save_tiny(tmp_path / "tiny")
+    cls = getattr(public(name, lines), name.capitalize())
+    rlrf.trainers.register(f"{name}-docs", cls)
+    config = {
+        "learning_rate": 1e-2,
+        "max_completion_length": 6,
+        "prompts_per_step": 8,
+        "max_steps": 8,
+        "save_steps": 4,
+        "eval_steps": 4,
+        "load_best_model_at_end": True,
+    }
+
+    def made(**more):
+        return rlrf.make_trainer(
+            f"{name}-docs",
+            model=str(tmp_path / "tiny"),
+            env=CountA(),
+            config=config | more,
+            run_dir=tmp_path / "run",
+        )
+
+    trainer = made()
+    result = trainer.train()
+    first, *_, last = (m["eval/reward"] for m in result.history if "eval/reward" in m)
+    assert last > first + 0.1
+    assert (result.model_dir / "model.safetensors").is_file()
+    assert trainer.source.version == 8
+    resumed = rlrf.make_trainer(
+        f"{name}-docs",
+        model=str(tmp_path / "tiny"),
+        env=CountA(),
+        config=config | {"max_steps": 10},
+        run_dir=tmp_path / "run",
+        resume=True,
+    )
+    assert [m["step"] for m in resumed.train().history] == [*range(11)]
+
+
+def test_the_loop_of_the_tutorial_learns_on_public_names_in_sixty_lines():
     pytest.importorskip("torch")
     from rlrf_trainers.engines.hf import HFPolicy
     from tests.tiny_model import tiny_model, tiny_tokenizer
 
-    source = (DOCS / "examples" / "reinforce.py").read_text()
-    assert len(source.splitlines()) <= 60
-    assert not re.search(r"(?:import|\.)\s*_[a-z]", source)
     assert len((DOCS / "examples" / "my_environment.py").read_text().splitlines()) <= 40
-
-    class CountA(rlrf.SingleTurnEnv):
-        def load_tasks(self, split):
-            return [rlrf.Task(f"{split}-{i}", f"Say {i}.") for i in range(8)]
-
-        def grade(self, task, completion):
-            return rlrf.Outcome(completion.count("a") / max(1, len(completion)))
-
-    module = example("reinforce")
-    rlrf.trainers.register("reinforce-docs", module.Reinforce)
+    module = public("own_loop", 60)
+    rlrf.trainers.register("own-loop-docs", module.OwnLoop)
     trainer = rlrf.make_trainer(
-        "reinforce-docs",
+        "own-loop-docs",
         model=HFPolicy(tiny_model(), tiny_tokenizer()),
         env=CountA(),
         config={"max_steps": 12, "learning_rate": 1e-2, "max_completion_length": 6},
@@ -77,13 +128,13 @@ def blocks(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_python_blocks_run_and_print_what_the_page_shows(page, capsys):
-    scope: dict[str, object] = {"__name__": "page"}
+    scope: dict[str, object] = {"__name__": __name__}  # dataclasses look for it
     before = set(gymnasium.registry)
     printed = ""
     try:
         for language, code, adjoins in blocks(page):
             if language == "python":
-                if "rlrf_trainers" in code or "reinforce" in code:
+                if re.search("rlrf_trainers|examples/|reinforce|raft|own_loop", code):
                     pytest.importorskip("torch")
                 code = SNIPPET.sub(lambda m: (DOCS / "examples" / m[1]).read_text(), code)
                 capsys.readouterr()

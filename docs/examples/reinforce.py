@@ -1,58 +1,39 @@
-"""REINFORCE with a batch-mean baseline, as a trainer of rlrf."""
+"""REINFORCE with a batch-mean baseline: an algorithm, and rlrf does the rest."""
+
+from dataclasses import dataclass
 
 import torch
-from pydantic import BaseModel
 
-import rlrf
-from rlrf_trainers.engines.hf import HFPolicy
-from rlrf_trainers.losses import group_advantages, selected_logps
-from rlrf_trainers.model.prefix import Layout, completion_logits
+from rlrf_trainers.core.algorithm import Algorithm, Loss
+from rlrf_trainers.core.batch import Sample
+from rlrf_trainers.losses import group_advantages
 
 
-class ReinforceConfig(BaseModel, extra="forbid"):
-    """Knobs of :class:`Reinforce`."""
+@dataclass
+class Attempt(Sample):
+    """A rollout with r - mean r."""
 
-    max_steps: int = 20
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    max_completion_length: int = 16
-    seed: int = 0
+    advantage: float = 0.0
+
+    @property
+    def matters(self):
+        """Whether it can move a weight."""
+        return self.advantage != 0
 
 
-class Reinforce:
+class Reinforce(Algorithm):
     """Maximise E[r]: the gradient is (r - mean r) * grad log pi(y | x)."""
 
-    config_class = ReinforceConfig
+    sample_class = Attempt
 
-    def __init__(self, model, env, config=None, *, run_dir=None, eval_env=None, on_step=None):
-        self.policy = model if isinstance(model, HFPolicy) else HFPolicy(model)
-        self.env, self.config, self.on_step = env, config or ReinforceConfig(), on_step
-        trained = [p for p in self.policy.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=self.config.learning_rate)
+    def prepare(self, rollouts):
+        """All that were scored: an unscored rollout has no reward."""
+        scored = [r for r in rollouts if r.scored]
+        rewards = torch.tensor([r.reward for r in scored], dtype=torch.float64)
+        values = group_advantages(rewards, [0] * len(scored), scale_rewards="none").tolist()
+        return [Attempt(r, advantage=a) for r, a in zip(scored, values, strict=True)]
 
-    def train(self):
-        """Run to the end."""
-        history, tasks = [], self.env.tasks()
-        params = rlrf.SamplingParams(max_tokens=self.config.max_completion_length)
-        for step in range(1, self.config.max_steps + 1):
-            batch = [tasks[(step * 7 + i) % len(tasks)] for i in range(self.config.batch_size)]
-            seed = self.config.seed * 1000 + step
-            rollouts = rlrf.rollout(self.env, self.policy, batch, params=params, seed=seed)
-            scored = [r for r in rollouts if r.scored]  # unscored is not zero
-            layout = Layout([r.completion_ids for r in scored])
-            logits = completion_logits(self.policy.model, [r.prompt_ids for r in scored], layout)
-            ids = layout.flat(layout.completions, logits.device)  # [N], every row's tokens
-            sampled = layout.flat([r.completion_mask for r in scored], logits.device)
-            logps = layout.padded(selected_logps(logits, ids) * sampled).sum(1)  # [B]
-            rewards = torch.tensor([r.reward for r in scored], device=logits.device)  # [B]
-            # r - mean r, and exactly 0 if all are equal, whatever rounding makes of their mean
-            advantages = group_advantages(rewards, [0] * len(scored), scale_rewards="none")
-            loss = -(advantages * logps).mean()
-            if advantages.any():  # else there is nothing to learn, not even by weight decay
-                self.optimizer.zero_grad()
-                loss.backward()
-                self.optimizer.step()
-            history.append({"step": step, "reward": rewards.mean().item(), "loss": loss.item()})
-            if self.on_step:
-                self.on_step(history[-1])
-        return rlrf.TrainResult(history)
+    def objective(self, batch, said, counts):
+        """-(r - mean r) * log pi(y), summed over the tokens of a reply, a mean over replies."""
+        weights = batch.per_row([s.advantage / counts.rows for s in batch.samples])  # [N]
+        return Loss(lambda tokens, rows: -(weights[rows] * tokens.logps).sum())

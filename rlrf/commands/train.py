@@ -9,7 +9,7 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,7 +26,7 @@ from rlrf.console import TrainProgress
 from rlrf.env import Env
 from rlrf.errors import RlrfError, UsageError, describe
 from rlrf.progress import phase
-from rlrf.trainer import make_trainer, trainers
+from rlrf.trainer import accepted, make_trainer, trainers
 
 
 def train(
@@ -216,6 +216,8 @@ def _train(
         raise UsageError(
             f"trainer {settings.trainer.name!r} cannot resume a run: it takes no `resume`"
         )
+    lines = _Lines(path, before, settings, env, progress)
+    offered = {"run_dir": path, "eval_env": eval_env, "on_step": lines} | more
     try:
         with _interrupt.keeping(partial(_kept, path, before)):
             with phase("preparing"):
@@ -224,12 +226,10 @@ def _train(
                     model=settings.model,
                     env=env,
                     config=trainer_config,
-                    run_dir=path,
-                    eval_env=eval_env,
-                    on_step=progress,
-                    **more,
+                    **accepted(trainers.load(settings.trainer.name), offered),
                 )
             result = built.train()
+            lines.close(result)
         status = "done"
     except KeyboardInterrupt as error:
         status, message = "interrupted", describe(error)
@@ -258,6 +258,75 @@ def _train(
         print(f"held-out pass rate: {start}{rates[max(rates)]:.1%} after{best}")
     if result.model_dir is not None:
         print(f"model: {result.model_dir}")
+
+
+class _Lines:
+    """Takes a trainer's lines of metrics; of one that writes no run itself, they become one.
+
+    Args:
+        path: of the run.
+        before: what was there.
+        settings: what the run is configured with.
+        env: what it trains on.
+        shown: is told every line, too.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        before: Mapping[str, Any] | None,
+        settings: TrainConfig,
+        env: Env,
+        shown: Callable[[dict[str, float]], None] | None,
+    ) -> None:
+        self.path, self.before, self.settings, self.env = path, before, settings, env
+        self.shown, self.told, self.theirs = shown, False, False
+        self.run: runs.Run | None = None
+        self.count = 0
+
+    def __call__(self, line: dict[str, float]) -> None:
+        """Keep a line, and show it."""
+        self.told = True
+        if not self.theirs:
+            self._keep(line)
+        if self.shown is not None:
+            self.shown(line)
+
+    def close(self, result: Any) -> None:
+        """See that a trainer has returned what it owes, and keep what it has not told.
+
+        Raises:
+            RlrfError: it has not.
+        """
+        name = self.settings.trainer.name
+        if not isinstance(result, rlrf.TrainResult):
+            raise RlrfError(
+                f"train() of trainer {name!r} returned {result!r:.200}; it must return "
+                "rlrf.TrainResult(history), with a mapping of metrics per step"
+            )
+        for i, line in enumerate(result.history):
+            if not isinstance(line, Mapping):
+                raise RlrfError(
+                    f"train() of trainer {name!r} returned a history whose line {i} is "
+                    f"{line!r:.200}; each must be a mapping of numbers by name"
+                )
+            if not (self.told or self.theirs):
+                self._keep(line)
+
+    def _keep(self, line: Mapping[str, float]) -> None:
+        if self.run is None:
+            written = runs.is_run(self.path) and runs.Run.open(self.path).info != self.before
+            self.theirs = self.theirs or written or not is_main()
+            if self.theirs:  # the trainer writes it
+                return
+            config = {
+                "trainer": {"name": self.settings.trainer.name, **self.settings.trainer.options},
+                "model": self.settings.model,
+            }
+            self.run = runs.Run.create(self.path, config=config, env=self.env)
+        self.count += 1
+        numbers = {k: float(v) for k, v in line.items() if isinstance(v, int | float)}
+        self.run.log(int(numbers.get("step", self.count)), numbers)
 
 
 def _kept(path: Path, before: Mapping[str, Any] | None) -> list[str]:
