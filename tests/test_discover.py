@@ -20,6 +20,7 @@ from rlrf import Feedback, InfraError, Outcome, Task, UsageError, cli, user  # n
 from rlrf.evaluate import pass_at_k  # noqa: E402
 from rlrf.notices import notice  # noqa: E402
 from rlrf.policy import Completion  # noqa: E402
+from rlrf.reprompt import Hint, build_reprompt  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.commands import discover as module  # noqa: E402
 from rlrf_trainers.commands.discover import (  # noqa: E402
@@ -31,7 +32,6 @@ from rlrf_trainers.commands.discover import (  # noqa: E402
     multi_turn_prompt,
 )
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
-from rlrf_trainers.core.reprompt import Hint, build_reprompt  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from tests.environments_for_tests import Recorder  # noqa: E402
 from tests.tiny_model import save_tiny, tiny_model, tiny_tokenizer  # noqa: E402

@@ -32,8 +32,8 @@ from rlrf.policy import check_completion
 from rlrf.wrappers import FeedbackLevel
 
 torch = pytest.importorskip("torch", reason="needs the extra 'train'")
+from rlrf.reprompt import Hint, Reprompter  # noqa: E402
 from rlrf_trainers.config import SDPOConfig  # noqa: E402
-from rlrf_trainers.core.reprompt import Hint, Reprompter  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from rlrf_trainers.engines.openai import OpenAIPolicy  # noqa: E402
 from tests.test_openai_policy import Server, completion  # noqa: E402

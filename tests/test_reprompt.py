@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from rlrf import ConfigError, Feedback, Rollout, UsageError, assistant, system, user
 from rlrf.config import build_config
-from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.core.reprompt import (
+from rlrf.reprompt import (
     Hint,
     build_reprompt,
     choose_hints,
     prompt_messages,
 )
+from rlrf_trainers.config import SDPOConfig
 from rlrf_trainers.engines.hf import HFPolicy
 from tests.tiny_model import tiny_model, tiny_tokenizer
 

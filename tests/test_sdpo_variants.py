@@ -12,11 +12,11 @@ torch = pytest.importorskip("torch")
 
 import rlrf  # noqa: E402
 from rlrf import Feedback, Outcome, Task, UsageError  # noqa: E402
+from rlrf.reprompt import Hint, Reprompt, choose_hints, other_hint  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.config import GRPOConfig, SDPOConfig  # noqa: E402
 from rlrf_trainers.core.batch import Batch  # noqa: E402
-from rlrf_trainers.core.reprompt import Hint, Reprompt, choose_hints, other_hint  # noqa: E402
 from rlrf_trainers.engines.hf import HFPolicy  # noqa: E402
 from tests.by_hand import (  # noqa: E402
     apart,

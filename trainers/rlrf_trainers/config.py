@@ -8,7 +8,6 @@ nothing.
 
 from __future__ import annotations
 
-import string
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -16,20 +15,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
 
 from rlrf.errors import MAX_COUNT
-from rlrf.feedback import KINDS
 from rlrf.policy import MAX_TEMPERATURE, MIN_TEMPERATURE, MIN_TOP_P, SamplingParams
-
-REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
-SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
-FEEDBACK_TEMPLATE = (
-    "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
-)
-
+from rlrf.reprompt import RepromptConfig
 
 # Bounds. Where a number makes no sense a run would hang, learn nothing or end in a traceback; each
 # leaves room for whatever has been done, and for a few powers of ten more.
@@ -287,7 +278,7 @@ class TrainerConfig(BaseModel):
         return self
 
 
-class SDPOConfig(TrainerConfig):
+class SDPOConfig(RepromptConfig, TrainerConfig):
     """SDPO. Where the sources conflict, the paper's §4 (with feedback) is followed.
 
     The official YAML (JSD, K=100, EMA 0.05) is the setting of §3, which uses no feedback; the
@@ -366,41 +357,7 @@ class SDPOConfig(TrainerConfig):
         0.01, ge=0, le=1, description="weight of the NEW weights; [P] §4: 0.01, §3: 0.05"
     )
 
-    # --- reprompt
-    success_reward_threshold: float | None = Field(
-        None,
-        description="reward from which a rollout may be a demonstration; None: what the "
-        "environment calls solved, 1.0 unless it says otherwise; [C] YAML 0.5, its README and "
-        "[TRL] 1.0",
-    )
-    use_successful_as_teacher: bool = Field(
-        True, description="show a sibling's correct attempt; [TRL] True"
-    )
-    dont_reprompt_on_self_success: bool = Field(
-        True, description="a rollout is never its own demonstration; [C] True"
-    )
-    distill_on_success: bool = Field(
-        True, description="also distil correct rollouts towards a sibling's; [C] does"
-    )
-    demonstration: Literal["first", "random"] = Field(
-        "first",
-        description="which correct sibling of several; [C] first. (The shortest collapses length.)",
-    )
-    remove_thinking_from_demonstration: bool = Field(True, description="[C] True; [TRL] False")
-    include_environment_feedback: bool = Field(True, description="[P] §4 True; [TRL] False")
-    feedback_kinds: list[str] | None = Field(
-        None,
-        min_length=1,
-        description="show the teacher only these kinds of feedback; None: all, as in [P]",
-    )
-    environment_feedback_only_without_solution: bool = Field(
-        True, description="feedback only where no demonstration is; [P] §4 True"
-    )
-    feedback_placement: Literal["question", "turn"] = Field(
-        "question",
-        description="several turns: all feedback beside the question, or each step's beside the "
-        "message the policy answered in that step; [own]; [P] has one turn",
-    )
+    # --- the teacher gap; what a teacher is shown is in RepromptConfig
     probe_tasks: int = Field(
         8,
         ge=0,
@@ -408,42 +365,11 @@ class SDPOConfig(TrainerConfig):
         description="training tasks on which the teacher gap (how much more often the policy is "
         "right when shown the hint) is measured before the first step; 0: none; [own]",
     )
-    max_reprompt_len: int = Field(
-        10240, ge=1, le=MOST_TOKENS, description="tokens; [P], [TRL] 10240"
-    )
-    reprompt_template: str = Field(
-        REPROMPT_TEMPLATE, description="the teacher's user turn; [P], [C]"
-    )
-    solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}; [P], [C]")
-    feedback_template: str = Field(FEEDBACK_TEMPLATE, description="its {feedback}; [P], [C]")
 
     @property
     def probe_samples(self) -> int:
         """Attempts at each of the probe's tasks."""
         return max(2, min(4, self.num_generations))
-
-    @field_validator("feedback_kinds")
-    @classmethod
-    def _known_kinds(cls, value: list[str] | None) -> list[str] | None:
-        for kind in value or ():
-            if kind not in KINDS:
-                raise ValueError(f"has the kind {kind!r}; kinds are {', '.join(KINDS)}")
-        return value
-
-    @field_validator("reprompt_template")
-    @classmethod
-    def _reprompt_fields(cls, value: str) -> str:
-        return _needs_fields(value, {"prompt", "solution", "feedback"})
-
-    @field_validator("solution_template")
-    @classmethod
-    def _solution_fields(cls, value: str) -> str:
-        return _needs_fields(value, {"successful_previous_attempt"})
-
-    @field_validator("feedback_template")
-    @classmethod
-    def _feedback_fields(cls, value: str) -> str:
-        return _needs_fields(value, {"feedback_raw"})
 
     @model_validator(mode="after")
     def _check_sdpo(self) -> SDPOConfig:
@@ -548,19 +474,3 @@ class GRPOConfig(TrainerConfig):
                 "sync_ref_model=true moves a reference that nothing uses: set beta above 0"
             )
         return self
-
-
-def _needs_fields(template: str, names: set[str]) -> str:
-    try:
-        parts = [p for p in string.Formatter().parse(template) if p[1] is not None]
-        if any(spec or conversion for _, _, spec, conversion in parts):
-            raise ValueError("a field must be its bare name in braces")
-        found = {field or "" for _, field, _, _ in parts}
-    except ValueError as error:
-        raise ValueError(f"is no format string: {error}; write {{{{ for a literal brace") from None
-    if found != names:
-        raise ValueError(
-            f"has the fields {sorted(found)}; it must have exactly {sorted(names)} "
-            "(write {{ for a literal brace)"
-        )
-    return template

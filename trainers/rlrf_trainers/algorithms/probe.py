@@ -15,8 +15,8 @@ from statistics import mean
 
 import rlrf
 from rlrf import Completion, Prompt, SamplingParams
+from rlrf.reprompt import Reprompt, Reprompter, choose_hints
 from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.core.reprompt import Reprompt, Reprompter, choose_hints
 from rlrf_trainers.core.source import RolloutSource, seed_of
 from rlrf_trainers.engines.hf import HFPolicy
 from rlrf_trainers.model import distributed

@@ -26,11 +26,7 @@ from torch import Tensor
 from rlrf import Env, Feedback, Rollout
 from rlrf.errors import UsageError
 from rlrf.feedback import Level
-from rlrf_trainers.algorithms.probe import measure_gap
-from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.core.algorithm import Algorithm, Loss
-from rlrf_trainers.core.batch import Batch, Sample
-from rlrf_trainers.core.reprompt import (
+from rlrf.reprompt import (
     Hint,
     Reprompt,
     Reprompter,
@@ -38,6 +34,10 @@ from rlrf_trainers.core.reprompt import (
     other_hint,
     succeeded,
 )
+from rlrf_trainers.algorithms.probe import measure_gap
+from rlrf_trainers.config import SDPOConfig
+from rlrf_trainers.core.algorithm import Algorithm, Loss
+from rlrf_trainers.core.batch import Batch, Sample
 from rlrf_trainers.core.teacher import Teacher
 from rlrf_trainers.losses import (
     BatchCounts,
@@ -47,6 +47,7 @@ from rlrf_trainers.losses import (
     importance_weights,
 )
 from rlrf_trainers.losses.vocabulary import Logits, Objective, TeacherLogits, Tokens
+from rlrf_trainers.model.prefix import Layout
 
 
 @dataclass
@@ -349,7 +350,7 @@ class SDPOTrainer(Algorithm[SDPOConfig, Target]):
         for batch in window:
             prompts = [getattr(t, which) for t in batch.samples]
             ids = [p.prompt_ids for p in prompts]
-            readers.append(self.learner.reader(batch, ids, Reprompt.layout(prompts)))
+            readers.append(self.learner.reader(batch, ids, _layout(prompts)))
         return self.teacher.read(readers, self.learner.head)
 
     # --- the record -------------------------------------------------------------------------
@@ -375,3 +376,8 @@ class SDPOTrainer(Algorithm[SDPOConfig, Target]):
             return {}
         prompt = self.learner.tokenizer.decode(list(sample.reprompt.prompt_ids))
         return {"teacher_prompt": prompt, "token_kl": sample.token_kl or None}
+
+
+def _layout(reprompts: Sequence[Reprompt]) -> Layout:
+    """The order of the sampled tokens, which is that of the student."""
+    return Layout([r.completion_ids for r in reprompts], [r.completion_mask for r in reprompts])

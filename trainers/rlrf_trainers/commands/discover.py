@@ -34,19 +34,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 import rlrf
-from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, notices, user
+from rlrf import Env, Feedback, Messages, Policy, Rollout, Task, notices
 from rlrf._interrupt import keeping
 from rlrf.config import build_config, check_output, in_range, load_train_config, parse_assignment
 from rlrf.console import Display
 from rlrf.env import as_tasks
 from rlrf.errors import ConfigError, UnknownIdError, UsageError, check_whole
 from rlrf.progress import phase
+from rlrf.reprompt import choose_hints, multi_turn_prompt
 from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer
 from rlrf_trainers.config import SDPOConfig
 from rlrf_trainers.core.preflight import check_questions
-from rlrf_trainers.core.reprompt import Hint, build_reprompt, choose_hints
 from rlrf_trainers.engines.hf import HFPolicy
 
 METHODS = ("sdpo", "best_of_k", "multi_turn")
@@ -655,51 +655,6 @@ def _restart(trainer: SDPOTrainer) -> Callable[[], None]:
         learner.optimizer.zero_grad()
 
     return restart
-
-
-def multi_turn_prompt(
-    messages: Messages,
-    told: Sequence[Feedback],
-    config: SDPOConfig,
-    encode: Callable[[Messages], Sequence[int]],
-    tokenizer: Any,
-    max_prompt_len: int,
-) -> tuple[Messages, int]:
-    """The question with all past feedback in one user turn, in the words of the SDPO teacher.
-
-    Feedback only, without the attempts: the better of the paper's two variants. Beyond
-    ``max_prompt_len`` the oldest feedback goes first; the newest, if it alone is too long, is
-    shortened; the question never.
-
-    Args:
-        messages: the task's; the last must be the user's.
-        told: the feedback on all attempts so far, oldest first.
-        config: the templates.
-        encode: chat to ids, the policy's own; counts tokens.
-        tokenizer: cuts a feedback that is too long.
-        max_prompt_len: tokens, generation prompt included.
-
-    Returns:
-        The chat, and how many of ``told`` it leaves out.
-
-    Raises:
-        UsageError: the last message is not from the user.
-    """
-    if not told:
-        return messages, 0
-    dropped = 0
-    while len(told) - dropped > 1:
-        parts = [config.feedback_template.format(feedback_raw=f.text) for f in told[dropped:]]
-        text = config.reprompt_template.format(
-            prompt=messages[-1]["content"] or "", solution="", feedback="\n".join(parts)
-        )
-        shown = (*messages[:-1], user(text))
-        if len(encode(shown)) <= max_prompt_len:
-            return shown, dropped
-        dropped += 1
-    fitting = config.model_copy(update={"max_reprompt_len": max_prompt_len})
-    newest = build_reprompt(messages, Hint(None, told[-1]), fitting, encode, tokenizer)
-    return (messages, dropped + 1) if newest is None else (newest.messages, dropped)
 
 
 # --- the command --------------------------------------------------------------------------

@@ -10,7 +10,7 @@
         the engine samples from the new weights                   source.publish
 
 A trainer is a subclass. With ``prepare`` and ``objective`` alone it has evaluation, the best
-weights, checkpoints, resumption, export and several processes; docs/tutorials/trainer.md writes two.
+weights, checkpoints, resumption, export and several processes; docs/tutorials/trainer.md has two.
 """
 
 from __future__ import annotations

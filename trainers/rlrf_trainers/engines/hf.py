@@ -163,6 +163,19 @@ class HFPolicy:
         self.weight_version = 0
         self._lock = threading.RLock()
 
+    def extend(
+        self,
+        prefix_ids: Sequence[int],
+        new_messages: Messages,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """``prefix_ids``, the end of that turn, ``new_messages`` and the start of the next reply.
+
+        Raises:
+            UsageError: as :meth:`encode`.
+        """
+        return self.chat.extend(prefix_ids, new_messages, tools)
+
     def encode(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Ids of a chat, up to where the assistant's next reply begins.
 

@@ -1,9 +1,12 @@
-"""The reprompt: what the self-teacher is shown (SDPO, arXiv 2601.20802, §2 and table 2).
+"""The reprompt: feedback, demonstration, attempt -> what a policy is shown, within a token budget.
+
+It is what SDPO's self-teacher reads (arXiv 2601.20802, §2 and table 2), and what anybody needs who
+shows a policy its feedback: no torch, only a :class:`Chat` that counts tokens.
 
 One pure function decides, per rollout, between a sibling's correct attempt, the environment's
-feedback, both, or nothing; another builds the chat within a token budget. The student's own failed
-attempt is never in the prompt: it is what gets scored (the paper measures -4 points and a
-collapse of entropy when it is shown).
+feedback, both, or nothing; another builds the chat. The student's own failed attempt is never in
+the prompt: it is what gets scored (the paper measures -4 points and a collapse of entropy when it
+is shown).
 """
 
 from __future__ import annotations
@@ -11,19 +14,128 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import string
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal, Protocol
 
-from rlrf import Env, Feedback, Rollout, user
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from rlrf.env import Env
 from rlrf.errors import PromptError, RlrfError, UsageError
-from rlrf.feedback import defuse
-from rlrf.messages import Message, Messages, action_message
-from rlrf_trainers.config import SDPOConfig
-from rlrf_trainers.engines.hf import HFPolicy
-from rlrf_trainers.model.prefix import Layout
+from rlrf.feedback import KINDS, Feedback, defuse
+from rlrf.messages import Message, Messages, action_message, user
+from rlrf.rollout import Rollout
+
+REPROMPT_TEMPLATE = "{prompt}{solution}{feedback}\n\nCorrectly solve the original question."
+SOLUTION_TEMPLATE = "\nCorrect solution:\n\n{successful_previous_attempt}"
+FEEDBACK_TEMPLATE = (
+    "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}"
+)
+_MOST_TOKENS = 10_000_000
+
+
+class RepromptConfig(BaseModel):
+    """What is shown, and in which words; [P] is the SDPO paper, [C] its code, [TRL] TRL 1.16.
+
+    Raises:
+        pydantic.ValidationError: an unknown key, or a template without its fields.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, frozen=True)
+
+    success_reward_threshold: float | None = Field(
+        None,
+        description="reward from which a rollout may be a demonstration; None: what the "
+        "environment calls solved, 1.0 unless it says otherwise; [C] YAML 0.5, its README and "
+        "[TRL] 1.0",
+    )
+    use_successful_as_teacher: bool = Field(
+        True, description="show a sibling's correct attempt; [TRL] True"
+    )
+    dont_reprompt_on_self_success: bool = Field(
+        True, description="a rollout is never its own demonstration; [C] True"
+    )
+    distill_on_success: bool = Field(
+        True, description="also distil correct rollouts towards a sibling's; [C] does"
+    )
+    demonstration: Literal["first", "random"] = Field(
+        "first",
+        description="which correct sibling of several; [C] first. (The shortest collapses length.)",
+    )
+    remove_thinking_from_demonstration: bool = Field(True, description="[C] True; [TRL] False")
+    include_environment_feedback: bool = Field(True, description="[P] §4 True; [TRL] False")
+    feedback_kinds: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="show the teacher only these kinds of feedback; None: all, as in [P]",
+    )
+    environment_feedback_only_without_solution: bool = Field(
+        True, description="feedback only where no demonstration is; [P] §4 True"
+    )
+    feedback_placement: Literal["question", "turn"] = Field(
+        "question",
+        description="several turns: all feedback beside the question, or each step's beside the "
+        "message the policy answered in that step; [own]; [P] has one turn",
+    )
+    max_reprompt_len: int = Field(
+        10240, ge=1, le=_MOST_TOKENS, description="tokens; [P], [TRL] 10240"
+    )
+    reprompt_template: str = Field(
+        REPROMPT_TEMPLATE, description="the teacher's user turn; [P], [C]"
+    )
+    solution_template: str = Field(SOLUTION_TEMPLATE, description="its {solution}; [P], [C]")
+    feedback_template: str = Field(FEEDBACK_TEMPLATE, description="its {feedback}; [P], [C]")
+
+    @field_validator("feedback_kinds")
+    @classmethod
+    def _known_kinds(cls, value: list[str] | None) -> list[str] | None:
+        for kind in value or ():
+            if kind not in KINDS:
+                raise ValueError(f"has the kind {kind!r}; kinds are {', '.join(KINDS)}")
+        return value
+
+    @field_validator("reprompt_template")
+    @classmethod
+    def _reprompt_fields(cls, value: str) -> str:
+        return _needs_fields(value, {"prompt", "solution", "feedback"})
+
+    @field_validator("solution_template")
+    @classmethod
+    def _solution_fields(cls, value: str) -> str:
+        return _needs_fields(value, {"successful_previous_attempt"})
+
+    @field_validator("feedback_template")
+    @classmethod
+    def _feedback_fields(cls, value: str) -> str:
+        return _needs_fields(value, {"feedback_raw"})
+
+
+class Chat(Protocol):
+    """How a policy reads a chat; :class:`rlrf_trainers.engines.hf.HFPolicy` is one."""
+
+    tokenizer: Any
+    """Counts and cuts texts: ``encode(text, add_special_tokens=False)`` and ``decode(ids)``."""
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of prompt and reply; None for no limit."""
+        ...
+
+    def encode(self, messages: Messages, tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Ids of a chat up to where the assistant's next reply begins."""
+        ...
+
+    def extend(
+        self,
+        prefix_ids: Sequence[int],
+        new_messages: Messages,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """``prefix_ids``, the end of that turn, ``new_messages``, the start of the next reply."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +157,7 @@ class Hint:
 
 
 def choose_hints(
-    rollouts: Sequence[Rollout], config: SDPOConfig, seed: int | str = 0
+    rollouts: Sequence[Rollout], config: RepromptConfig, seed: int | str = 0
 ) -> list[Hint]:
     """What each rollout's teacher is shown; an empty :class:`Hint` means no distillation.
 
@@ -113,14 +225,14 @@ def other_hint(
     return Hint(None, wrong, (wrong,))
 
 
-def succeeded(rollout: Rollout, config: SDPOConfig) -> bool:
+def succeeded(rollout: Rollout, config: RepromptConfig) -> bool:
     """Whether a rollout may serve as a demonstration."""
     if config.success_reward_threshold is None:
         return rollout.solved
     return rollout.reward is not None and rollout.reward >= config.success_reward_threshold
 
 
-def demonstrated(rollout: Rollout, config: SDPOConfig) -> str:
+def demonstrated(rollout: Rollout, config: RepromptConfig) -> str:
     """What a rollout shows to a sibling's teacher; empty if nothing is left of it.
 
     Its reply; of an episode of several turns all of them, each after its role, the environment's
@@ -151,7 +263,7 @@ def _call(call: Mapping[str, Any]) -> str:
     return f"{function.get('name')}({arguments})"
 
 
-def _shown(rollout: Rollout, config: SDPOConfig) -> tuple[Feedback, ...]:
+def _shown(rollout: Rollout, config: RepromptConfig) -> tuple[Feedback, ...]:
     """The feedback of every step, in order, of the kinds that are to be shown."""
     kinds = config.feedback_kinds
     return tuple(
@@ -188,11 +300,6 @@ class Reprompt:
     completion_ids: tuple[int, ...] = ()
     completion_mask: tuple[int, ...] = ()
 
-    @staticmethod
-    def layout(reprompts: Sequence[Reprompt]) -> Layout:
-        """The order of the sampled tokens, which is that of the student."""
-        return Layout([r.completion_ids for r in reprompts], [r.completion_mask for r in reprompts])
-
 
 class Reprompter:
     """Builds the teacher's prompts for an environment and a policy.
@@ -203,7 +310,7 @@ class Reprompter:
         env: its tools, if it has some, are in the teacher's chat as they are in the student's.
     """
 
-    def __init__(self, config: SDPOConfig, policy: HFPolicy, env: Env) -> None:
+    def __init__(self, config: RepromptConfig, policy: Chat, env: Env) -> None:
         self.config, self.policy = config, policy
         self.tools = tuple(env.tools or ())
 
@@ -300,7 +407,7 @@ class Reprompter:
                     text = self.config.feedback_template.format(feedback_raw=told.text)
                     extended: Message = {**last, "content": f"{last['content'] or ''}{text}"}
                     prefix = [*prompt_ids, *ids]
-                    turn = self.policy.chat.extend(prefix, (*before, extended), self.tools)
+                    turn = self.policy.extend(prefix, (*before, extended), self.tools)
                     run = turn[len(prefix) :]
             ids += run
             mask += [int(sampled)] * len(run)
@@ -321,7 +428,7 @@ def _turns(rollout: Rollout) -> list[Messages]:
 def build_reprompt(
     messages: Messages,
     hint: Hint,
-    config: SDPOConfig,
+    config: RepromptConfig,
     encode: Callable[[Messages], Sequence[int]],
     tokenizer: Any,
     *,
@@ -417,3 +524,64 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def cut_tokens(text: str, tokenizer: Any, max_tokens: int) -> str:
     """Keep head and tail of ``text`` within ``max_tokens``."""
     return Feedback.of("reference", text).tokenize(tokenizer, max_tokens).text
+
+
+def multi_turn_prompt(
+    messages: Messages,
+    told: Sequence[Feedback],
+    config: RepromptConfig,
+    encode: Callable[[Messages], Sequence[int]],
+    tokenizer: Any,
+    max_prompt_len: int,
+) -> tuple[Messages, int]:
+    """The question with all past feedback in one user turn, in the words of the SDPO teacher.
+
+    Feedback only, without the attempts: the better of the paper's two variants. Beyond
+    ``max_prompt_len`` the oldest feedback goes first; the newest, if it alone is too long, is
+    shortened; the question never.
+
+    Args:
+        messages: the task's; the last must be the user's.
+        told: the feedback on all attempts so far, oldest first.
+        config: the templates.
+        encode: chat to ids, the policy's own; counts tokens.
+        tokenizer: cuts a feedback that is too long.
+        max_prompt_len: tokens, generation prompt included.
+
+    Returns:
+        The chat, and how many of ``told`` it leaves out.
+
+    Raises:
+        UsageError: the last message is not from the user.
+    """
+    if not told:
+        return messages, 0
+    dropped = 0
+    while len(told) - dropped > 1:
+        parts = [config.feedback_template.format(feedback_raw=f.text) for f in told[dropped:]]
+        text = config.reprompt_template.format(
+            prompt=messages[-1]["content"] or "", solution="", feedback="\n".join(parts)
+        )
+        shown = (*messages[:-1], user(text))
+        if len(encode(shown)) <= max_prompt_len:
+            return shown, dropped
+        dropped += 1
+    fitting = config.model_copy(update={"max_reprompt_len": max_prompt_len})
+    newest = build_reprompt(messages, Hint(None, told[-1]), fitting, encode, tokenizer)
+    return (messages, dropped + 1) if newest is None else (newest.messages, dropped)
+
+
+def _needs_fields(template: str, names: set[str]) -> str:
+    try:
+        parts = [p for p in string.Formatter().parse(template) if p[1] is not None]
+        if any(spec or conversion for _, _, spec, conversion in parts):
+            raise ValueError("a field must be its bare name in braces")
+        found = {field or "" for _, field, _, _ in parts}
+    except ValueError as error:
+        raise ValueError(f"is no format string: {error}; write {{{{ for a literal brace") from None
+    if found != names:
+        raise ValueError(
+            f"has the fields {sorted(found)}; it must have exactly {sorted(names)} "
+            "(write {{ for a literal brace)"
+        )
+    return template
