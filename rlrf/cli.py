@@ -1,4 +1,4 @@
-"""The command line: ``rlrf list | info | eval | train | report | check``, and plug-in commands.
+"""The command line: ``rlrf list | info | eval | probe | train | report | check``, and plug-ins.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Every error rlrf raises on
 purpose is one line on standard error; ``RLRF_DEBUG=1`` shows the traceback as well.
@@ -26,6 +26,7 @@ from rlrf._plugin_source import describe_target
 from rlrf.commands import show
 from rlrf.commands.check import check
 from rlrf.commands.eval import eval_
+from rlrf.commands.probe import probe
 from rlrf.commands.report import report
 from rlrf.commands.train import train
 from rlrf.errors import RlrfError, UsageError, describe
@@ -217,6 +218,7 @@ def _root(
 app.command("list")(show.list_)
 app.command("info")(show.info)
 app.command("eval")(eval_)
+app.command("probe")(probe)
 app.command("train")(train)
 app.command("report")(report)
 app.command("check")(check)

@@ -120,4 +120,4 @@ def sign_test(better: int, worse: int) -> float:
         return 1.0
     if n > 1000:  # whole numbers of thousands of bits; the normal one is right to a percent
         return math.erfc((n - 2 * least - 1) / math.sqrt(2 * n))
-    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2**n)
+    return min(1.0, 2 * sum(math.comb(n, i) for i in range(least + 1)) / 2.0**n)
