@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
 
 import gymnasium
 import numpy as np
@@ -38,6 +38,9 @@ from rlrf.messages import (
     thought_only,
 )
 from rlrf.spaces import Chat
+
+if TYPE_CHECKING:
+    from rlrf.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -434,6 +437,15 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
 
     def reference_solution(self, task: Task) -> str | None:
         """A completion that earns the highest reward, or None if the author has none."""
+        return None
+
+    def render_html(self, task: Task, rollout: Rollout) -> str | None:
+        """A card about a rollout for ``rlrf report --cards`` and ``rlrf view --cards``, or None.
+
+        Authors override it, to draw a board or a table; it may be ``async def``. Put what the
+        policy or a program said through :func:`html.escape`. The card stands in a frame without
+        scripts, network and links. The task is whole, hidden data included.
+        """
         return None
 
     # --- tasks ----------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,91 @@ from rlrf._run_folder import check_output_of
 from rlrf.errors import UsageError
 from rlrf.evaluate import EvalReport
 from rlrf.rollout import Rollout
+
+
+@dataclass
+class Results:
+    """A file of results, read.
+
+    Attributes:
+        path: the file that was read.
+        partial: whether it is of an evaluation that has not come to its end.
+        settings: what decided the rollouts.
+        about: what else was noted: ``lock``, ``warnings``.
+        rollouts: :meth:`rlrf.Rollout.to_dict` of each; not checked.
+        broken: how many lines could not be read.
+    """
+
+    path: Path
+    partial: bool
+    settings: dict[str, Any]
+    about: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+    broken: int = 0
+
+
+def current(path: Path | str) -> Path:
+    """The file to read for results ``path``: of itself and its partial file what is newer.
+
+    Either may be named; the other takes its place when an evaluation begins again, or ends.
+    """
+    path = Path(path)
+    whole = path.with_name(path.name.removesuffix(".partial"))
+    there = [p for p in (whole, whole.with_name(whole.name + ".partial")) if p.is_file()]
+    return max(there, key=lambda p: p.stat().st_mtime_ns, default=path)
+
+
+def read_results(path: Path | str) -> Results:
+    """Read what an evaluation found, or has found so far; see :func:`current`.
+
+    Raises:
+        UsageError: there is no such file, or it holds no results.
+    """
+    file = current(path)
+    partial = file.name.endswith(".partial")
+    try:
+        with open_text(file) as opened:
+            if partial:
+                return _read_partial(file, opened)
+            data = parse_json(opened.read())
+    except FileNotFoundError:
+        raise UsageError(f"there is no file {str(path)!r}") from None
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"{str(file)!r} holds no results of `rlrf eval`: {error}") from None
+    if not isinstance(data, dict) or not isinstance(data.get("rollouts"), list):
+        raise UsageError(f"{str(file)!r} holds no results of `rlrf eval`")
+    rollouts = [r for r in data["rollouts"] if isinstance(r, dict)]
+    known = {*EvalReport.of(()).to_dict(), "rollouts", "lock", "warnings"}
+    return Results(
+        file,
+        False,
+        {k: v for k, v in data.items() if k not in known or k == "n_tasks"},
+        {k: data[k] for k in ("lock", "warnings") if k in data},
+        rollouts,
+        len(data["rollouts"]) - len(rollouts),
+    )
+
+
+def _read_partial(file: Path, lines: Iterable[str]) -> Results:
+    found = Results(file, True, {}, {}, [])
+    for number, line in enumerate(lines):
+        if not line.endswith("\n"):
+            break  # still being written
+        try:
+            data = parse_json(line)
+        except ValueError:
+            data = None
+        if not isinstance(data, dict):
+            found.broken += 1
+        elif number:
+            found.rollouts.append(data)
+        else:
+            found.settings = data
+    if not found.settings or "task_id" in found.settings:
+        raise UsageError(f"{str(file)!r} holds no results of `rlrf eval`")
+    return found
 
 
 class Taken(UsageError):

@@ -19,6 +19,7 @@ from rlrf.env import Env, Outcome, SingleTurnEnv, Task, TaskSequence, Turn
 from rlrf.errors import UsageError, check_whole
 from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
 from rlrf.messages import Action, action_message
+from rlrf.rollout import Rollout
 
 
 class FeedbackWrapper(Env):
@@ -69,6 +70,10 @@ class FeedbackWrapper(Env):
     def reference_solution(self, task: Task) -> str | None:
         """The inner environment's."""
         return self.env.reference_solution(task)
+
+    def render_html(self, task: Task, rollout: Rollout) -> Any:
+        """The inner environment's card; awaitable if that is ``async def``."""
+        return self.env.render_html(task, rollout)
 
     async def _start(self, task: Task, rng: np.random.Generator) -> Any:
         return await self.env._start(task, rng)

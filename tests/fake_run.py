@@ -7,17 +7,20 @@ page). The numbers are invented; only their shape is meant to be lifelike.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
 import re
 from pathlib import Path
 from typing import Any
 
+from rlrf import EvalReport, Rollout
 from rlrf.runs import Run
 
 HOSTILE = (
     '</script><script>window.pwned=1</script><img src=x onerror="window.pwned=1">'
     "<!-- <svg onload=window.pwned=1> ]]> \u2028 javascript:window.pwned=1 &lt;b&gt; 🙂"
+    '" onmouseover="window.pwned=1" \' x=\'` \u202edesrever\u202c \x1b[31m\x07 \u2066'
 )
 
 _TASKS = (
@@ -122,6 +125,86 @@ def make_fake_run(
     if status != "running":
         run.finish(status, "RlrfError: the loss of step 31 is nan" if status == "failed" else "")
     return path
+
+
+def make_fake_eval(
+    path: Path,
+    *,
+    tasks: int = 40,
+    samples: int = 2,
+    seed: int = 0,
+    rate: float = 0.4,
+    hostile: bool = False,
+    partial: bool = False,
+    **settings: Any,
+) -> Path:
+    """Write what ``rlrf eval --out`` does, at ``path`` or, of one under way, beside it."""
+    settings = {
+        "env": "code-basics-v0",
+        "env_options": {},
+        "split": "eval",
+        "feedback": "explained",
+        "n_tasks": tasks,
+        "policy": "hf",
+        "model": "Qwen/Qwen2.5-0.5B-Instruct",
+        "samples_per_task": samples,
+        "temperature": 1.0,
+        "max_tokens": 256,
+        **settings,
+    }
+    records = []
+    for i in range(tasks):
+        task, text = _TASKS[i % len(_TASKS)]
+        hard = random.Random(i).random()  # of the task, not of the seed
+        for k in range(samples):
+            rng = random.Random(f"{seed} {i} {k}")
+            r = _rollout(
+                rng, f"{i}:{task}-{i}", f"{task}-{i}", text, min(1.0, 2 * rate * hard),
+                distilled=False, hostile=hostile,
+            )  # fmt: skip
+            for name in ("teacher_prompt", "tokens", "token_kl"):
+                r.pop(name)
+            r["messages"] = (
+                _thinking(r["messages"], hostile) if rng.random() < 0.4 else r["messages"]
+            )
+            records.append({**r, "sample": k})
+    if partial:
+        lines = [settings, *records[: len(records) * 2 // 3]]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        path.with_name(path.name + ".partial").write_text(text)
+        return path
+    report = EvalReport.of(Rollout.from_dict(r) for r in records)
+    warnings = [HOSTILE] if hostile else []
+    data = settings | {"lock": {"python": "3.11"}, "warnings": warnings}
+    path.write_text(json.dumps(data | report.to_dict(rollouts=True)))
+    return path
+
+
+def _thinking(messages: list[dict[str, Any]], hostile: bool) -> list[dict[str, Any]]:
+    """The same chat with reasoning, a call of a tool, its answer, and a call that is none."""
+    attack = HOSTILE if hostile else ""
+    if messages[-1]["role"] != "assistant":
+        return messages
+    call = {"name": f"run_tests{attack}", "arguments": json.dumps({"code": f"squares(3){attack}"})}
+    unread = '<tool_call>{"name": run_tests}</tool_call>'
+    said = messages[-1]["content"] + "\n" + unread
+    told = {
+        "text": unread,
+        "status": "invalid_json",
+        "why": f"expected a value at character 9{attack}",
+        "span": [len(said) - len(unread), len(said)],
+    }
+    return [
+        *messages[:-1],
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "call_1", "type": "function", "function": call}],
+            "reasoning_content": f"The tests may tell.{attack} Let me run them first.",
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": f"3 of 4 passed{attack}"},
+        {**messages[-1], "content": said, "invalid_tool_calls": [told]},
+    ]
 
 
 def _step_metrics(

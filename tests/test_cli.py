@@ -395,7 +395,7 @@ def test_info_survives_a_grader_that_cannot_run_here(rlrf_cli: Invoke) -> None:
             (*EVAL, "--out", "no/x.json"),
             "there is no folder 'no'",
         ),
-        (("report", "absent"), "'absent' is not a folder"),
+        (("report", "absent"), "there is nothing at 'absent'"),
         (("train", "absent.toml"), "cannot read the configuration 'absent.toml'"),
         (("train", "--env", "cli-cities-v0"), "model is missing"),
         ((*TRAIN, "--trainer", "sdpoo"), "unknown trainer 'sdpoo'. Did you mean 'sdpo'"),

@@ -68,7 +68,7 @@ def test_hostile_text_cannot_leave_the_data(hostile_dir: Path) -> None:
     assert "window.pwned=1</script" not in text
     assert "<img" not in text
     assert "<!--" not in text
-    run = page_data(path)["runs"][0]
+    run = page_data(path)["sources"][0]
     assert any(HOSTILE in m["content"] for r in run["rollouts"] for m in r["messages"])
     assert any(HOSTILE in e["message"] for e in run["events"])
 
@@ -117,11 +117,11 @@ def test_lone_surrogates_do_not_stop_the_page(tmp_path: Path) -> None:
     run = Run.create(tmp_path, config={})
     run.log_rollouts(1, [{"task_id": "a\ud800", "messages": [], "reward": 1.0}])
     data = page_data(write_report([tmp_path]))
-    assert data["runs"][0]["rollouts"][0]["task"] == "a\ud800"
+    assert data["sources"][0]["rollouts"][0]["task"] == "a\ud800"
 
 
 def test_curves_intervals_and_kinds(run_dir: Path) -> None:
-    run = page_data(write_report([run_dir]))["runs"][0]
+    run = page_data(write_report([run_dir]))["sources"][0]
     steps = [p[0] for p in run["series"]["reward"]]
     assert steps == list(range(1, 13))
     assert [6, None] in run["series"]["loss"]  # the NaN is shown, not dropped
@@ -140,7 +140,7 @@ def test_unscored_rollouts_stay_unscored(tmp_path: Path) -> None:
     failed = {"task_id": "a", "group_id": "0:a", "reward": None, "failure": "deadline: slow"}
     good = {"task_id": "b", "group_id": "1:b", "reward": 1.0, "solved": True, "split": "eval"}
     run.log_rollouts(1, [{**failed, "split": "eval"}, good])
-    data = page_data(write_report([tmp_path]))["runs"][0]
+    data = page_data(write_report([tmp_path]))["sources"][0]
     assert [r["reward"] for r in data["rollouts"]] == [None, 1.0]
     (step, low, high), *_ = data["ci"]
     assert (step, high) == (1, 1.0)
@@ -162,7 +162,7 @@ def _many(path: Path, steps: int, groups: int, size: int) -> Path:
 
 
 def test_thousands_of_rollouts_are_sampled_by_whole_groups(tmp_path: Path) -> None:
-    data = page_data(write_report([_many(tmp_path, 60, 8, 8)]))["runs"][0]
+    data = page_data(write_report([_many(tmp_path, 60, 8, 8)]))["sources"][0]
     shown = data["rollouts"]
     assert data["total_rollouts"] == 3840
     assert 0.9 * rlrf.report.MAX_ROLLOUTS <= len(shown) <= rlrf.report.MAX_ROLLOUTS
@@ -178,8 +178,8 @@ def test_thousands_of_rollouts_are_sampled_by_whole_groups(tmp_path: Path) -> No
 
 def test_the_bytes_of_a_page_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rlrf.report, "MAX_BYTES", 200_000)
-    monkeypatch.setattr(rlrf.report, "MAX_TEXT", 1000)
-    monkeypatch.setattr(rlrf.report, "MAX_TOKENS", 10)
+    monkeypatch.setattr(rlrf._report.records, "MAX_TEXT", 1000)
+    monkeypatch.setattr(rlrf._report.records, "MAX_TOKENS", 10)
     run = Run.create(tmp_path, config={})
     message = {"role": "assistant", "content": "x" * 50_000}
     tool = {
@@ -198,11 +198,11 @@ def test_the_bytes_of_a_page_are_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     run.log_rollouts(1, ({**record, "task_id": str(i), "group_id": str(i)} for i in range(300)))
     path = write_report([tmp_path])
     assert path.stat().st_size < 400_000
-    first = page_data(path)["runs"][0]["rollouts"][0]
+    first = page_data(path)["sources"][0]["rollouts"][0]
     assert len(first["messages"][0]["content"]) < 1100
     assert "49000 characters not on this page" in first["messages"][0]["content"]
     assert first["messages"][1]["reasoning"] == "because"
-    assert '"name": "f"' in first["messages"][1]["calls"]
+    assert first["messages"][1]["calls"] == [{"name": "f", "arguments": "", "id": "1"}]
     assert first["kl"] == [0.12346] * 10
     assert first["mask"] == "1010101010"
     assert first["cut_tokens"] == 40
@@ -212,11 +212,11 @@ def test_the_bytes_of_a_page_are_bounded(tmp_path: Path, monkeypatch: pytest.Mon
 def test_long_curves_are_thinned_and_keep_their_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rlrf.report, "MAX_POINTS", 10)
+    monkeypatch.setattr(rlrf._report.runs, "MAX_POINTS", 10)
     run = Run.create(tmp_path, config={})
     for step in range(95):
         run.log(step, {"loss": float(step)})
-    data = page_data(write_report([tmp_path]))["runs"][0]
+    data = page_data(write_report([tmp_path]))["sources"][0]
     assert data["thinned"]
     points = data["series"]["loss"]
     assert len(points) <= 11
@@ -228,14 +228,14 @@ def test_several_runs_get_names_that_tell_them_apart(tmp_path: Path) -> None:
     a, b = (make_fake_run(tmp_path / x / "run", steps=1) for x in "ab")
     out = write_report([a, b])
     assert out == tmp_path / "a" / "report.html"
-    assert [r["name"] for r in page_data(out)["runs"]] == ["a/run", "b/run"]
+    assert [r["name"] for r in page_data(out)["sources"]] == ["a/run", "b/run"]
     same = write_report([a, a], tmp_path / "same.html")
-    assert len({r["name"] for r in page_data(same)["runs"]}) == 2
+    assert len({r["name"] for r in page_data(same)["sources"]}) == 2
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     Run.create(tmp_path, config={})
-    data = page_data(write_report([tmp_path]))["runs"][0]
+    data = page_data(write_report([tmp_path]))["sources"][0]
     assert data["rollouts"] == []
     assert data["facts"]["status"] == "running"
 
@@ -243,7 +243,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
 def test_facts_come_from_what_rlrf_train_was_told(tmp_path: Path) -> None:
     Run.create(tmp_path, config={"model": "in memory"})
     (tmp_path / "config.toml").write_text('model = "org/m"\n[trainer]\nname = "sdpo"\n')
-    facts = page_data(write_report([tmp_path]))["runs"][0]["facts"]
+    facts = page_data(write_report([tmp_path]))["sources"][0]["facts"]
     assert (facts["model"], facts["trainer"]) == ("org/m", "sdpo")
 
 

@@ -3,23 +3,44 @@
 (() => {
   const root = document.documentElement;
   window.addEventListener("error", (e) => { root.dataset.error = String(e.message); });
-  const data = JSON.parse(document.getElementById("data").textContent);
+  let data, sources, runs, rollouts, tops, many;
   const page = document.getElementById("page");
   const tip = document.getElementById("tip");
   const SVG = "http://www.w3.org/2000/svg";
   const DASH = ["", "6 3", "2 2", "9 3 2 3", "12 4", "4 2 1 2 1 2"];
-  const many = data.runs.length > 1;
 
   // --- small tools -------------------------------------------------------------------------
+
+  // What turns text about, or would not be seen, is shown by its number.
+  const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\u{e0000}-\u{e007f}]/u;
+  const code = (char) => "U+" + char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
+  function visible(text, plain) {
+    if (!HIDDEN.test(text)) return [text];
+    return Array.from(text).reduce((found, char) => {
+      if (HIDDEN.test(char)) {
+        if (plain) found.push(`<${code(char)}>`);
+        else {
+          const mark = document.createElement("span");
+          mark.className = "hidden-char";
+          mark.textContent = code(char);
+          found.push(mark);
+        }
+      } else if (typeof found[found.length - 1] === "string") found[found.length - 1] += char;
+      else found.push(char);
+      return found;
+    }, []);
+  }
 
   function fill(node, attributes, children) {
     for (const [name, value] of Object.entries(attributes || {})) {
       if (value === null || value === undefined || value === false) continue;
       if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-      else node.setAttribute(name, value === true ? "" : value);
+      else node.setAttribute(name, value === true ? "" : name === "srcdoc" ? value : visible(String(value), true).join(""));
     }
     for (const child of children.flat(Infinity)) {
-      if (child !== null && child !== undefined && child !== false) node.append(child);
+      if (child === null || child === undefined || child === false) continue;
+      if (child instanceof Node) node.append(child);
+      else node.append(...visible(String(child), node instanceof SVGElement || node.nodeName === "OPTION"));
     }
     return node;
   }
@@ -84,12 +105,16 @@
     });
   }
 
+  // What the reader has chosen; it outlives new data.
+  const state = { smoothing: null, pair: "", level: "",
+    tasks: { query: "", show: "", by: "", down: true, page: 0 },
+    browser: { run: "", step: "", split: "", reward: "", kind: "", query: "", task: "", page: 0, current: "" } };
   let smoothing = 0;
   const redraws = [];
 
   // Of several runs the colour is told once, above the charts; here only what the dashes mean.
   function legend(series, options) {
-    const entries = !many || options.tall ? series.map((s) => [s.label, s.color, s.dash])
+    const entries = runs.length < 2 || options.tall ? series.map((s) => [s.label, s.color, s.dash])
       : [...new Map(series.map((s) => [s.metric, s.dash]))].map(([label, dash]) => [label, "var(--soft)", dash]);
     return entries.length < 2 ? null : el("div", { class: "legend" },
       entries.map(([label, paint, dash]) => el("span", {}, swatch(paint, dash), label)));
@@ -218,14 +243,14 @@
   // One line per run for one metric, or per run and metric for several.
   function lines(metrics, extra = {}) {
     const found = [];
-    data.runs.forEach((run, r) => metrics.forEach(([name, label], m) => {
+    runs.forEach((run) => metrics.forEach(([name, label], m) => {
       const points = run.series[name];
       if (!points) return;
       const several = metrics.length > 1;
       found.push({
-        label: many ? (several ? `${run.name}: ${label}` : run.name) : label,
-        color: many ? color(r) : color(m), dash: many && several ? m % DASH.length : 0, points, metric: label,
-        shift: many ? (r - (data.runs.length - 1) / 2) * 5 : 0, ...(typeof extra === "function" ? extra(run) : extra),
+        label: runs.length > 1 ? (several ? `${run.name}: ${label}` : run.name) : label,
+        color: runs.length > 1 ? color(sources.indexOf(run)) : color(m), dash: runs.length > 1 && several ? m % DASH.length : 0, points, metric: label,
+        shift: runs.length > 1 ? (runs.indexOf(run) - (runs.length - 1) / 2) * 5 : 0, ...(typeof extra === "function" ? extra(run) : extra),
       });
     }));
     return found;
@@ -239,6 +264,7 @@
   }
 
   function curves() {
+    if (!runs.length) return [];
     const rates = { percent: true, min: 0, max: 1 };
     ["eval/pass_rate", "completions/min_length", "completions/max_length", "step"].forEach((n) => used.add(n));
     const main = [
@@ -247,21 +273,21 @@
         { ...rates, tall: true, always: true }, (run) => ({ ci: run.ci, dots: true, fixed: true })),
     ];
     const band = (run) => {
-      if (many) return {}; // bands of several runs would be one grey blur
+      if (runs.length > 1) return {}; // bands of several runs would be one grey blur
       const low = run.series["completions/min_length"], high = new Map(run.series["completions/max_length"] || []);
       return { band: (low || []).filter(([x, y]) => y !== null && high.get(x) != null).map(([x, y]) => [x, y, high.get(x)]) };
     };
-    const kinds = [...new Set(data.runs.flatMap((run) => Object.keys(run.kinds)))];
-    const kindLines = data.runs.flatMap((run, r) => kinds.filter((k) => run.kinds[k]).map((k) => ({
-      label: many ? `${run.name}: ${k}` : k, color: many ? color(r) : color(kinds.indexOf(k)),
-      dash: many ? kinds.indexOf(k) % DASH.length : Math.floor(kinds.indexOf(k) / 8) % DASH.length, points: run.kinds[k],
+    const kinds = [...new Set(runs.flatMap((run) => Object.keys(run.kinds)))];
+    const kindLines = runs.flatMap((run) => kinds.filter((k) => run.kinds[k]).map((k) => ({
+      label: runs.length > 1 ? `${run.name}: ${k}` : k, color: runs.length > 1 ? color(sources.indexOf(run)) : color(kinds.indexOf(k)),
+      dash: runs.length > 1 ? kinds.indexOf(k) % DASH.length : Math.floor(kinds.indexOf(k) / 8) % DASH.length, points: run.kinds[k],
       metric: k,
     })));
     const small = [
       plot("Loss", "as minimised", [["loss", "loss"]]),
       plot("Teacher–student divergence", "mean over distilled tokens, nats", [[SD + "teacher_student_kl", "KL"]], { min: 0 }),
       plot("Entropy", "of the sampled tokens, nats", [["entropy", "entropy"]], { min: 0 }),
-      plot("Completion length", many ? "mean tokens" : "mean tokens; band: shortest to longest", [["completions/mean_length", "mean length"]], { min: 0 }, band),
+      plot("Completion length", runs.length > 1 ? "mean tokens" : "mean tokens; band: shortest to longest", [["completions/mean_length", "mean length"]], { min: 0 }, band),
       plot("Gradient norm", "before clipping", [["grad_norm", "gradient norm"]], { min: 0 }),
       chart("Feedback by kind", "share of training rollouts that got it", kindLines, rates),
       plot("Self-distillation", "shares of samples (or groups)", [
@@ -275,22 +301,23 @@
       plot("Time per step", "seconds", [["time/rollout", "rollout"], ["time/teacher", "teacher"],
         ["time/update", "update"], ["time/eval", "evaluation"]], { min: 0 }),
     ];
-    const rest = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].filter((n) => !used.has(n)).sort();
+    const rest = [...new Set(runs.flatMap((run) => Object.keys(run.series)))].filter((n) => !used.has(n)).sort();
     const others = rest.map((name) => plot(name, "", [[name, name]]));
     const shown = main.concat(small, others).filter(Boolean);
     if (!shown.length) return [el("h2", {}, "Curves"), el("p", { class: "empty" }, "No step has been logged yet.")];
-    if (data.runs.some((run) => (run.series.reward || []).length > 40)) smoothing = 0.6;
-    const smooth = el("select", { onchange: (e) => { smoothing = Number(e.target.value); redraw(); } },
+    if (runs.some((run) => (run.series.reward || []).length > 40)) smoothing = 0.6;
+    if (state.smoothing !== null) smoothing = state.smoothing;
+    const smooth = el("select", { id: "smoothing", onchange: (e) => { smoothing = state.smoothing = Number(e.target.value); redraw(); } },
       [["none", 0], ["light", 0.6], ["strong", 0.9]].map(([label, value]) => el("option", { value, selected: value === smoothing }, label)));
-    const key = many ? el("div", { class: "legend" }, data.runs.map((run, r) => el("span", {}, swatch(color(r)), run.name))) : null;
+    const key = runs.length > 1 ? el("div", { class: "legend" }, runs.map((run) => el("span", {}, swatch(color(sources.indexOf(run))), run.name))) : null;
     const nodes = [
       el("h2", {}, "Curves", el("small", {}, "over training steps"
-        + (data.runs.some((run) => run.thinned) ? "; long curves are thinned" : "")), el("span", { class: "spring" }),
+        + (runs.some((run) => run.thinned) ? "; long curves are thinned" : "")), el("span", { class: "spring" }),
         el("span", { class: "bar" }, el("label", {}, "smoothing", smooth))), key,
       el("div", { class: "charts main" }, main), el("div", { class: "charts" }, small),
     ];
     if (others.some(Boolean)) {
-      const more = el("details", { class: "more", ontoggle: () => redraw() },
+      const more = el("details", { class: "more", id: "more-metrics", ontoggle: () => redraw() },
         el("summary", {}, `${others.filter(Boolean).length} more metrics`), el("div", { class: "charts" }, others));
       nodes.push(more);
     }
@@ -309,62 +336,241 @@
     if (!pair) return "–";
     return pair[0] === pair[1] ? format(pair[1]) : `${format(pair[0])} → ${format(pair[1])}`;
   }
+  const counted = (n, one, several = one + "s") => `${n} ${n === 1 ? one : several}`;
+  const lastOf = (text) => text.split("/").slice(-2).join("/");
+  const swatched = (run) => el("td", {}, swatch(color(sources.indexOf(run))), run.name);
+
+  // Columns that say nothing for any row are left out.
+  function overview(id, rows, columns) {
+    const cells = rows.map((row) => columns.map(([, value]) => value(row)));
+    const kept = columns.map((_, c) => c).filter((c) => cells.some((row) => row[c] !== "" && row[c] !== "–" && row[c] !== null));
+    return el("div", { class: "scroll runs" }, el("table", { id },
+      el("thead", {}, el("tr", {}, kept.map((c) => el("th", { class: columns[c][2] ? "num" : null }, columns[c][0])))),
+      el("tbody", {}, cells.map((row) => el("tr", {}, kept.map((c) => (row[c] instanceof Node && row[c].nodeName === "TD" ? row[c]
+        : el("td", { class: columns[c][2] ? "num" : null }, row[c] === "" || row[c] === null ? "–" : row[c]))))))));
+  }
+
+  // A rate and its interval on a line from 0 to 1.
+  function whisker(rate, low, high, paint) {
+    const at = (v) => 4 + v * 82;
+    return svg("svg", { class: "whisker", width: 90, height: 16, role: "img", "aria-label": `${percent(low)} to ${percent(high)}` },
+      svg("line", { class: "rail", x1: 4, x2: 86, y1: 8, y2: 8 }),
+      svg("line", { x1: at(low), x2: at(high), y1: 8, y2: 8, stroke: paint, "stroke-width": 3, opacity: 0.45 }),
+      svg("circle", { cx: at(rate), cy: 8, r: 4, fill: paint }));
+  }
 
   function header() {
-    const title = many ? `${data.runs.length} runs` : data.runs[0].name;
+    const evals = sources.filter((source) => source.kind === "eval");
+    const title = !many ? sources[0].name
+      : [runs.length ? counted(runs.length, "run") : "", evals.length ? counted(evals.length, "evaluation") : ""].filter(Boolean).join(", ");
     const theme = el("button", { class: "plain", type: "button", "aria-label": "switch light and dark",
       onclick: () => { root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark"; } }, "◐ theme");
-    const columns = [
-      ["Run", (run, r) => el("td", {}, swatch(color(r)), run.name)],
-      ["Status", (run) => el("td", {}, el("span", { class: "badge " + (STATUS[run.facts.status] || "") }, run.facts.status))],
-      ["Trainer", (run) => run.facts.trainer],
-      ["Environment", (run) => run.facts.env + (run.facts.feedback ? ` (${run.facts.feedback})` : "")],
-      ["Model", (run) => run.facts.model.split("/").slice(-2).join("/")],
-      ["Steps", (run) => run.facts.steps, true],
-      ["Duration", (run) => duration(seconds(run.facts.started, run.facts.finished)), true],
-      ["Training reward", (run) => change(ends(run.series.reward), (v) => num(v, 3)), true],
-      ["Held-out pass rate", (run) => change(ends(run.series["eval/pass_rate"]), percent), true],
-      ["95 % CI at the end", (run) => {
-        const last = run.ci[run.ci.length - 1];
-        return last ? `${percent(last[1])} – ${percent(last[2])}` : "–";
-      }, true],
-    ].filter(([, value]) => data.runs.some((run, r) => value(run, r) !== "" && value(run, r) !== "–"));
-    const rows = data.runs.map((run, r) => el("tr", {}, columns.map(([, value, right]) => {
-      const shown = value(run, r);
-      return shown instanceof Node ? shown : el("td", { class: right ? "num" : null }, shown === "" ? "–" : String(shown));
-    })));
-    const messages = data.runs.filter((run) => run.facts.message)
-      .map((run) => el("p", {}, el("span", { class: "badge bad" }, run.facts.status), ` ${run.name}: ${run.facts.message}`));
+    const nodes = [el("div", { class: "top" },
+      el("div", {}, el("div", { class: "kicker" }, runs.length && evals.length ? "rlrf report" : runs.length ? "rlrf training report" : "rlrf evaluation"),
+        el("h1", {}, title)),
+      el("span", { class: "bar" }, el("span", { id: "live", class: "note" }), theme))];
+    nodes.push(warnings());
+    if (runs.length) {
+      nodes.push(overview("runs", runs, [
+        ["Run", swatched],
+        ["Status", (run) => el("td", {}, el("span", { class: "badge " + (STATUS[run.facts.status] || "") }, run.facts.status))],
+        ["Trainer", (run) => run.facts.trainer],
+        ["Environment", (run) => run.facts.env + (run.facts.feedback ? ` (${run.facts.feedback})` : "")],
+        ["Model", (run) => lastOf(run.facts.model)],
+        ["Steps", (run) => run.facts.steps, true],
+        ["Duration", (run) => duration(seconds(run.facts.started, run.facts.finished)), true],
+        ["Training reward", (run) => change(ends(run.series.reward), (v) => num(v, 3)), true],
+        ["Held-out pass rate", (run) => change(ends(run.series["eval/pass_rate"]), percent), true],
+        ["95 % CI at the end", (run) => {
+          const last = run.ci[run.ci.length - 1];
+          return last ? `${percent(last[1])} – ${percent(last[2])}` : "–";
+        }, true],
+      ]));
+    }
+    if (evals.length) {
+      const most = (report) => Math.max(1, ...Object.keys(report.pass_at_k).map(Number));
+      nodes.push(overview("evals", evals, [
+        ["Evaluation", swatched],
+        ["Status", (e) => el("td", {}, el("span", { class: "badge " + (e.facts.done ? "good" : "info") },
+          e.facts.done ? "done" : `${e.report.n_rollouts} of ${e.facts.wanted || "?"}`))],
+        ["Environment", (e) => e.facts.env + (e.facts.feedback ? ` (${e.facts.feedback})` : "")],
+        ["Policy", (e) => [e.facts.policy, e.facts.model && e.facts.model !== "null" ? e.facts.model.split("/").pop() : ""].filter(Boolean).join(": ")],
+        ["Split", (e) => e.facts.split],
+        ["Tasks", (e) => e.report.n_tasks, true],
+        ["Rollouts", (e) => e.report.n_rollouts, true],
+        ["Pass rate", (e) => percent(e.report.pass_rate), true],
+        ["95 % CI", (e) => (e.report.pass_rate_ci ? el("td", { class: "ci-cell" },
+          whisker(e.report.pass_rate, ...e.report.pass_rate_ci, color(sources.indexOf(e))),
+          ` ${percent(e.report.pass_rate_ci[0])} – ${percent(e.report.pass_rate_ci[1])}`) : "–")],
+        ["pass@k", (e) => (most(e.report) > 1 ? `@${most(e.report)}: ${percent(e.report.pass_at_k[most(e.report)])}` : "–"), true],
+        ["Reward", (e) => num(e.report.mean_reward, 3), true],
+        ["Tokens", (e) => num(e.report.mean_length, 3), true],
+        ["Unscored", (e) => e.report.n_unscored || "–", true],
+      ]));
+    }
+    return nodes;
+  }
+
+  function warnings() {
+    const all = sources.flatMap((source) => source.warnings.map(([level, told]) => [source, level, told]));
+    if (!all.length) return null;
+    const line = ([source, level, told]) => el("li", { class: level === "error" ? "bad" : null },
+      many ? el("b", {}, `${source.name}: `) : null, told);
+    const FEW = 5;
+    return el("section", { class: "warnings", id: "warnings", "aria-label": "warnings" },
+      el("ul", {}, all.slice(0, FEW).map(line)),
+      all.length > FEW ? el("details", { id: "more-warnings" }, el("summary", {}, `${all.length - FEW} more`), el("ul", {}, all.slice(FEW).map(line))) : null);
+  }
+
+  // --- two evaluations, task by task ---------------------------------------------------------
+
+  const pairKey = (c) => `${c.a}-${c.b}`;
+  function pairNow() {
+    return data.comparisons.find((c) => pairKey(c) === state.pair) || data.comparisons[0] || null;
+  }
+  const points = (v) => `${v > 0 ? "+" : v < 0 ? "−" : "±"}${Math.abs(v * 100).toFixed(1)}`;
+
+  function comparison() {
+    const c = pairNow();
+    if (!c) return [];
+    const name = (i) => data.tables[i].name;
+    const select = data.comparisons.length > 1 ? el("select", { id: "pair", "aria-label": "which two", onchange: (e) => { state.pair = e.target.value; state.tasks.page = 0; again(); } },
+      data.comparisons.map((o) => el("option", { value: pairKey(o), selected: o === c }, `${name(o.a)} → ${name(o.b)}`))) : null;
+    const verdict = { better: "good", worse: "bad", unclear: "warn" };
+    const word = { better: "better", worse: "worse", unclear: "no difference that shows" };
+    const [low, high] = c.interval;
+    const reach = Math.max(0.05, Math.abs(low), Math.abs(high)) * 1.1;
+    const at = (v) => 160 + (v / reach) * 150;
     return [
-      el("div", { class: "top" },
-        el("div", {}, el("div", { class: "kicker" }, "rlrf training report"), el("h1", {}, title)), theme),
-      el("div", { class: "scroll runs" }, el("table", { id: "runs" },
-        el("thead", {}, el("tr", {}, columns.map(([name, , right]) => el("th", { class: right ? "num" : null }, name)))),
-        el("tbody", {}, rows))), messages,
+      el("h2", {}, "Compared task by task", el("small", {}, `${counted(c.n_tasks, "task")} that both scored`), el("span", { class: "spring" }), select),
+      el("div", { class: "compare", id: "compare" },
+        el("div", {}, el("div", { class: "note" }, `${name(c.a)} → ${name(c.b)}`),
+          el("div", { class: "big" }, `${points(c.difference)} points `, el("span", { class: "badge " + verdict[c.verdict] }, word[c.verdict])),
+          el("div", { class: "note" }, `95 % interval ${points(low)} to ${points(high)}; pass rate ${percent(c.before)} → ${percent(c.after)}`),
+          svg("svg", { class: "whisker", width: 320, height: 30, role: "img", "aria-label": "interval of the difference" },
+            svg("line", { class: "rail", x1: 10, x2: 310, y1: 12, y2: 12 }), svg("line", { class: "rail", x1: 160, x2: 160, y1: 3, y2: 21 }),
+            svg("line", { x1: at(low), x2: at(high), y1: 12, y2: 12, stroke: "var(--accent)", "stroke-width": 4, opacity: 0.45 }),
+            svg("circle", { cx: at(c.difference), cy: 12, r: 4.5, fill: "var(--accent)" }),
+            svg("text", { x: 160, y: 30, "text-anchor": "middle" }, "0"))),
+        el("div", {}, el("div", { class: "balance" },
+          [["better", c.better, "good"], ["same", c.n_tasks - c.better - c.worse, ""], ["worse", c.worse, "bad"]].map(([label, n, tone]) =>
+            el("button", { type: "button", class: "part " + tone, onclick: () => { state.tasks.show = label; state.tasks.page = 0; again(); document.getElementById("tasks").scrollIntoView(); } },
+              el("b", {}, String(n)), ` ${label}`))),
+          el("p", { class: "note" }, `Better against worse by the exact sign test${c.better + c.worse ? "" : " (nothing to test)"}: p = ${num(c.p_value, 2)} `
+            + "(with one attempt at each task McNemar's). The interval is Bonett and Price's for paired rates, over tasks."),
+          c.only_a + c.only_b ? el("p", { class: "note" }, `Left out: ${counted(c.only_a, "task")} only the first scored, ${c.only_b} only the second.`) : null,
+          c.differs.length ? el("p", { class: "note" }, "They were made differently: ",
+            c.differs.map(([k, a, b], i) => [i ? "; " : "", el("b", {}, k), ` ${a} → ${b}`])) : null)),
     ];
   }
 
-  // --- rollouts ----------------------------------------------------------------------------
+  // --- tasks -------------------------------------------------------------------------------
 
-  const rollouts = data.runs.flatMap((run, r) => run.rollouts.map((rollout) => Object.assign(rollout, { run: r })));
+  let taskRows = [];
+  function tasksOf() {
+    const ids = [...new Set(data.tables.flatMap((table) => Object.keys(table.tasks)))];
+    const c = pairNow();
+    const rate = (cell) => (cell && cell[1] ? cell[2] / cell[1] : null);
+    return ids.map((task) => {
+      const cells = data.tables.map((table) => (Object.hasOwn(table.tasks, task) ? table.tasks[task] : null));
+      const rates = cells.map(rate);
+      const both = c && rates[c.a] !== null && rates[c.b] !== null;
+      return { task, cells, rates, change: both ? rates[c.b] - rates[c.a] : null };
+    });
+  }
+
+  function tasks() {
+    if (!data.tables.length) return [];
+    taskRows = tasksOf();
+    const view = state.tasks, PAGE = 25;
+    const compared = pairNow() !== null;
+    const body = el("tbody", {}), count = el("span", {});
+    const previous = el("button", { type: "button", "aria-label": "earlier tasks" }, "‹"), next = el("button", { type: "button", "aria-label": "later tasks" }, "›");
+    const all = (row, test) => row.rates.some((r) => r !== null) && row.rates.every((r) => r === null || test(r));
+    const shows = {
+      "": () => true, solved: (row) => all(row, (r) => r === 1), sometimes: (row) => row.rates.some((r) => r > 0 && r < 1),
+      never: (row) => all(row, (r) => r === 0), unscored: (row) => row.cells.some((c) => c && c[0] > c[1]),
+      better: (row) => row.change > 0, worse: (row) => row.change !== null && row.change < 0, same: (row) => row.change === 0,
+    };
+    const value = (row) => (view.by === "" ? row.task : view.by === "change" ? row.change : row.rates[Number(view.by)]);
+    const heads = [["", "Task"], ...data.tables.map((table, i) => [String(i), table.name]), ...(compared ? [["change", "Change"]] : [])];
+    const head = el("tr", {});
+
+    function refresh() {
+      const query = view.query.toLowerCase();
+      const found = taskRows.filter((row) => shows[view.show](row) && row.task.toLowerCase().includes(query));
+      const sign = view.down ? 1 : -1;
+      found.sort((a, b) => {
+        const [x, y] = [value(a), value(b)];
+        if (x === null || y === null) return (x === null) - (y === null); // those without a number last
+        return sign * (typeof x === "string" ? x.localeCompare(y, "en", { numeric: true }) : x - y);
+      });
+      const pages = Math.max(1, Math.ceil(found.length / PAGE));
+      view.page = Math.min(view.page, pages - 1);
+      head.replaceChildren(...heads.map(([by, label]) => el("th", { class: by ? "num" : null, "aria-sort": view.by === by ? (view.down ? "ascending" : "descending") : null },
+        el("button", { type: "button", class: "plain sort", onclick: () => {
+          if (view.by === by) view.down = !view.down;
+          else Object.assign(view, { by, down: by !== "change" });
+          view.page = 0;
+          refresh();
+        } }, label, view.by === by ? (view.down ? " ▲" : " ▼") : ""))));
+      body.replaceChildren(...found.slice(view.page * PAGE, (view.page + 1) * PAGE).map((row) => el("tr", {},
+        el("td", {}, el("button", { type: "button", class: "plain link", title: "show its rollouts", onclick: () => showTask(row.task) }, row.task)),
+        row.cells.map((c, i) => el("td", { class: "num" }, !c ? "–" : el("span", {},
+          el("span", { class: "tally" }, c[1] ? `${c[2]}/${c[1]}` : "unscored", c[0] > c[1] && c[1] ? el("span", { class: "note" }, ` +${c[0] - c[1]} unscored`) : null),
+          c[1] ? meter(row.rates[i]) : null,
+          el("span", { class: "note mean", title: "mean reward" }, c[1] && c[3] !== null && c[3] !== row.rates[i] ? num(c[3], 2) : "")))),
+        compared ? el("td", { class: "num " + (row.change > 0 ? "up" : row.change < 0 ? "down" : "") }, row.change === null ? "–" : points(row.change)) : null)));
+      count.textContent = `${counted(found.length, "task")}, page ${view.page + 1} of ${pages}`;
+      previous.disabled = view.page === 0;
+      next.disabled = view.page >= pages - 1;
+    }
+    previous.addEventListener("click", () => { view.page -= 1; refresh(); });
+    next.addEventListener("click", () => { view.page += 1; refresh(); });
+    const labels = { solved: "always solved", sometimes: "sometimes solved", never: "never solved", unscored: "with unscored attempts",
+      better: "better than before", worse: "worse than before", same: "as before" };
+    if (view.show && !taskRows.some(shows[view.show])) view.show = "";
+    const options = Object.keys(labels).filter((k) => taskRows.some(shows[k]) && (compared || !["better", "worse", "same"].includes(k)));
+    const bar = el("div", { class: "bar" },
+      el("select", { id: "task-show", "aria-label": "which tasks", onchange: (e) => { view.show = e.target.value; view.page = 0; refresh(); } },
+        el("option", { value: "" }, "all tasks"), options.map((k) => el("option", { value: k, selected: view.show === k }, labels[k]))),
+      el("input", { type: "search", id: "task-query", placeholder: "search tasks", "aria-label": "search tasks", value: view.query,
+        oninput: (e) => { view.query = e.target.value; view.page = 0; refresh(); } }));
+    refresh();
+    return [el("h2", { id: "tasks" }, "Tasks", el("small", {}, "solved of scored attempts; held-out ones")), bar,
+      el("div", { class: "scroll" }, el("table", { class: "tasks", id: "task-table" }, el("thead", {}, head), body)),
+      el("div", { class: "pager below" }, previous, count, next)];
+  }
+  function meter(rate) {
+    return svg("svg", { class: "meter", width: 44, height: 8, "aria-hidden": "true" }, svg("rect", { class: "rail", width: 44, height: 8, rx: 2 }),
+      svg("rect", { width: 44 * rate, height: 8, rx: 2, fill: "var(--good)" }));
+  }
+  function showTask(task) {
+    Object.assign(state.browser, { run: "", step: "", split: "", reward: "", kind: "", query: "", task, page: 0, current: "" });
+    again();
+    document.getElementById("browser").scrollIntoView();
+  }
+
+  // --- rollouts ----------------------------------------------------------------------------
 
   function scoreBadge(r) {
     if (r.reward === null) return el("span", { class: "badge" }, "unscored");
     return el("span", { class: "badge " + (r.solved ? "good" : r.reward > 0 ? "warn" : "bad") }, num(r.reward, 3));
   }
-  const kindsOf = (r) => [...new Set(r.feedback.flat().map((s) => s.kind))];
+  const kindsOf = (r) => r.kinds || [...new Set(r.feedback.flat().map((s) => s.kind))];
   function haystack(r) {
     if (!r.hay) {
-      r.hay = [r.task, r.failure, r.teacher, ...r.messages.map((m) => m.content),
-        ...r.feedback.flat().map((s) => s.text)].join("\n").toLowerCase();
+      r.hay = [r.task, r.failure, ...(r.bare ? [] : [r.teacher, ...r.messages.flatMap((m) => [m.content, m.reasoning || "",
+        ...(m.calls || []).flatMap((c) => [c.name, c.arguments]), ...(m.invalid || []).map((c) => c.text)]),
+      ...r.feedback.flat().map((s) => s.text)])].join("\n").toLowerCase();
     }
     return r.hay;
   }
 
   // Offsets count Unicode characters, as Python does; JavaScript strings count UTF-16 units.
-  function marked(text, segments) {
+  function marked(text, segments, invalid) {
     const chars = Array.from(text);
-    const spans = segments.map((s, i) => ({ n: i + 1, span: s.span }))
+    const spans = segments.map((s, i) => ({ n: i + 1, span: s.span })).concat(invalid.map((call) => ({ n: "!", span: call.span })))
       .filter((s) => s.span && s.span[0] < s.span[1] && s.span[0] < chars.length);
     const cuts = [...new Set([0, chars.length, ...spans.flatMap((s) => s.span.map((c) => Math.min(c, chars.length)))])]
       .sort((a, b) => a - b);
@@ -373,7 +579,7 @@
       const over = spans.filter((s) => s.span[0] <= from && from < s.span[1]);
       if (!over.length) return piece;
       const first = over.filter((s) => s.span[0] === from).map((s) => s.n).join(",");
-      return el("mark", { "data-n": first || null, "data-for": over.map((s) => s.n).join(" ") }, piece);
+      return el("mark", { class: over.every((s) => s.n === "!") ? "unread" : null, "data-n": first || null, "data-for": over.map((s) => s.n).join(" ") }, piece);
     });
   }
 
@@ -393,11 +599,32 @@
       el("div", { class: "said" }, s.text));
   }
 
+  // What a level shows of a step's feedback: segments as they are, by position, or reduced ones.
+  const LEVELS = ["none", "binary", "category", "located", "explained", "expected", "reference"];
+  function levelsOf(r) {
+    const recorded = LEVELS.indexOf(sources[r.run].facts.feedback);
+    return LEVELS.slice(0, recorded < 0 ? LEVELS.length : recorded + 1);
+  }
+  function levelNow(r) {
+    const open = levelsOf(r);
+    return open.includes(state.level) ? state.level : open[open.length - 1];
+  }
+  function atLevel(r, turn) {
+    const step = r.feedback[turn] || [], reduced = (r.levels[turn] || {})[levelNow(r)];
+    return reduced ? reduced.map((s) => (typeof s === "number" ? step[s] : s)) : step;
+  }
+  function levelPicker(r, redrawDetail) {
+    const now = levelNow(r), open = levelsOf(r);
+    return el("span", { class: "levels", role: "group", "aria-label": "feedback level" }, open.map((level) => el("button", { type: "button", "data-level": level,
+      "aria-pressed": String(level === now), title: level === open[open.length - 1] ? "as it was shown" : "what this level would have shown",
+      onclick: () => { state.level = level; redrawDetail(); } }, level)));
+  }
+
   // The top of the colour scale is the 99th percentile of the run, so that rollouts compare.
-  const tops = data.runs.map((run) => {
-    const all = run.rollouts.flatMap((r) => r.kl.filter((k) => k !== null).map(Math.abs)).sort((a, b) => a - b);
+  function topOf(source) {
+    const all = source.rollouts.filter((r) => !r.bare).flatMap((r) => r.kl.filter((k) => k !== null).map(Math.abs)).sort((a, b) => a - b);
     return all.length ? all[Math.min(all.length - 1, Math.floor(all.length * 0.99))] || all[all.length - 1] || 1 : 1;
-  });
+  }
   function heatColor(value, top) {
     const strength = Math.sqrt(Math.min(1, Math.abs(value) / top));
     return `rgba(var(--${value < 0 ? "cold" : "heat"}), ${(strength * 0.85).toFixed(3)})`;
@@ -443,36 +670,69 @@
         r.cut_tokens ? el("span", {}, `${r.cut_tokens} more tokens are not on this page`) : null));
   }
 
+  function folded(id, label, ...content) {
+    return el("details", { class: "fold", id }, el("summary", {}, label), content);
+  }
+  function callView(call) {
+    return el("div", { class: "call" }, el("div", { class: "meta" }, el("span", { class: "badge info" }, "call"), el("b", {}, call.name),
+      call.id ? el("span", { class: "note" }, call.id) : null), el("div", { class: "said" }, call.arguments));
+  }
+  function invalidView(call) {
+    return el("div", { class: "call invalid" }, el("div", { class: "meta" }, el("span", { class: "badge bad" }, "call that could not be read"),
+      el("b", {}, call.status), call.why), el("div", { class: "said" }, call.text));
+  }
+  // The card is markup of the environment's author, around text of others: it may do nothing but be seen.
+  function cardView(card) {
+    const before = '<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+      + 'style-src \'unsafe-inline\'; img-src data:"><style>body{margin:12px;font:14px/1.5 system-ui,sans-serif;color:#1b1f27;background:#fff}<\/style>';
+    return el("div", { class: "block", id: "card" }, el("div", { class: "label" }, "the environment's card"),
+      el("iframe", { sandbox: "", srcdoc: before + card, title: "the environment's card", loading: "lazy", referrerpolicy: "no-referrer" }));
+  }
+
   function detail(r, select) {
+    const source = sources[r.run], ofRun = source.kind === "run";
     const siblings = rollouts.filter((o) => o.run === r.run && o.step === r.step && o.split === r.split && o.group === r.group);
-    const facts = [many ? data.runs[r.run].name : null, `step ${r.step}`, r.split, `${r.length} tokens`, r.finish,
+    const facts = [many ? source.name : null, ofRun ? `step ${r.step}` : null, ofRun ? r.split : null, counted(r.length, "token"), r.finish,
       ...Object.entries(r.metrics).map(([k, v]) => `${k} ${num(v)}`)].filter(Boolean);
     const nodes = [
       el("div", { class: "head" }, el("h3", {}, r.task), scoreBadge(r), r.solved ? el("span", { class: "badge good" }, "solved") : null,
         el("span", { class: "note" }, facts.join(" · "))),
     ];
+    const others = many ? rollouts.filter((o) => o.run !== r.run && o.task === r.task && o.sample === r.sample && o.split !== "train").slice(0, 8) : [];
     if (siblings.length > 1) {
       nodes.push(el("div", { class: "siblings" }, "samples of this task:", siblings.map((o) =>
         el("button", { type: "button", "aria-current": o === r ? "true" : null, onclick: () => select(o) },
           o.reward === null ? "unscored" : num(o.reward, 3)))));
     }
+    if (others.length && !ofRun) {
+      nodes.push(el("div", { class: "siblings" }, "the same task in:", others.map((o) => el("button", { type: "button", onclick: () => select(o) },
+        `${sources[o.run].name}${sources[o.run].kind === "run" ? `, step ${o.step}` : ""}: ${o.reward === null ? "unscored" : num(o.reward, 3)}`))));
+    }
     if (r.failure) {
       nodes.push(el("div", { class: "block" }, el("div", { class: "label" }, el("span", { class: "badge warn" }, "unscored"),
         "the infrastructure failed; this is no reward"), el("div", { class: "text" }, r.failure)));
     }
+    if (r.bare) {
+      nodes.push(el("p", { class: "empty" }, `Its texts are not on this page, which would be too large; they are in the file. Feedback: ${r.kinds.join(", ") || "none"}.`));
+      return nodes;
+    }
+    if (r.card) nodes.push(cardView(r.card));
     const replies = r.messages.map((m, i) => i).filter((i) => r.messages[i].role === "assistant");
     const own = replies.slice(Math.max(0, replies.length - Math.max(r.feedback.length, r.failure ? 1 : 0)));
     r.messages.forEach((m, i) => {
       const turn = own.indexOf(i);
-      const segments = turn >= 0 ? r.feedback[turn] || [] : [];
-      const body = el("div", { class: "text" }, marked(m.content, segments));
+      const segments = turn >= 0 ? atLevel(r, turn) : [];
+      const body = el("div", { class: "text" }, marked(m.content, segments, m.invalid || []));
+      const silent = m.content === "" && (m.calls || m.invalid);
       nodes.push(el("div", { class: "block" + (turn >= 0 ? " policy" : ""), "data-role": m.role },
-        el("div", { class: "label" }, turn >= 0 ? (own.length > 1 ? `completion ${turn + 1}` : "completion") : m.role),
-        m.reasoning ? el("div", { class: "text" }, m.reasoning) : null, body,
-        m.calls ? el("div", { class: "text" }, m.calls) : null));
-      if (segments.length) {
-        nodes.push(el("div", { class: "block feedback" }, el("div", { class: "label" }, "feedback"),
-          segments.map((s, n) => segmentView(s, n, body))));
+        el("div", { class: "label" }, turn >= 0 ? (own.length > 1 ? `completion ${turn + 1}` : "completion") : m.role,
+          m.answers ? el("span", { class: "note" }, `answers ${m.answers}`) : null),
+        m.reasoning ? folded(`reasoning-${i}`, `reasoning (${counted(Array.from(m.reasoning).length, "character")})`, el("div", { class: "text" }, m.reasoning)) : null,
+        silent ? null : body, (m.calls || []).map(callView), (m.invalid || []).map(invalidView)));
+      if (turn >= 0 && (r.feedback[turn] || []).length) {
+        nodes.push(el("div", { class: "block feedback" },
+          el("div", { class: "label" }, "feedback", el("span", { class: "spring" }), levelPicker(r, () => select(r))),
+          segments.length ? segments.map((s, n) => segmentView(s, n, body)) : el("div", { class: "segment note" }, "(this level shows nothing)")));
       }
     });
     if (r.tokens.length && r.kl.some((k) => k !== null)) nodes.push(heatmap(r));
@@ -484,64 +744,81 @@
   }
 
   function browser() {
-    const total = data.runs.reduce((sum, run) => sum + run.total_rollouts, 0);
-    const title = el("h2", {}, "Rollouts", el("small", { id: "shown" }, rollouts.length < total
+    const total = sources.reduce((sum, source) => sum + source.total_rollouts, 0);
+    const bare = rollouts.filter((r) => r.bare).length;
+    const title = el("h2", { id: "browser" }, "Rollouts", el("small", { id: "shown" }, (rollouts.length < total
       ? `a sample: ${rollouts.length} of ${total}, whole groups, first and last steps first`
-      : `all ${total}`));
+      : `all ${total}`) + (bare ? `; ${bare} without their texts, for want of room` : "")));
     if (!rollouts.length) return [title, el("p", { class: "empty" }, "No rollouts were logged.")];
     const PAGE = 12;
-    const state = { run: "", step: "", split: "", reward: "", kind: "", query: "", page: 0, current: null };
+    const view = state.browser;
+    let current = rollouts.find((r) => r.key === view.current) || null;
     const rows = el("div", { class: "rows" }), pane = el("article", { class: "detail", id: "detail" });
     const count = el("span", {}), previous = el("button", { type: "button" }, "‹"), next = el("button", { type: "button" }, "›");
     const tests = {
       "": () => true, solved: (r) => r.solved, "not solved": (r) => r.reward !== null && !r.solved,
       partial: (r) => r.reward !== null && !r.solved && r.reward > 0, unscored: (r) => r.reward === null,
+      "cut off": (r) => r.finish === "length",
     };
-    const matching = () => rollouts.filter((r) => (state.run === "" || r.run === Number(state.run))
-      && (state.step === "" || r.step === Number(state.step)) && (state.split === "" || r.split === state.split)
-      && tests[state.reward](r) && (state.kind === "" || (state.kind === "(no feedback)" ? !r.feedback.flat().length
-        : kindsOf(r).includes(state.kind)))
-      && (state.query === "" || haystack(r).includes(state.query)));
+    const matching = () => rollouts.filter((r) => (view.run === "" || r.run === Number(view.run)) && (view.task === "" || r.task === view.task)
+      && (view.step === "" || r.step === Number(view.step)) && (view.split === "" || r.split === view.split)
+      && tests[view.reward](r) && (view.kind === "" || (view.kind === "(no feedback)" ? !kindsOf(r).length
+        : kindsOf(r).includes(view.kind)))
+      && (view.query === "" || haystack(r).includes(view.query.toLowerCase())));
 
     function select(r) {
-      state.current = r;
+      current = r;
+      view.current = r.key;
+      const open = new Set([...pane.querySelectorAll("details[open]")].map((node) => node.id));
       pane.replaceChildren(...detail(r, select).filter(Boolean));
-      rows.querySelectorAll(".row").forEach((node) => node.setAttribute("aria-current", String(rollouts[node.dataset.at] === r)));
+      pane.querySelectorAll("details").forEach((node) => { node.open = open.has(node.id); });
+      rows.querySelectorAll(".row").forEach((node) => node.setAttribute("aria-current", String(node.dataset.key === r.key)));
     }
     function refresh() {
       const found = matching(), pages = Math.max(1, Math.ceil(found.length / PAGE));
-      state.page = Math.min(state.page, pages - 1);
-      const shown = found.slice(state.page * PAGE, (state.page + 1) * PAGE);
-      rows.replaceChildren(...shown.map((r) => el("button", { class: "row", type: "button", "data-at": rollouts.indexOf(r),
+      view.page = Math.min(view.page, pages - 1);
+      const shown = found.slice(view.page * PAGE, (view.page + 1) * PAGE);
+      const where = (r) => [many ? sources[r.run].name : "", sources[r.run].kind === "run" ? `step ${r.step} · ${r.split}` : "",
+        kindsOf(r).join(", ") || "no feedback"].filter(Boolean).join(" · ");
+      rows.replaceChildren(...shown.map((r) => el("button", { class: "row", type: "button", "data-key": r.key,
         onclick: () => select(r) },
         el("span", { class: "name" }, r.task), el("span", { class: "score" }, scoreBadge(r)),
-        el("span", { class: "where" }, `${many ? data.runs[r.run].name + " · " : ""}step ${r.step} · ${r.split} · ${kindsOf(r).join(", ") || "no feedback"}`))));
-      count.textContent = `${found.length} rollouts, page ${state.page + 1} of ${pages}`;
-      previous.disabled = state.page === 0;
-      next.disabled = state.page >= pages - 1;
+        el("span", { class: "where" }, where(r)))));
+      count.textContent = `${counted(found.length, "rollout")}, page ${view.page + 1} of ${pages}`;
+      previous.disabled = view.page === 0;
+      next.disabled = view.page >= pages - 1;
       if (!found.length) pane.replaceChildren(el("p", { class: "empty" }, "No rollout matches these filters."));
-      else select(found.includes(state.current) && shown.includes(state.current) ? state.current : shown[0]);
+      else select(found.includes(current) && shown.includes(current) ? current : shown[0]);
     }
-    previous.addEventListener("click", () => { state.page -= 1; refresh(); });
-    next.addEventListener("click", () => { state.page += 1; refresh(); });
+    previous.addEventListener("click", () => { view.page -= 1; refresh(); });
+    next.addEventListener("click", () => { view.page += 1; refresh(); });
     const pick = (name, label, values) => values.length < 2 ? null : el("select", { "aria-label": label, id: "filter-" + name,
-      onchange: (e) => { state[name] = e.target.value; state.page = 0; refresh(); } },
-      el("option", { value: "" }, label), values.map(([value, text]) => el("option", { value }, text)));
-    const distinct = (f) => [...new Set(rollouts.map(f))];
+      onchange: (e) => { view[name] = e.target.value; view.page = 0; refresh(); } },
+      el("option", { value: "" }, label), values.map(([value, text]) => el("option", { value, selected: String(value) === view[name] }, text)));
+    const distinct = (f, of = rollouts) => [...new Set(of.map(f))];
+    const ofRuns = rollouts.filter((r) => sources[r.run].kind === "run");
     const kinds = [...new Set(rollouts.flatMap(kindsOf))].sort();
-    const bar = el("div", { class: "bar" },
-      pick("run", "all runs", data.runs.map((run, r) => [r, run.name])),
-      pick("step", "all steps", distinct((r) => r.step).sort((a, b) => a - b).map((s) => [s, `step ${s}`])),
-      pick("split", "train and eval", distinct((r) => r.split).map((s) => [s, s])),
-      pick("reward", "any reward", ["solved", "not solved", "partial", "unscored"].filter((t) => rollouts.some(tests[t])).map((t) => [t, t])),
+    const chip = view.task === "" ? null : el("button", { type: "button", class: "chip", onclick: () => { view.task = ""; view.page = 0; again(); } },
+      `task ${view.task} ✕`);
+    const bar = el("div", { class: "bar" }, chip,
+      pick("run", runs.length === sources.length ? "all runs" : "all sources", sources.map((source, r) => [r, source.name])),
+      pick("step", "all steps", distinct((r) => r.step, ofRuns).sort((a, b) => a - b).map((s) => [s, `step ${s}`])),
+      pick("split", "train and eval", distinct((r) => r.split, ofRuns).map((s) => [s, s])),
+      pick("reward", "any reward", Object.keys(tests).filter((t) => t && rollouts.some(tests[t])).map((t) => [t, t])),
       pick("kind", "any feedback", kinds.concat("(no feedback)").map((k) => [k, k])),
-      el("input", { type: "search", placeholder: "search the texts", "aria-label": "search the texts", id: "filter-query",
-        oninput: (e) => { state.query = e.target.value.toLowerCase(); state.page = 0; refresh(); } }));
+      el("input", { type: "search", placeholder: "search the texts", "aria-label": "search the texts", id: "filter-query", value: view.query,
+        oninput: (e) => { view.query = e.target.value; view.page = 0; refresh(); } }));
     // Open on what there is most to see of: a distilled attempt with a blamed span.
-    const best = [(r) => r.kl.length && r.feedback.flat().some((s) => s.span), (r) => r.kl.length, (r) => r.feedback.flat().length]
-      .map((wanted) => rollouts.findIndex(wanted)).find((i) => i >= 0) || 0;
-    state.page = Math.floor(best / PAGE);
-    state.current = rollouts[best];
+    if (!current && view.task === "") {
+      const best = [(r) => !r.bare && r.kl.length && r.feedback.flat().some((s) => s.span), (r) => !r.bare && r.kl.length,
+        (r) => !r.bare && r.feedback.flat().some((s) => s.span), (r) => !r.bare && r.feedback.flat().length]
+        .map((wanted) => rollouts.findIndex(wanted)).find((i) => i >= 0) || 0;
+      view.page = Math.floor(best / PAGE);
+      current = rollouts[best];
+    } else if (current) { // new data may have moved it to another page
+      const at = matching().indexOf(current);
+      if (at >= 0) view.page = Math.floor(at / PAGE);
+    }
     refresh();
     return [title, bar, el("div", { class: "browser", id: "rollouts" },
       el("nav", { class: "list", "aria-label": "rollouts" }, rows,
@@ -552,24 +829,25 @@
 
   function configuration() {
     const part = (name) => {
-      const keys = [...new Set(data.runs.flatMap((run) => Object.keys(run[name])))].sort();
+      const keys = [...new Set(sources.flatMap((source) => Object.keys(source[name])))].sort();
       return keys.map((key) => {
-        const values = data.runs.map((run) => run[name][key]);
+        const values = sources.map((source) => source[name][key]);
         return el("tr", { class: values.some((v) => v !== values[0]) ? "differs" : null }, el("td", { class: "key" }, key),
           values.map((v) => el("td", { class: "val" }, v === undefined ? "–" : v)));
       });
     };
     const table = (name) => el("div", { class: "scroll" }, el("table", { id: name },
-      many ? el("thead", {}, el("tr", {}, el("th", {}, "key"), data.runs.map((run) => el("th", {}, run.name)))) : null,
+      many ? el("thead", {}, el("tr", {}, el("th", {}, "key"), sources.map((source) => el("th", {}, source.name)))) : null,
       el("tbody", {}, part(name))));
     return [
-      el("h2", {}, "Configuration", many ? el("small", {}, "shaded: the runs differ") : null), table("config"),
-      el("details", { class: "more" }, el("summary", {}, "versions and platform"), table("lock")),
+      el("h2", {}, "Configuration", many ? el("small", {}, "shaded: they differ") : null), table("config"),
+      el("details", { class: "more", id: "versions" }, el("summary", {}, "versions and platform"), table("lock")),
     ];
   }
 
   function events() {
-    const all = data.runs.flatMap((run) => run.events.map((event) => ({ ...event, run: run.name })));
+    if (!runs.length) return [];
+    const all = runs.flatMap((run) => run.events.map((event) => ({ ...event, run: run.name })));
     const tone = { warning: "warn", error: "bad" };
     return [
       el("h2", {}, "Warnings and events", el("small", {}, all.length ? String(all.length) : null)),
@@ -587,10 +865,48 @@
     root.dataset.theme = dark.matches ? "dark" : "light";
     dark.addEventListener("change", (e) => { root.dataset.theme = e.matches ? "dark" : "light"; });
   }
-  const parts = [header(), curves(), browser(), configuration(), events(),
-    el("footer", {}, `Written by rlrf ${data.version}, ${data.written}.`)];
-  page.replaceChildren(...parts.flat(Infinity).filter(Boolean));
-  redraw();
+
+  function load(fresh) {
+    data = fresh;
+    sources = data.sources;
+    runs = sources.filter((source) => source.kind === "run");
+    many = sources.length > 1;
+    const seen = new Map();
+    rollouts = sources.flatMap((source, run) => source.rollouts.map((r) => {
+      const own = [run, r.step, r.split, r.group, r.sample].join("|"), n = seen.get(own) || 0;
+      seen.set(own, n + 1); // records of old runs do not say which sample they are
+      return Object.assign(r, { run, key: `${own}|${n}` });
+    }));
+    tops = sources.map(topOf);
+    again();
+  }
+
+  // Draw everything anew; what the reader has chosen, opened and scrolled to stays.
+  function again() {
+    const active = document.activeElement, held = active && active.id && page.contains(active) ? active : null;
+    const caret = held && held.nodeName === "INPUT" ? held.selectionStart : null;
+    const open = [...page.querySelectorAll("details[id]")].filter((node) => node.open).map((node) => node.id);
+    const [x, y] = [scrollX, scrollY];
+    redraws.length = 0;
+    hideTip();
+    const parts = [header(), curves(), comparison(), tasks(), browser(), configuration(), events(),
+      el("footer", {}, `Written by rlrf ${data.version}, ${data.written}.`)];
+    page.replaceChildren(...parts.flat(Infinity).filter(Boolean));
+    for (const id of open) {
+      const node = document.getElementById(id);
+      if (node) node.open = true;
+    }
+    redraw();
+    scrollTo(x, y);
+    if (held) {
+      const node = document.getElementById(held.id);
+      if (node) node.focus({ preventScroll: true });
+      if (node && caret !== null) node.setSelectionRange(caret, caret);
+    }
+  }
+
+  load(JSON.parse(document.getElementById("data").textContent));
+  document.addEventListener("rlrf-data", (event) => load(event.detail));
   let waiting = 0;
   addEventListener("resize", () => { clearTimeout(waiting); waiting = setTimeout(redraw, 80); });
   root.dataset.ready = "1";

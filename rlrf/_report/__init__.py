@@ -1,0 +1,1 @@
+"""What :mod:`rlrf.report` is made of: reading sources, bounding texts; the page's markup beside."""
