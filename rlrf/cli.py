@@ -1,4 +1,4 @@
-"""The command line: ``rlrf list | info | eval | probe | train | report | check``, and plug-ins.
+"""The command line: ``rlrf list | info | eval | train | report | ...``, and plug-in commands.
 
 Exit codes: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted. Every error rlrf raises on
 purpose is one line on standard error; ``RLRF_DEBUG=1`` shows the traceback as well.
@@ -29,6 +29,7 @@ from rlrf.commands.eval import eval_
 from rlrf.commands.probe import probe
 from rlrf.commands.report import report
 from rlrf.commands.train import train
+from rlrf.commands.view import view
 from rlrf.errors import RlrfError, UsageError, describe
 from rlrf.plugins import Registry
 
@@ -221,4 +222,5 @@ app.command("eval")(eval_)
 app.command("probe")(probe)
 app.command("train")(train)
 app.command("report")(report)
+app.command("view")(view)
 app.command("check")(check)

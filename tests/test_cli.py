@@ -249,7 +249,7 @@ def test_help_needs_no_heavy_package() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    for command in ("list", "info", "eval", "probe", "train", "report", "check"):
+    for command in ("list", "info", "eval", "probe", "train", "report", "view", "check"):
         assert command in done.stdout
 
 
