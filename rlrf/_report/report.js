@@ -1,5 +1,6 @@
 "use strict";
 // Everything a rollout says is hostile text: it is only ever set as text, never as markup.
+// One file, long as it is: it is one closure, which stands in the page whole and is let run by its hash.
 (() => {
   const root = document.documentElement;
   window.addEventListener("error", (e) => { root.dataset.error = String(e.message); });

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -27,9 +26,9 @@ from rlrf.rollout import MAX_AT_ONCE
 
 _SHOWN = {
     "nothing": "nothing",
-    "binary": "that it is wrong",
-    "feedback": "the feedback",
-    "reference": "the reference",
+    "binary": "'wrong'",
+    "feedback": "feedback",
+    "reference": "reference",
 }
 
 
@@ -127,23 +126,23 @@ def _print(console: Console, report: ProbeReport) -> None:
         told += f", {report.n_unscored} unscored"
     console.print(told, highlight=False)
     if report.arms:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("shown", style="cyan", no_wrap=True)
-        for heading in ("solved", "95 % CI", "attempts", "tasks", "over nothing", "over 'wrong'"):
-            table.add_column(heading, justify="right")
+        for heading in ("solved", "95 % CI", "tries", "tasks", "over nothing", "over 'wrong'"):
+            table.add_column(heading, justify="right", no_wrap=True)
         for arm in report.arms:
             rate, interval = arm.pass_rate, arm.pass_rate_ci
             table.add_row(
                 _SHOWN[arm.shown],
-                "-" if rate is None else f"{rate:.1%}",
-                "-" if interval is None else f"{interval[0]:.0%} to {interval[1]:.0%}",
+                "-" if rate is None else f"{rate:.0%}",
+                "-" if interval is None else f"[{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]",
                 str(arm.n_attempts),
                 str(arm.n_tasks),
                 _gain(arm.over_nothing),
                 _gain(arm.over_binary),
             )
         console.print(table)
-        console.print("over: points, task by task, with their 95 % intervals", style="dim")
+        console.print("\nover: points, task by task, with their 95 % intervals", style="dim")
     console.print(report.advice, highlight=False, markup=False)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
