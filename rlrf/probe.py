@@ -34,6 +34,7 @@ from rlrf.messages import Message, Messages, action_text, assistant, user
 from rlrf.paired import Comparison, Counts, compare
 from rlrf.policy import Completion, Policy, Prompt, SamplingParams, as_policy
 from rlrf.progress import phase
+from rlrf.reprompt import FEEDBACK_TEMPLATE, REPROMPT_TEMPLATE, SOLUTION_TEMPLATE
 from rlrf.rollout import MAX_AT_ONCE, Rollout, rollout
 
 ARMS = ("nothing", "binary", "feedback", "reference")
@@ -214,13 +215,12 @@ def second_prompt(question: Messages, attempt: str, arm: str, told: str) -> Mess
     """
     if arm == "nothing":
         return question
-    said = (
-        f"Correct solution:\n\n{told}"
-        if arm == "reference"
-        else f"The following is feedback from your unsuccessful earlier attempt:\n\n{told}"
-    )
-    retry = user(f"{said}\n\nCorrectly solve the original question.")
-    return (*question, assistant(attempt or "(no answer)"), retry)
+    if arm == "reference":
+        said = SOLUTION_TEMPLATE.format(successful_previous_attempt=told)
+    else:
+        said = FEEDBACK_TEMPLATE.format(feedback_raw=told)
+    text = REPROMPT_TEMPLATE.format(prompt="", solution=said, feedback="").strip()
+    return (*question, assistant(attempt or "(no answer)"), user(text))
 
 
 def _hints(env: Env, failed: Rollout, task: str | Task) -> dict[str, str]:
