@@ -463,6 +463,15 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         full = self._full_tasks(split)
         return TaskSequence(lambda: full._tasks, split=split or self.split)
 
+    def secrets(self, task: Task) -> Any:
+        """What the leak checks look for where a policy may read it: ``task.hidden``.
+
+        Override it where that is not what must stay hidden: values that are loaded later, or ones
+        that a prompt gives on purpose (the passage that holds the answer). What says
+        ``public: true`` of itself may be shown.
+        """
+        return task.hidden
+
     def _full_tasks(self, split: str | None = None) -> TaskSequence:
         split = self._check_split(split or self.split)
         if split not in self._task_cache:

@@ -75,6 +75,10 @@ class FeedbackWrapper(Env):
         """The inner environment's card; awaitable if that is ``async def``."""
         return self.env.render_html(task, rollout)
 
+    def secrets(self, task: Task) -> Any:
+        """The inner environment's."""
+        return self.env.secrets(task)
+
     async def _start(self, task: Task, rng: np.random.Generator) -> Any:
         return await self.env._start(task, rng)
 

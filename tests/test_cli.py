@@ -21,6 +21,7 @@ from rlrf import Feedback, InfraError, Outcome, ScriptedPolicy, Segment, SingleT
 from rlrf.console import RolloutProgress, TrainProgress
 from rlrf.notices import notice
 from rlrf.runs import Run
+from rlrf.testing import CheckReport, CheckResult
 from rlrf.trainer import TrainResult
 
 
@@ -789,32 +790,42 @@ def test_report_writes_one_page_about_several_runs(rlrf_cli: Invoke) -> None:
     assert Path("both.html").is_file()
 
 
-def _fake_check(monkeypatch: pytest.MonkeyPatch, status: str) -> None:
-    class Result:
-        id, detail = "determinism", "[all] the same"
-
-        def __init__(self) -> None:
-            self.status = status
-
-    class Report:
-        results = [Result()]
-        ok = status != "fail"
-
-    module = ModuleType("rlrf.testing")
-    module.check_env = lambda env: Report()  # type: ignore[attr-defined]  # a stand-in
-    monkeypatch.setitem(sys.modules, "rlrf.testing", module)
-
-
-@pytest.mark.parametrize(("status", "code"), [("pass", 0), ("skip", 0), ("fail", 1)])
+@pytest.mark.parametrize(("status", "code"), [("pass", 0), ("skip", 0), ("warn", 0), ("fail", 1)])
 def test_check_prints_every_result_and_fails_if_one_does(
-    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+    rlrf_cli: Invoke, monkeypatch: pytest.MonkeyPatch, status: Any, code: int
 ) -> None:
-    _fake_check(monkeypatch, status)
+    given = []
+
+    def check_env(env: object, **options: object) -> CheckReport:
+        given.append(options)
+        return CheckReport("x", (CheckResult("semantic.floor_gap", status, "[all] the same"),))
+
+    monkeypatch.setattr("rlrf.testing.check_env", check_env)
     found, out, _ = rlrf_cli("check", "cli-cities-v0", "cli-onlytrain-v0")
     assert found == code
-    assert out.count("determinism") == 2
+    assert out.count("semantic.floor_gap") == 2
     assert f"{status}" in out
     assert "[all] the same" in out
+    assert given == [{"tasks": 3, "actions": (), "deadline_s": 120.0}] * 2
+    more = ("--task", "a", "--task", "b", "--action", "x", "--deadline", "9", "--strict")
+    strict = rlrf_cli("check", "cli-cities-v0", *more, "--out", "report.json")[0]
+    assert strict == (1 if status in ("warn", "fail") else 0)
+    assert given[-1] == {"tasks": ["a", "b"], "actions": ["x"], "deadline_s": 9.0}
+    written = json.loads(Path("report.json").read_text())
+    assert written["results"][0]["check_id"] == "semantic.floor_gap"
+    assert written["verdict"] == {"skip": "pass"}.get(status, status)
+
+
+def test_check_reads_an_evaluation_of_that_environment(rlrf_cli: Invoke) -> None:
+    assert rlrf_cli(*EVAL, "--samples", "2", "--out", "eval.json")[0] == 0
+    _, out, _ = rlrf_cli("check", EVAL[2], "--eval", "eval.json")
+    assert "statistical.headroom" in out
+    code, _, err = rlrf_cli("check", "cli-onlytrain-v0", "--eval", "eval.json")
+    assert code == 2
+    assert "'eval.json' is an evaluation of" in err
+    code, _, err = rlrf_cli("check", "a-v0", "b-v0", "--eval", "eval.json")
+    assert (code, err) == (2, "error: --eval is of one environment; name that one alone\n")
+    assert rlrf_cli("check", EVAL[2], "--deadline", "0")[0] == 2
 
 
 # --- progress -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import re
 import shutil
+import threading
 import warnings
 from collections import Counter
 
@@ -144,7 +145,7 @@ def test_a_suite_says_what_failed_and_what_was_skipped(monkeypatch):
         asked.append((env, options))
         return CheckReport("x", results)
 
-    monkeypatch.setattr(rlrf.testing, "check_env", check)
+    monkeypatch.setattr("rlrf.testing.suite.check_env", check)
     test = pytest_suite("x-v0", tasks=2)
     assert not asked
     with pytest.raises(AssertionError, match="because"):
@@ -166,11 +167,6 @@ def test_reports():
 # --- every check finds its fault ------------------------------------------------------------------
 
 count = itertools.count()
-CHANGING = (
-    "runtime.gymnasium_check_env",
-    "runtime.episode_determinism",
-    "runtime.episode_isolation",
-)
 FAULTS = []
 
 
@@ -226,7 +222,7 @@ class SharedId(Echo):
         return [shared, *super().load_tasks(split)]
 
 
-@fault("runtime.gymnasium_check_env", "runtime.seed_control")
+@fault("runtime.seed_control")
 class Unseeded(Echo):
     async def areset(self, *, seed=None, options=None):
         return await super().areset(seed=next(count), options=options)
@@ -241,7 +237,7 @@ class SameTask(Echo):
         return await super().areset(seed=seed, options=options or {"task_id": "train-0"})
 
 
-@fault(*CHANGING)
+@fault("runtime.episode_determinism")
 class RandomMetric(Echo):
     def grade(self, task, completion):
         outcome = super().grade(task, completion)
@@ -267,7 +263,7 @@ class SharedState(Guess):
         return Turn("Again.", 0.0, told, terminated=self.tries >= 3)
 
 
-@fault("runtime.reward_well_formed", "semantic.oracle_max")
+@fault("runtime.reward_well_formed")
 class OutOfRange(Echo):
     def grade(self, task, completion):
         outcome = super().grade(task, completion)
@@ -294,7 +290,7 @@ class Consolation(Echo):
         return Outcome(max(outcome.reward, 0.1), outcome.feedback)
 
 
-@fault("semantic.verifier_determinism", *CHANGING)
+@fault("semantic.verifier_determinism")
 class Moody(Echo):
     """The second time, the same attempt earns more."""
 
@@ -310,6 +306,22 @@ class Moody(Echo):
 
 
 LONG = "the answer to all questions is forty-two"
+
+
+@fault("semantic.canary_floor")
+class Gullible(Echo):
+    def grade(self, task, completion):
+        if "passed" in completion:
+            return Outcome(1.0)
+        return super().grade(task, completion)
+
+
+@fault("runtime.hooks_return")
+class Raises(Echo):
+    def grade(self, task, completion):
+        if "know" in completion:
+            raise KeyError("know")
+        return super().grade(task, completion)
 
 
 @fault("semantic.no_solution_leakage")
@@ -330,7 +342,7 @@ class HandsOut(Echo):
         return self._full_tasks(split)
 
 
-@fault("feedback.present_on_failure", "feedback.present_on_terminal")
+@fault("feedback.present_on_failure")
 class Silent(Echo):
     def grade(self, task, completion):
         return Outcome(super().grade(task, completion).reward)
@@ -357,7 +369,7 @@ class Loud(Echo):
         return feedback  # whatever the level
 
 
-@fault("feedback.deterministic", *CHANGING)
+@fault("feedback.deterministic")
 class Timing(Echo):
     def grade(self, task, completion):
         outcome = super().grade(task, completion)
@@ -504,3 +516,133 @@ def test_outages(swallow, status):
     assert report.ok == (status == "pass")
     if swallow:
         assert "scored 0.0" in result.detail
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+class Stuck(Echo):
+    """A hook waits for something that never comes."""
+
+    splits = ("train",)
+    hook = "grade"
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.never = threading.Event()
+
+    def _wait(self, hook):
+        if hook == self.hook:
+            self.never.wait()
+
+    def load_tasks(self, split):
+        self._wait("load_tasks")
+        return super().load_tasks(split)
+
+    def grade(self, task, completion):
+        self._wait("grade")
+        return super().grade(task, completion)
+
+    def reference_solution(self, task):
+        self._wait("reference_solution")
+        return super().reference_solution(task)
+
+
+class Blocks(Stuck):
+    """It even blocks the event loop."""
+
+    async def grade(self, task, completion):
+        self.never.wait(5)
+        return Outcome(0.0)
+
+
+@pytest.mark.parametrize("hook", ["load_tasks", "grade", "reference_solution"])
+def test_a_stuck_hook_is_named_once_and_left_behind(hook):
+    env = Stuck()
+    env.hook = hook
+    report = check_env(env, deadline_s=0.02)
+    env.never.set()
+    (failed,) = report.failed
+    assert failed.id in ("runtime.hooks_return", "runtime.tasks_unique_ids")
+    assert hook.replace("grade", "a hook of task 'train-yes', attempt ''") in failed.detail
+    assert "within 0.02 s" in failed.detail
+    later = report.results[report.results.index(failed) + 1 :]
+    assert {r.status for r in later} == {"skip"}
+    assert all("stuck" in r.detail for r in later)
+
+
+def test_a_hook_that_blocks_the_event_loop_is_left_behind_with_the_loop():
+    env = Blocks()
+    report = check_env(env, tasks=1, deadline_s=0.05)
+    env.never.set()
+    assert [r.id for r in report.failed] == ["runtime.hooks_return"]
+    assert check_env(Echo(), tasks=1).ok
+
+
+def test_a_deadline_is_positive():
+    with pytest.raises(UsageError, match="deadline_s is 0"):
+        check_env(Echo(), deadline_s=0)
+
+
+# --- one check alone, what is tried ---------------------------------------------------------------
+
+
+def test_one_check_may_be_called_alone():
+    assert rlrf.testing.check_oracle_max(Echo(), tasks=1).status == "pass"
+    with pytest.raises(AssertionError, match=r"semantic.floor_gap: task 'train-yes': the no-op"):
+        rlrf.testing.check_floor_gap(Consolation())
+    assert rlrf.testing.check_split_disjoint(Stuck()).status == "skip"
+    named = {getattr(rlrf.testing, n) for n in rlrf.testing.__all__ if n.startswith("check_")}
+    assert {c for c in named if isinstance(c, rlrf.testing.Check)} == set(rlrf.testing.ALL)
+
+
+def test_tasks_may_be_named():
+    seen = set()
+
+    class Seen(Echo):
+        def grade(self, task, completion):
+            seen.add(task.id)
+            return super().grade(task, completion)
+
+    assert check_env(Seen(), tasks=["eval-no", "train-so"]).failed == ()
+    # Gymnasium's checker and the checks of info draw their own.
+    (isolated,) = {t for t in seen if t.startswith("eval")}
+    assert isolated == "eval-no"
+    with pytest.raises(rlrf.UnknownIdError, match="eval-nope"):
+        check_env(Seen(), tasks="eval-nope")
+
+
+def test_what_raises_only_the_second_time_is_told():
+    class Twice(Echo):
+        seen = Counter()
+
+        def grade(self, task, completion):
+            self.seen[task.id, completion] += 1
+            if self.seen[task.id, completion] == 2:
+                raise KeyError("again")
+            return super().grade(task, completion)
+
+    failed = check_env(Twice(), tasks=1).failed
+    assert [r.id for r in failed] == ["semantic.verifier_determinism"]
+    assert "tried again it raises KeyError: 'again'" in failed[0].detail
+
+
+def test_the_report_is_openenvs():
+    report = check_env(Consolation(), tasks=1)
+    data = report.to_dict()
+    assert (data["verdict"], report.verdict) == ("fail", "fail")
+    (gap,) = (r for r in data["results"] if r["check_id"] == "semantic.floor_gap")
+    assert gap["status"] == "fail"
+    assert "earns 0.1" in gap["evidence"][0]
+    warned = CheckReport("x", (CheckResult("a.b", "warn", "hm"),))
+    assert warned.ok
+    assert warned.verdict == "warn"
+    assert warned.to_dict()["results"][0] | {"duration_s": 0} == {
+        "check_id": "a.b",
+        "status": "fail",
+        "severity": "warn",
+        "measured": {},
+        "evidence": ["hm"],
+        "duration_s": 0,
+    }
+    assert not CheckReport("x", warned.results, strict=True).ok

@@ -182,6 +182,11 @@ class CodeEnv(SingleTurnEnv, abc.ABC):
         fence = "`" * (longest + 1)
         return f"{fence}python\n{solution.strip()}\n{fence}"
 
+    def secrets(self, task: Task) -> Any:
+        """The hidden tests and the solution."""
+        problem: Problem = task.hidden
+        return {"tests": problem.tests(), "solution": problem.solution}
+
     def _open_pool(self) -> SandboxPool:
         # Opened by the first program, so that looking at tasks needs no sandbox. On the steady
         # loop whichever loop the caller has: there nobody's hook can block it.

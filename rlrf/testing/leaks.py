@@ -1,0 +1,376 @@
+"""What of the hidden values is told where it must not be.
+
+A value that is too unlikely to stand somewhere by chance is a leak wherever it does. One that is
+not (``7``, ``yes``, the letter of an option) is a leak if it is called the answer, or if every task
+tells its own there and no other's: by what it happens in several tasks chance is told from habit.
+
+What everybody knows gives nothing away: the prompt, the attempt itself, hidden values that say of
+themselves that they are public, and settings that all tasks share.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rlrf.env import Task
+from rlrf.feedback import Feedback
+from rlrf.testing.play import NO_OPS, Doubt, Play, at
+from rlrf.testing.texts import PROGRAM, Hidden, Program, Secret, Text, is_answer, is_tests
+
+_BITS = 12.0
+"""A value of fewer may well stand in a text by chance."""
+_SURE_BITS = 30.0
+"""A value of as many stands in a prompt only because it was put there."""
+_LOOKED_AT = 20
+"""Tasks of a split whose prompts and metadata are looked at."""
+_TOLD = 3
+"""Findings in a message."""
+
+_CUES = frozenset(
+    "answer answers solution expected correct right result target truth gold label should option "
+    "key psst secret hint".split()
+)
+_FILLERS = frozenset(
+    "is was are be the a an of to have been equal equals value output option answer number word "
+    "letter choice one here being would".split()
+)
+_CHOICE = re.compile(r"^[ \t]*(?:[-*•]|\(?[A-Za-z0-9]{1,2}[.):])[ \t]+(.+)$", re.MULTILINE)
+
+
+@dataclass
+class Leaks:
+    """What was found."""
+
+    sure: dict[str, None] = field(default_factory=dict)
+    doubtful: dict[str, None] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise if there is anything.
+
+        Raises:
+            AssertionError: a leak; a :class:`Doubt` if none is sure.
+        """
+        for found, kind in ((self.sure, AssertionError), (self.doubtful, Doubt)):
+            if found:
+                more = len(found) - _TOLD
+                told = list(found)[:_TOLD] + [f"and {more} more"] * (more > 0)
+                raise kind("\n".join(told))
+
+
+class _Known:
+    """What is hidden of a task, and who may know it."""
+
+    def __init__(self, play: Play, task: Task, *, reference: bool) -> None:
+        self.task = task
+        self.prompt = Text(_chat(task.messages))
+        self.hidden = Hidden(play.secrets(task))
+        solution = play.reference(task) if reference else None
+        self.solution = "" if solution is None else solution
+        self.program = Program(self.solution) if len(self.solution.split()) > 3 else None
+        secrets = {s.same: s for s in self.hidden.secrets}
+        whole = Program(self.solution).text
+        if whole and (told := Secret.of("the reference solution", "", whole, answer=True)):
+            secrets[told.same] = replace(secrets.get(told.same, told), answer=True)
+        self.secrets = tuple(secrets.values())
+        self._least = _BITS + math.log2(max(1, sum(not s.answer for s in self.secrets)))
+        self.constant: frozenset[Any] = frozenset()
+
+    @property
+    def answers(self) -> list[Secret]:
+        """The values that a reply should be, as far as one can tell."""
+        right = Text(self.solution)
+        return [
+            s for s in self.secrets if s.answer and (not self.solution or s.key or right.holds(s))
+        ]
+
+    def telling(self) -> Iterator[Secret]:
+        """The values that stand nowhere by chance."""
+        for s in self.secrets:
+            if s.bits >= (_BITS if s.answer else self._least) and s.same not in self.constant:
+                yield s
+
+    def vague(self) -> list[Secret]:
+        """The answers that may."""
+        return [s for s in self.answers if s.bits < _BITS]
+
+
+def _known(play: Play, tasks: Iterable[Task], *, reference: bool) -> dict[str, _Known]:
+    found = {t.id: _Known(play, t, reference=reference) for t in tasks}
+    if len(found) > 1:
+        everywhere = set.intersection(*({s.same for s in k.secrets} for k in found.values()))
+        for known in found.values():
+            known.constant = frozenset(
+                s.same for s in known.secrets if s.same in everywhere and not s.answer
+            )
+    return found
+
+
+def public_leaks(play: Play) -> Leaks:
+    """Of prompts, metadata, infos and observations."""
+    leaks = Leaks()
+    asked = {t.id: t for t in play.tasks}
+    more = {t.id: t for t in (play.first(_LOOKED_AT) if play.takes_any else [])}
+    known = _known(play, (more | asked).values(), reference=True)
+    prompts, fields = _Habit(known), _Habit(known)
+    for k in known.values():
+        where = f"task {k.task.id!r}: the prompt"
+        _prompt(leaks, k, where)
+        prompts.note("prompt", k, k.prompt, where, cued=True, known=Text(""))
+        _fields(leaks, fields, k, "metadata", dict(k.task.metadata))
+        if k.task.id in asked:
+            for name, info in _infos(play, k.task):
+                _fields(leaks, fields, k, name, info)
+    for task, action, trace in play.everything():
+        k = known[task.id]
+        own = Text(k.prompt.raw + "\n" + action)
+        for n, turn in enumerate(trace.turns, 1):
+            where = at(task, action) + f"the observation of step {n}"
+            text = Text(_chat(turn.messages))
+            if text.raw:
+                _prose(leaks, k, text, own, where)
+                prompts.note("observation", k, text, where, cued=True, known=Text(action))
+                prompts.note("observations", k, text, where, cued=False, known=own)
+            _fields(leaks, fields, k, "metrics", dict(turn.metrics), attempt=action)
+    prompts.judge(leaks)
+    fields.judge(leaks)
+    return leaks
+
+
+def feedback_leaks(play: Play) -> Leaks:
+    """Of feedback, at every level."""
+    leaks = Leaks()
+    known = _known(play, play.tasks, reference=True)
+    if not any(k.secrets for k in known.values()):
+        play.skip("the environment has no reference_solution and hides nothing")
+    habit = _Habit(known)
+    for task, action, trace in play.everything():
+        k = known[task.id]
+        own = Text("\n".join((k.prompt.raw, action, k.hidden.public.raw)))
+        for n, turn in enumerate(trace.turns, 1):
+            for segment in turn.feedback:
+                # What the lower levels put in the place of a text is ours.
+                level = {"location": "located", "nothing": "explained"}.get(segment.reveals)
+                what = f"step {n} says ({segment.kind}), at level {level or 'expected'!r},"
+                where, text = at(task, action) + what, Text(segment.text)
+                if level is None:
+                    if segment.reveals == "expected" and _is_program(k):
+                        _program(leaks, k, text, own, where)
+                    continue
+                _prose(leaks, k, text, own, where)
+                habit.note("feedback", k, text, where, cued=True, known=Text(action))
+                habit.note("feedbacks", k, text, where, cued=False, known=own)
+    habit.judge(leaks)
+    return leaks
+
+
+def _is_program(k: _Known) -> bool:
+    return "```" in k.solution or any(
+        s.text.strip() in k.solution for s in k.secrets if s.key and PROGRAM.fullmatch(s.key)
+    )
+
+
+# --- one text -------------------------------------------------------------------------------------
+
+
+def _prose(leaks: Leaks, k: _Known, text: Text, own: Text, where: str) -> None:
+    """What the environment says to an attempt."""
+    for secret in k.telling():
+        if text.holds(secret) and not own.holds(secret):
+            leaks.sure[_told(where, secret, text)] = None
+            return
+    _program(leaks, k, text, own, where)
+
+
+def _program(leaks: Leaks, k: _Known, text: Text, own: Text, where: str) -> None:
+    if k.program is None:
+        return
+    share, line = k.program.quoted(text.raw, own.raw)
+    if line:
+        found = leaks.sure if share >= 0.5 else leaks.doubtful
+        found[f"{where} {share:.0%} of the reference solution: {line[:80]!r}"] = None
+
+
+def _prompt(leaks: Leaks, k: _Known, where: str) -> None:
+    for secret in k.answers:
+        if secret.bits < _BITS or not k.prompt.holds(secret) or _is_choice(k.prompt.raw, secret):
+            continue
+        if secret.bits >= _SURE_BITS or _is_cued(k.prompt, secret):
+            leaks.sure[_told(where, secret, k.prompt)] = None
+        elif _stands_alone(k.prompt, secret):
+            leaks.doubtful[_told(where, secret, k.prompt)] = None
+    for secret in k.secrets:
+        test = not secret.answer and any(map(is_tests, re.findall(r"\w+", secret.path)))
+        public = k.hidden.public.holds(secret)
+        if test and not public and secret.bits >= 2 * _SURE_BITS and k.prompt.holds(secret):
+            leaks.doubtful[_told(where, secret, k.prompt)] = None
+    if k.program is not None and k.program.is_told(k.prompt.raw):
+        leaks.sure[f"{where} holds the reference solution: {k.program.lines[-1][:80]!r}"] = None
+
+
+def _fields(
+    leaks: Leaks,
+    habit: _Habit,
+    k: _Known,
+    name: str,
+    data: Any,
+    attempt: str = "",
+) -> None:
+    """What stands under a name: metadata, an info, metrics."""
+    own = Text(k.prompt.raw + "\n" + attempt)
+    for field_ in Hidden(data, name).secrets:
+        value, where = Text(field_.text), f"task {k.task.id!r}: {field_.path}"
+        for secret in k.telling():
+            known = own.holds(secret) and not (is_answer(field_.key) and secret.answer)
+            published = secret.key == field_.key and not (
+                is_answer(secret.key) or is_tests(secret.key)
+            )
+            if not known and not published and value.holds(secret):
+                leaks.sure[_told(where, secret, value)] = None
+                return
+        if k.program is not None and k.program.is_told(field_.text):
+            leaks.sure[f"{where} holds the reference solution"] = None
+            return
+        if is_answer(field_.key):
+            for secret in k.answers:
+                if value.is_only(secret):
+                    leaks.sure[_told(where, secret, value)] = None
+                    return
+        habit.note(field_.path, k, value, where, cued=False, known=Text(attempt), whole=True)
+
+
+def _told(where: str, secret: Secret, text: Text) -> str:
+    start, end = text.where(secret)
+    there = text.raw[start:end]
+    how = "" if there == secret.text.strip() else f" (written {there[:60]!r})"
+    return (
+        f"{where} holds {secret.path}, {secret.text.strip()[:60]!r}{how}, "
+        f"at characters {start} to {end}"
+    )
+
+
+def _is_cued(text: Text, secret: Secret) -> bool:
+    """Whether a text calls a value the answer."""
+    for before, after in text.before(secret):
+        if after in ("or", "and"):
+            continue
+        for word in reversed(before):
+            if word in _CUES:
+                return True
+            if word not in _FILLERS:
+                break
+    return False
+
+
+def _is_choice(text: str, secret: Secret) -> bool:
+    """Whether a value is one of the items of a list, which does not tell which is right."""
+    items = [Text(item) for item in _CHOICE.findall(text)]
+    return len(items) > 1 and any(item.is_only(secret) for item in items)
+
+
+def _stands_alone(text: Text, secret: Secret) -> bool:
+    """Whether a value is set apart from the words around it."""
+    start, end = text.where(secret)
+    before = text.raw[max(0, start - 3) : start].rstrip(" \t")
+    after = text.raw[end : end + 2].lstrip(" .!\t")
+    return before[-1:] in ("", "\n", ":", "(", "[", '"', "'", "`") and after[:1] in (
+        "",
+        "\n",
+        ")",
+        "]",
+        '"',
+        "'",
+        "`",
+    )
+
+
+class _Habit:
+    """Values that may stand anywhere by chance, told in task after task: each its own."""
+
+    def __init__(self, known: Mapping[str, _Known]) -> None:
+        self._known = known
+        self._places: dict[tuple[str, bool], dict[str, tuple[Secret, str]]] = {}
+        self._vague = {id: k.vague() for id, k in known.items()}
+        self._seen: dict[tuple[str, bool], set[str]] = {}
+
+    def note(
+        self,
+        place: str,
+        k: _Known,
+        text: Text,
+        where: str,
+        *,
+        cued: bool,
+        known: Text,
+        whole: bool = False,
+    ) -> None:
+        """A text in which the answer of a task may stand.
+
+        Args:
+            place: what sort of text; tasks are compared within one.
+            k: the task.
+            text: the text.
+            where: how a message about it begins.
+            cued: whether only what is called the answer counts.
+            known: what else may have put the answer there.
+            whole: whether the text must be the answer and no more.
+        """
+        mine = self._vague[k.task.id]
+        if not mine:
+            return
+        self._seen.setdefault((place, cued), set()).add(k.task.id)
+
+        def tells(secret: Secret) -> bool:
+            if whole:
+                return text.is_only(secret)
+            return text.holds(secret) and (not cued or _is_cued(text, secret))
+
+        for secret in mine:
+            if known.holds(secret) or not tells(secret):
+                continue
+            own = {s.same for s in mine}
+            others = (s for id in list(self._vague)[:50] for s in self._vague[id])
+            if not any(s.same not in own and tells(s) for s in others):
+                told = self._places.setdefault((place, cued), {})
+                told.setdefault(k.task.id, (secret, _told(where, secret, text)))
+
+    def judge(self, leaks: Leaks) -> None:
+        """Which of it is no chance."""
+        for key, told in self._places.items():
+            of = len(self._seen[key])
+            distinct = len({secret.same for secret, _ in told.values()})
+            first = next(message for _, message in told.values())
+            if len(told) >= 0.8 * of and distinct >= (2 if key[1] else 3):
+                leaks.sure[f"{first}, and so in {len(told)} of {of} tasks"] = None
+            elif key[1] and key[0] != "prompt" and len(told) == of:
+                leaks.doubtful[first] = None
+
+
+# --- what is public -------------------------------------------------------------------------------
+
+
+def _chat(messages: Iterable[Mapping[str, Any]]) -> str:
+    parts = []
+    for message in messages:
+        parts.append(str(message.get("content") or ""))
+        if calls := message.get("tool_calls"):
+            parts.append(json.dumps(calls, ensure_ascii=False, default=str))
+    return "\n".join(parts)
+
+
+def _infos(play: Play, task: Task) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The infos of an episode through the Gymnasium face, but for what is looked at elsewhere."""
+
+    def plain(info: Mapping[str, Any]) -> dict[str, Any]:
+        apart = ("task_id", "feedback", "feedback_tokens", "metrics")
+        return {k: v for k, v in info.items() if k not in apart and not isinstance(v, Feedback)}
+
+    options = {"task_id": task.id}
+    _, info = play.timed("reset()", lambda: play.env.reset(seed=0, options=options))
+    yield "info of reset()", plain(info)
+    result = play.timed("step()", lambda: play.env.step(NO_OPS[-1]))
+    yield "info of step()", plain(result.info)
