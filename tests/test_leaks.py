@@ -188,7 +188,7 @@ LEAKS = {
     "feedback, Japanese": quiz(
         facts={"a": "東京都庁", "b": "名古屋市"}, say=lambda q, a, r: f"答えは{a}です。"
     ),
-    "feedback, symbols": quiz(facts={"a": ">>+<<[-]"}, say=lambda q, a, r: f"want >> +<< [-]"),
+    "feedback, symbols": quiz(facts={"a": ">>+<<[-]"}, say=lambda q, a, r: "want >> +<< [-]"),
     "observation": Chat(),
 }
 
@@ -391,8 +391,8 @@ def test_ways_of_writing(a, b):
     for one, other in ((a, b), (b, a)):
         secret = Secret.of("hidden", "", one, answer=True)
         assert Text(f"so: {other}!").holds(secret), (one, other)
-        start, end = Text(f"so: {other}!").where(secret)
-        assert f"so: {other}!"[start:end].strip("\"'{}") == other.strip("\"'{}")
+        if other.isalnum():
+            assert Text(f"so: {other}!").where(secret) == (4, 4 + len(other))
 
 
 @pytest.mark.parametrize(

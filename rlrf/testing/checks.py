@@ -16,7 +16,7 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from gymnasium.utils.env_checker import check_env as gymnasium_check_env
@@ -90,8 +90,8 @@ class Check:
         def result(status: Any, detail: str = "") -> CheckResult:
             return CheckResult(self.id, status, detail, duration_s=time.monotonic() - begun)
 
-        if play.stuck is not None:
-            return result("skip", f"not looked at, as a hook is stuck: {play.stuck}")
+        if play.over is not None:
+            return result("skip", f"not looked at: {describe(play.over)}")
         try:
             self.function(play)
         except Skip as why:
@@ -125,11 +125,15 @@ def _check(id: str, *, after: tuple[str, ...] = ()) -> Callable[[Callable[[Play]
 def run_all(play: Play) -> Iterator[CheckResult]:
     """Run them in order."""
     failed: set[str] = set()
+    raised: dict[str, str] = {}
     for check in _all:
         if known := [id for id in check.after if id in failed]:
             yield CheckResult(check.id, "skip", f"not looked at, as {' and '.join(known)} fails")
             continue
         result = check.run(play)
+        by = raised.setdefault(result.detail, check.id) if result.status == "fail" else check.id
+        if by != check.id:
+            result = replace(result, status="skip", detail=f"not looked at, for what {by} tells")
         if result.status == "fail":
             failed.add(check.id)
         yield result

@@ -13,8 +13,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from rlrf.env import Task
@@ -63,13 +64,17 @@ class Leaks:
 
 
 class _Known:
-    """What is hidden of a task, and who may know it."""
+    """What is hidden of a task, and who may know it.
 
-    def __init__(self, play: Play, task: Task, *, reference: bool) -> None:
+    Attributes:
+        telling: the values that stand nowhere by chance.
+    """
+
+    def __init__(self, play: Play, task: Task) -> None:
         self.task = task
         self.prompt = Text(_chat(task.messages))
         self.hidden = Hidden(play.secrets(task))
-        solution = play.reference(task) if reference else None
+        solution = play.reference(task)
         self.solution = "" if solution is None else solution
         self.program = Program(self.solution) if len(self.solution.split()) > 3 else None
         secrets = {s.same: s for s in self.hidden.secrets}
@@ -77,8 +82,9 @@ class _Known:
         if whole and (told := Secret.of("the reference solution", "", whole, answer=True)):
             secrets[told.same] = replace(secrets.get(told.same, told), answer=True)
         self.secrets = tuple(secrets.values())
-        self._least = _BITS + math.log2(max(1, sum(not s.answer for s in self.secrets)))
-        self.constant: frozenset[Any] = frozenset()
+        least = _BITS + math.log2(max(1, sum(not s.answer for s in self.secrets)))
+        self._telling = [s for s in self.secrets if s.bits >= (_BITS if s.answer else least)]
+        self.telling: list[Secret] = self._telling
 
     @property
     def answers(self) -> list[Secret]:
@@ -88,25 +94,21 @@ class _Known:
             s for s in self.secrets if s.answer and (not self.solution or s.key or right.holds(s))
         ]
 
-    def telling(self) -> Iterator[Secret]:
-        """The values that stand nowhere by chance."""
-        for s in self.secrets:
-            if s.bits >= (_BITS if s.answer else self._least) and s.same not in self.constant:
-                yield s
+    def leave_out(self, shared: Set[Any]) -> None:
+        """Settings that all tasks share tell nothing of this one."""
+        self.telling = [s for s in self._telling if s.answer or s.same not in shared]
 
     def vague(self) -> list[Secret]:
         """The answers that may."""
         return [s for s in self.answers if s.bits < _BITS]
 
 
-def _known(play: Play, tasks: Iterable[Task], *, reference: bool) -> dict[str, _Known]:
-    found = {t.id: _Known(play, t, reference=reference) for t in tasks}
+def _known(play: Play, tasks: Iterable[Task]) -> dict[str, _Known]:
+    found = {t.id: play.once(("known", t.id), partial(_Known, play, t)) for t in tasks}
     if len(found) > 1:
-        everywhere = set.intersection(*({s.same for s in k.secrets} for k in found.values()))
+        shared = set.intersection(*({s.same for s in k.secrets} for k in found.values()))
         for known in found.values():
-            known.constant = frozenset(
-                s.same for s in known.secrets if s.same in everywhere and not s.answer
-            )
+            known.leave_out(shared)
     return found
 
 
@@ -114,8 +116,8 @@ def public_leaks(play: Play) -> Leaks:
     """Of prompts, metadata, infos and observations."""
     leaks = Leaks()
     asked = {t.id: t for t in play.tasks}
-    more = {t.id: t for t in (play.first(_LOOKED_AT) if play.takes_any else [])}
-    known = _known(play, (more | asked).values(), reference=True)
+    more = {t.id: t for t in (play.first(_LOOKED_AT) if play.looks_further else [])}
+    known = _known(play, (more | asked).values())
     prompts, fields = _Habit(known), _Habit(known)
     for k in known.values():
         where = f"task {k.task.id!r}: the prompt"
@@ -144,7 +146,7 @@ def public_leaks(play: Play) -> Leaks:
 def feedback_leaks(play: Play) -> Leaks:
     """Of feedback, at every level."""
     leaks = Leaks()
-    known = _known(play, play.tasks, reference=True)
+    known = _known(play, play.tasks)
     if not any(k.secrets for k in known.values()):
         play.skip("the environment has no reference_solution and hides nothing")
     habit = _Habit(known)
@@ -179,7 +181,7 @@ def _is_program(k: _Known) -> bool:
 
 def _prose(leaks: Leaks, k: _Known, text: Text, own: Text, where: str) -> None:
     """What the environment says to an attempt."""
-    for secret in k.telling():
+    for secret in k.telling:
         if text.holds(secret) and not own.holds(secret):
             leaks.sure[_told(where, secret, text)] = None
             return
@@ -224,7 +226,7 @@ def _fields(
     own = Text(k.prompt.raw + "\n" + attempt)
     for field_ in Hidden(data, name).secrets:
         value, where = Text(field_.text), f"task {k.task.id!r}: {field_.path}"
-        for secret in k.telling():
+        for secret in k.telling:
             known = own.holds(secret) and not (is_answer(field_.key) and secret.answer)
             published = secret.key == field_.key and not (
                 is_answer(secret.key) or is_tests(secret.key)

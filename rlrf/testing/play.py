@@ -20,6 +20,7 @@ from rlrf.env import EmptySplitError, Env, Task, Turn, as_tasks
 from rlrf.errors import InfraError, UsageError, check_whole, describe
 from rlrf.feedback import Feedback
 from rlrf.registry import make
+from rlrf.wrappers import FeedbackWrapper
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class Play:
         deadline_s: seconds that a hook may take; None for ever.
 
     Attributes:
-        stuck: the first hook that did not come back; after it nothing more is played.
+        over: why nothing more is played: a hook did not come back, or there are no tasks.
 
     Raises:
         UsageError: ``tasks`` or ``deadline_s`` is not positive.
@@ -131,7 +132,8 @@ class Play:
         self._owned = isinstance(env, str)
         self.env = make(env) if isinstance(env, str) else env
         self.name = env if isinstance(env, str) else repr(env)
-        self.stuck: Stuck | None = None
+        self.over: Exception | None = None
+        self._made: dict[tuple[str, ...], Any] = {}
         self._traces: dict[tuple[str, str, int], Trace | Exception] = {}
         self._stack = contextlib.ExitStack()
         if not isinstance(tasks, int):
@@ -169,9 +171,13 @@ class Play:
         return [self.env._find_task(t) for t in as_tasks(self._asked)]
 
     @property
-    def takes_any(self) -> bool:
-        """Whether no tasks were named."""
-        return isinstance(self._asked, int)
+    def looks_further(self) -> bool:
+        """Whether texts of tasks that are not played may be looked at, and at no cost."""
+        env = self.env
+        while isinstance(env, FeedbackWrapper):
+            env = env.env
+        # Where an author says what is hidden, it may have to be loaded or computed.
+        return isinstance(self._asked, int) and type(env).secrets is Env.secrets
 
     def first(self, count: int) -> list[Task]:
         """The first full tasks of every split."""
@@ -184,11 +190,21 @@ class Play:
                 for i in range(min(count, len(full)))
             ]
 
-        return self.timed("load_tasks", load, hooks=10)  # it may download them
+        try:
+            return self.timed("load_tasks", load, hooks=10)  # it may download them
+        except Exception as error:
+            self.over = self.over or error
+            raise
 
     def secrets(self, task: Task) -> Any:
         """What must not be told of a task."""
         return self.timed(f"secrets of task {task.id!r}", lambda: self.env.secrets(task))
+
+    def once(self, key: tuple[str, ...], make: Callable[[], T]) -> T:
+        """What ``make`` gives, remembered for several checks."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]  # type: ignore[no-any-return]  # what was made by that key
 
     def skip(self, why: str) -> NoReturn:
         """Leave out the check that asks.
@@ -258,8 +274,8 @@ class Play:
         return self._traces[key]
 
     def _episode(self, task: Task, action: str) -> Trace | Exception:
-        if self.stuck is not None:  # the next would be as well, and each takes its time
-            return self.stuck
+        if self.over is not None:  # the next would be as well, and each takes its time
+            return self.over
         begun = time.monotonic()
         try:
             return run_sync(self.episode(task, action))
@@ -298,8 +314,8 @@ class Play:
         """
         for task, action, first in self.everything():
             found = [self.try_(task, action, run) for run in range(1, runs + 1)]
-            if self.stuck is not None:
-                raise self.stuck
+            if self.over is not None:
+                raise self.over
             traces = [t for t in found if isinstance(t, Trace)]
             yield task, action, [first, *traces], [e for e in found if isinstance(e, Exception)]
 
@@ -341,11 +357,11 @@ class Play:
             raise self._stuck(what) from None
 
     def _stuck(self, what: str) -> Stuck:
-        self.stuck = Stuck(
+        self.over = stuck = Stuck(
             f"{what} has not come back within {self.deadline_s:g} s; let it end, or give it more "
             "time (deadline_s, on the command line --deadline)"
         )
-        return self.stuck
+        return stuck
 
 
 def brief(action: str) -> str:
