@@ -8,6 +8,9 @@ A training configuration has a model, an environment, a trainer and a run direct
     id = "format-rules-v0"
     feedback = "explained"          # every other key is an option of the environment
 
+    [env.wrap]                      # but for this one: wrappers, the innermost first
+    DropFeedback = {probability = 0.5}
+
     [trainer]
     name = "sdpo"
     learning_rate = 1e-6            # every other key is a field of the trainer's config_class
@@ -22,6 +25,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 import types
 import typing
@@ -37,15 +41,16 @@ ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class EnvSection(BaseModel):
-    """``[env]``: an id for :func:`rlrf.make`, and options of that environment."""
+    """``[env]``: an id for :func:`rlrf.make`, options of that environment, and its wrappers."""
 
     model_config = ConfigDict(extra="allow")
 
     id: str = Field(min_length=1)
+    wrap: dict[str, dict[str, Any]] | list[dict[str, Any]] | None = None
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every key but the id."""
+        """Every key but the id and the wrappers."""
         return dict(self.model_extra or {})
 
 
@@ -99,7 +104,8 @@ class TrainConfig(BaseModel):
         given = self.eval_env or {}
         base: dict[str, Any] = {"id": self.env.id}
         if given.get("id", self.env.id) == self.env.id:
-            base |= self.env.options  # options of another environment would not fit
+            # Of another environment they would not fit.
+            base |= {"wrap": self.env.wrap, **self.env.options}
         return build_config(EnvSection, {**base, "split": "eval", **given}, prefix="eval_env.")
 
 
@@ -162,6 +168,37 @@ def parse_assignment(text: str) -> tuple[str, Any]:
             f"{text!r} is no assignment; write key=value, e.g. trainer.learning_rate=1e-6"
         )
     return key, parse_value(value.strip())
+
+
+def parse_wrapper(text: str) -> dict[str, Any]:
+    """``"DropFeedback:kinds=['hint'],probability=0.5"`` as a name and arguments.
+
+    The name may be ``pkg.mod:Class``. Values are read as by :func:`parse_value`.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    name, _, rest = text.partition(":")
+    if "." in name:
+        attribute, _, rest = rest.partition(":")
+        name += f":{attribute}"
+    found: dict[str, Any] = {}
+    try:
+        for part in _PARTS.findall(rest):
+            key, value = parse_assignment(part)
+            found[key] = value
+    except ConfigError:
+        name = ""
+    if not name:
+        raise ConfigError(
+            f"--wrap {text!r} is no wrapper; write NAME or NAME:argument=value,..., e.g. "
+            "FeedbackLevel:level=binary"
+        )
+    return {"name": name.strip(), **found}
+
+
+# What stands between commas, but for those in brackets and quotes.
+_PARTS = re.compile(r"""(?:[^,\[\]{}"']|\[[^\]]*\]|\{[^}]*\}|"[^"]*"|'[^']*'|[\[\]{}"'])+""")
 
 
 def parse_value(text: str) -> Any:

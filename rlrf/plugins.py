@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -22,11 +22,12 @@ class Registry:
     Args:
         group: the entry-point group, e.g. ``"rlrf.trainers"``.
         what: the noun in messages, e.g. ``"trainer"``.
+        added: what is registered from the start.
     """
 
-    def __init__(self, group: str, what: str) -> None:
+    def __init__(self, group: str, what: str, added: Mapping[str, Any] | None = None) -> None:
         self.group, self.what = group, what
-        self._added: dict[str, Any] = {}
+        self._added: dict[str, Any] = dict(added or {})
 
     def register(self, name: str, target: Any) -> None:
         """Add ``target``, an object or a ``"pkg.mod:attr"`` string, under ``name``.

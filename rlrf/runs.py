@@ -60,6 +60,7 @@ from rlrf._run_folder import (
 from rlrf.env import Env
 from rlrf.errors import UsageError
 from rlrf.redact import safe_argv
+from rlrf.wrappers import innermost, wrappers_of
 
 __all__ = [
     "InUse",
@@ -434,10 +435,11 @@ def environment_lock(env: Env | None = None) -> dict[str, Any]:
     }
     if env is not None:
         lock["env"] = {
-            "id": env.spec.id.removeprefix("rlrf/") if env.spec else type(env).__name__,
+            "id": env.spec.id.removeprefix("rlrf/") if env.spec else type(innermost(env)).__name__,
             "options": dict(env.spec.kwargs) if env.spec else {},
             "feedback": env.feedback_level.name,
             "split": env.split,
+            "wrappers": wrappers_of(env),
         }
     return lock
 

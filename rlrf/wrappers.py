@@ -1,29 +1,58 @@
 """Wrappers that ablate feedback: same tasks, same rewards, less (or wrong) text.
 
 A wrapper is an :class:`rlrf.Env` around another. It changes only what the feedback says, on every
-path: ``step``, ``grade`` and :func:`rlrf.rollout`.
+path: ``step``, ``grade`` and :func:`rlrf.rollout`. It is part of what an environment is: ``spec``,
+``str()`` and what is written of a run or an evaluation name it with its arguments.
+
+:func:`wrap` makes wrappers by name, as ``--wrap`` and ``[env.wrap]`` do. Names are those of the
+classes here, of the entry points of the group ``rlrf.wrappers``, or ``pkg.mod:Class``.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
+import copy
+import difflib
+import enum
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from types import MappingProxyType
+from typing import Any, Self
 
 import numpy as np
+from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
 from rlrf._async import call_hook, run_sync
 from rlrf.env import Env, Outcome, SingleTurnEnv, Task, TaskSequence, Turn
-from rlrf.errors import UsageError, check_whole
+from rlrf.errors import ConfigError, UsageError, check_whole
 from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
 from rlrf.messages import Action, action_message
+from rlrf.plugins import Registry, load_object
 from rlrf.rollout import Rollout
 
 
 class FeedbackWrapper(Env):
-    """Base: delegates everything to ``env`` and rewrites its feedback in :meth:`transform`."""
+    """Base: delegates everything to ``env`` and rewrites its feedback in :meth:`transform`.
+
+    What a subclass is made with is noted by itself: nothing has to be said again.
+    """
+
+    _given: Mapping[str, Any] = MappingProxyType({})
+    _spec: EnvSpec | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note the arguments."""
+        self = super().__new__(cls)
+        # What does not fit, __init__ will say; a copy is made without any.
+        with contextlib.suppress(TypeError):
+            bound = _signature(cls).bind(*args, **kwargs)
+            bound.apply_defaults()
+            _, *given = bound.arguments.items()  # the first is the environment
+            self._given = dict(given)
+        return self
 
     def __init__(self, env: Env) -> None:
         super().__init__(
@@ -33,14 +62,38 @@ class FeedbackWrapper(Env):
             max_feedback_tokens=env.max_feedback_tokens,
         )
         self.env = env
-        self.splits = env.splits  # type: ignore[misc]  # a class's constant, but an inner env's here
+        # A class's constants, but an inner environment's here.
+        self.splits, self.eval_split = env.splits, env.eval_split  # type: ignore[misc]
+        self.max_tokens = env.max_tokens  # type: ignore[misc]
+        self.overlapping_splits = env.overlapping_splits
         self.split = env.split
         self.reads_reasoning = env.reads_reasoning
         self.observation_space, self.action_space = env.observation_space, env.action_space
         self.reward_range = env.reward_range
         self.success_threshold = env.success_threshold
         self.concurrency = env.concurrency
-        self.spec = env.spec
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What it was made with, defaults included, as JSON data."""
+        # What it has made of an argument says more: an iterator is used up.
+        return {name: _data(getattr(self, name, value)) for name, value in self._given.items()}
+
+    @property
+    def spec(self) -> EnvSpec | None:
+        """The inner environment's, with this wrapper as one of its ``additional_wrappers``."""
+        inner = self.env.spec
+        if self._spec is not None or inner is None:
+            return self._spec
+        cls = type(self)
+        mine = WrapperSpec(cls.__name__, f"{cls.__module__}:{cls.__qualname__}", self.arguments)
+        found = copy.copy(inner)
+        found.additional_wrappers = (*inner.additional_wrappers, mine)
+        return found
+
+    @spec.setter
+    def spec(self, spec: EnvSpec | None) -> None:
+        self._spec = spec  # of an environment that is registered with its wrappers
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:  # type: ignore[override]  # an attribute there
@@ -122,15 +175,28 @@ class FeedbackWrapper(Env):
         await self.env.aclose()
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.env!r})"
+        return f"{in_words([_description(self)])}({self.env!r})"
+
+    __str__ = __repr__
 
 
 class FeedbackLevel(FeedbackWrapper):
-    """Show feedback at ``level``, or at the environment's own level if that is lower."""
+    """Show feedback at ``level``.
+
+    Raises:
+        UsageError: the environment itself shows less.
+    """
 
     def __init__(self, env: Env, level: Level | str | int) -> None:
         super().__init__(env)
         self.level = Level.parse(level)
+        if self.level > env.feedback_level:
+            raise UsageError(
+                f"FeedbackLevel shows level {self.level.name!r}, but {env} shows no more than "
+                f"{env.feedback_level.name!r}; make it with feedback={self.level.name!r}, or wrap "
+                "it with a lower level"
+            )
+        self.feedback_level = self.level
 
     async def transform(
         self, feedback: Feedback, task: Task, action: Action, rng: np.random.Generator
@@ -258,3 +324,126 @@ def _uniform(seed: int, task_id: str, action: Action) -> float:
     text = json.dumps([seed, task_id, action_message(action)], sort_keys=True, default=repr)
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+# --- by name --------------------------------------------------------------------------------------
+
+wrappers = Registry(
+    "rlrf.wrappers",
+    "wrapper",
+    {c.__name__: c for c in (FeedbackLevel, DropFeedback, ShuffleFeedback, TruncateFeedback)},
+)
+
+Wrap = Mapping[str, Mapping[str, Any]] | Sequence[Mapping[str, Any]]
+"""Wrappers by name, the innermost first: ``{"FeedbackLevel": {"level": "binary"}}``.
+
+Where one stands twice: ``[{"name": "FeedbackLevel", "level": "binary"}, ...]``.
+"""
+
+
+def wrap(env: Env, wrap: Wrap | None) -> Env:
+    """An environment in the wrappers of these names, with these arguments.
+
+    Args:
+        env: the environment.
+        wrap: names and arguments, the innermost first.
+
+    Raises:
+        UnknownIdError: nothing has that name; near matches are listed.
+        ConfigError: an argument that the wrapper does not have, or lacks.
+        UsageError: the wrapper refuses the environment or a value.
+    """
+    for name, arguments in _named(wrap or ()):
+        path, _, attribute = name.partition(":")
+        found = load_object(name, f"wrapper {name!r}") if attribute else wrappers.load(path)
+        if not isinstance(found, type) or not issubclass(found, FeedbackWrapper):
+            raise UsageError(f"wrapper {name!r} is {found!r}; it must be a FeedbackWrapper")
+        try:
+            _signature(found).bind(env, **arguments)
+        except TypeError as error:
+            _, *options = _signature(found).parameters
+            unknown = next((k for k in arguments if k not in options), "")
+            near = difflib.get_close_matches(unknown, options, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"wrapper {name!r}: {error}; {hint}its arguments are "
+                + (", ".join(options) or "none")
+            ) from None
+        env = found(env, **arguments)
+    return env
+
+
+def _named(wrap: Wrap) -> list[tuple[str, dict[str, Any]]]:
+    if isinstance(wrap, Mapping):
+        wrap = [{"name": name, **_table(name, arguments)} for name, arguments in wrap.items()]
+    found = []
+    for item in wrap:
+        arguments = dict(_table("wrap", item))
+        name = arguments.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(f'env.wrap: {item!r:.80} has no name; write name = "FeedbackLevel"')
+        found.append((name, arguments))
+    return found
+
+
+def _table(name: str, value: Any) -> Mapping[str, Any]:
+    if isinstance(value, Mapping):
+        return value
+    raise ConfigError(
+        f"env.wrap: {name} is {value!r:.80}; it must be a table of its arguments, like "
+        'FeedbackLevel = {level = "binary"}'
+    )
+
+
+def _signature(cls: type[FeedbackWrapper]) -> inspect.Signature:
+    whole = inspect.signature(cls.__init__)
+    _, *parameters = whole.parameters.values()
+    return whole.replace(parameters=parameters)
+
+
+def innermost(env: Env) -> Env:
+    """An environment without its wrappers."""
+    while isinstance(inner := getattr(env, "env", None), Env):
+        env = inner
+    return env
+
+
+def wrappers_of(env: Env) -> list[dict[str, Any]]:
+    """The wrappers of an environment, the innermost first: ``name`` and arguments, as JSON data."""
+    found: list[dict[str, Any]] = []
+    while isinstance(inner := getattr(env, "env", None), Env):
+        found.insert(0, _description(env))
+        env = inner
+    return found
+
+
+def _description(env: Env) -> dict[str, Any]:
+    return {"name": type(env).__name__, **(getattr(env, "arguments", None) or {})}
+
+
+def in_words(wrappers: Iterable[Mapping[str, Any]]) -> str:
+    """Wrappers in a line: ``DropFeedback[kinds=['hint'], probability=0.5]``."""
+    parts = []
+    for wrapper in wrappers:
+        arguments = ", ".join(f"{k}={v!r}" for k, v in wrapper.items() if k != "name")
+        parts.append(f"{wrapper.get('name')}" + (f"[{arguments}]" if arguments else ""))
+    return ", ".join(parts)
+
+
+def _data(value: Any) -> Any:
+    """A value as JSON data, the same whenever it is made so."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _data(v) for k, v in value.items()}
+    if isinstance(value, Set):
+        return sorted((_data(v) for v in value), key=str)
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [_data(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        return _data(value.item())  # of numpy
+    # Not its repr, which may hold an address.
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}:{named.__qualname__}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from rlrf import Feedback, InfraError, Outcome, Task, UsageError, assistant, system, user  # noqa: E402
 from rlrf.runs import Run  # noqa: E402
+from rlrf.wrappers import DropFeedback  # noqa: E402
 from rlrf_trainers.algorithms.grpo import GRPOTrainer  # noqa: E402
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer  # noqa: E402
 from rlrf_trainers.commands.export import export_model  # noqa: E402
@@ -577,6 +578,27 @@ def test_settings_that_change_at_a_resumption_are_noted(saved, tmp_path):
     assert "eval_env.split was 'eval' before, and is 'train' from here on" in changes
     assert "eval_env.feedback was 'explained' before, and is 'none' from here on" in changes
     assert not any("seed" in m for m in changes)
+
+
+def test_an_ablation_is_resumed_in_its_wrappers_and_told_of_others(tmp_path):
+    def ablation(max_steps, **options):
+        config = GRPOConfig(**SMALL | {"save_steps": 1, "max_steps": max_steps})
+        env = DropFeedback(CountA(), kinds=(k for k in ["lint", "hint"]), **options)
+        here = {"run_dir": tmp_path / "run", "resume": max_steps > 1}
+        return GRPOTrainer(policy(), env, config, **here)
+
+    ablation(1).train()
+    kept = Run.open(tmp_path / "run")
+    dropped = {"name": "DropFeedback", "kinds": ["hint", "lint"], "probability": 1.0, "seed": 0}
+    assert kept.config["env"]["wrappers"] == kept.lock["env"]["wrappers"] == [dropped]
+    ablation(2).train()
+    told = [e["message"] for e in Run.open(tmp_path / "run").events]
+    assert any("resumed from the checkpoint of step 1" in m for m in told)
+    assert not any("wrappers" in m for m in told)
+    with pytest.warns(RuntimeWarning, match=r"env\.wrappers was .*'seed': 0.* and is .*'seed': 7"):
+        ablation(3, seed=7).train()
+    told = {e["message"]: e["level"] for e in Run.open(tmp_path / "run").events}
+    assert "warning" in {level for m, level in told.items() if m.startswith("env.wrappers was")}
 
 
 # --- where the optimizer keeps its state -------------------------------------------------------

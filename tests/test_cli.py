@@ -780,6 +780,87 @@ def test_a_real_interrupt_ends_a_real_process_with_130(tmp_path: Path) -> None:
     assert Run.open(tmp_path / "a").status == "interrupted"
 
 
+# --- wrappers -----------------------------------------------------------------------------
+
+
+def test_eval_in_wrappers_says_so_and_goes_on_only_in_the_same(rlrf_cli: Invoke) -> None:
+    wrap = ("--wrap", "FeedbackLevel:level=binary", "--wrap", "TruncateFeedback:max_chars=9")
+    code, out, _ = rlrf_cli(*EVAL, *wrap, "--out", "eval.json")
+    assert code == 0
+    assert "FeedbackLevel[level='binary'], TruncateFeedback[max_chars=9]" in out
+    data = json.loads(Path("eval.json").read_text())
+    told = [
+        {"name": "FeedbackLevel", "level": "binary"},
+        {"name": "TruncateFeedback", "max_chars": 9},
+    ]
+    assert data["wrappers"] == data["lock"]["env"]["wrappers"] == told
+    assert (data["feedback"], data["split"]) == ("binary", "eval")
+    texts = {s["text"] for r in data["rollouts"] for f in r["feedback"] for s in f}
+    assert texts == {"not correct."[-9:]}
+    settings = {k: data[k] for k in EVAL_SETTINGS}
+    Path("other.json.partial").write_text(json.dumps(settings) + "\n")
+    code, _, err = rlrf_cli(*EVAL, "--out", "other.json", "--feedback", "binary")
+    assert code == 2
+    assert "made with wrappers=[{'name': 'FeedbackLevel'" in err
+    assert rlrf_cli(*EVAL, *wrap, "--out", "other.json")[0] == 0
+
+
+EVAL_SETTINGS = (
+    "env env_options split feedback n_tasks policy model policy_options samples_per_task "
+    "temperature top_p max_tokens seed wrappers"
+).split()
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        ("FeedbackLevl:level=binary", "unknown wrapper 'FeedbackLevl'. Did you mean"),
+        ("FeedbackLevel:level=reference", "shows no more than 'explained'"),
+        ("FeedbackLevel:binary", "is no wrapper; write NAME"),
+        ("FeedbackLevel:lvl=binary", "its arguments are level"),
+    ],
+)
+@pytest.mark.parametrize("command", [EVAL, ("check", "cli-cities-v0")])
+def test_wrong_wrappers_are_wrong_usage(
+    rlrf_cli: Invoke, command: tuple[str, ...], wrap: str, message: str
+) -> None:
+    code, _, err = rlrf_cli(*command, "--wrap", wrap)
+    assert code == 2
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_info_shows_wrappers_and_what_they_leave(rlrf_cli: Invoke) -> None:
+    code, out, _ = rlrf_cli("info", "cli-cities-v0", "--wrap", "DropFeedback:kinds=['reference']")
+    assert code == 0
+    assert "DropFeedback[kinds=['reference'], probability=1.0, seed=0]" in out
+    assert "Cities\nName the capital." in out
+    assert "It is Paris" not in out
+    assert "FeedbackLevel" in rlrf_cli("list")[1]
+
+
+def test_train_takes_wrappers_and_keeps_them(rlrf_cli: Invoke) -> None:
+    Path("c.toml").write_text(
+        'model = "m"\n[trainer]\nname = "cli-fake"\n[env]\nid = "cli-cities-v0"\n'
+        '[env.wrap]\nFeedbackLevel = {level = "category"}\n'
+    )
+    set_ = ("--set", "env.wrap.DropFeedback.seed=1")
+    code, _, err = rlrf_cli("train", "c.toml", *set_, "--run-dir", "run")
+    assert code == 0, err
+    (trainer,) = FakeTrainer.made
+    assert str(trainer.env).startswith("DropFeedback[")
+    assert str(trainer.eval_env).startswith("DropFeedback[")
+    assert trainer.eval_env is not None
+    assert trainer.eval_env.split == "eval"
+    kept = Run.open("run").lock["env"]["wrappers"]
+    assert [w["name"] for w in kept] == ["FeedbackLevel", "DropFeedback"]
+    again = rlrf_cli("train", "run/config.toml", "--run-dir", "again")
+    assert again[0] == 0
+    assert str(FakeTrainer.made[-1].env) == str(trainer.env)
+    page = Path("run/report.html").read_text()
+    assert "cli-cities-v0 in FeedbackLevel[level='category'] in DropFeedback[" in page
+
+
 # --- report, check ------------------------------------------------------------------------
 
 

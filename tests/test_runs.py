@@ -154,6 +154,7 @@ def test_the_lock_names_versions_and_the_environment(tmp_path: Path) -> None:
         "options": {"feedback": "located"},
         "feedback": "located",
         "split": "train",
+        "wrappers": [],
     }
     assert lock["versions"]["rlrf"] == rlrf.__version__
     assert lock["versions"]["gymnasium"]

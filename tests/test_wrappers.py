@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
+import pickle
+import tomllib
 
+import numpy as np
 import pytest
+from gymnasium.envs.registration import EnvSpec
 
 import rlrf
 from rlrf import Feedback, Outcome, Segment, Task, UsageError
+from rlrf.config import TrainConfig, build_config, load_train_config, parse_wrapper, to_toml
+from rlrf.runs import environment_lock
 from rlrf.wrappers import (
     DropFeedback,
     FeedbackLevel,
     FeedbackWrapper,
     ShuffleFeedback,
     TruncateFeedback,
+    wrap,
+    wrappers,
+    wrappers_of,
 )
 from tests.environments_for_tests import Echo, Recorder
 
@@ -67,8 +78,11 @@ def test_level():
     assert paths(FeedbackLevel(Sums(), "category"))[1].text == (
         "The answer is wrong.\n\nThere is a hint."
     )
-    lower = Sums(feedback="none")
-    assert not paths(FeedbackLevel(lower, "explained"))[1]  # a wrapper never shows more
+    with pytest.raises(UsageError, match=r"shows level 'explained', but .* no more than 'none'"):
+        FeedbackLevel(Sums(feedback="none"), "explained")
+    with pytest.raises(UsageError, match="no more than 'category'"):
+        FeedbackLevel(FeedbackLevel(Sums(), "category"), "located")
+    assert FeedbackLevel(Sums(), "category").feedback_level == rlrf.Level.category
 
 
 def test_drop():
@@ -132,6 +146,9 @@ def test_a_wrapper_is_its_environment_in_all_but_feedback():
         splits = ("train", "validation", "test")
         reward_range = (-1.0, 2.0)
         success_threshold = 0.5
+        eval_split = "test"
+        max_tokens = 77
+        overlapping_splits = True
         closed = 0
 
         async def aclose(self):
@@ -142,6 +159,8 @@ def test_a_wrapper_is_its_environment_in_all_but_feedback():
     assert wrapped.splits == inner.splits
     assert (wrapped.reward_range, wrapped.success_threshold) == ((-1.0, 2.0), 0.5)
     assert wrapped.split == "validation"
+    assert (wrapped.eval_split, wrapped.max_tokens) == ("test", 77)
+    assert wrapped.overlapping_splits
     assert wrapped.feedback_level == inner.feedback_level
     assert wrapped.observation_space == inner.observation_space
     policy = Recorder()
@@ -163,9 +182,13 @@ def test_text_and_message_are_one_attempt():
 
 @pytest.mark.parametrize("level", list(rlrf.Level))
 @pytest.mark.parametrize("inner", list(rlrf.Level))
-def test_a_level_wrapper_shows_the_lower_level(inner, level):
+def test_a_level_wrapper_shows_that_level(inner, level):
+    if level > inner:
+        with pytest.raises(UsageError, match=f"make it with feedback='{level.name}'"):
+            FeedbackLevel(Echo(feedback=inner), level)
+        return
     shown = paths(FeedbackLevel(Echo(feedback=inner), level), attempt="wrong", task="train-no")[1]
-    assert shown == Echo(feedback=min(inner, level)).grade("train-no", "wrong").feedback
+    assert shown == Echo(feedback=level).grade("train-no", "wrong").feedback
 
 
 def test_shuffling_needs_two_tasks_and_something_to_say():
@@ -207,3 +230,158 @@ def test_a_transform_that_exits_costs_its_own_rollout():
     found = rlrf.rollout(Exits(Sums()), Recorder())
     assert [r.scored for r in found] == [True, True, False, True, True, True]
     assert found[2].failure == "env_error: RuntimeError: a hook raised SystemExit(3)"
+
+
+# --- part of what an environment is ---------------------------------------------------------------
+
+
+class Suffix(FeedbackWrapper):
+    """A third party's, that says nothing of its arguments."""
+
+    def __init__(self, env, text="!", *, words=(), **more):
+        super().__init__(env)
+        self.more, self.words = more, list(words)
+
+    async def transform(self, feedback, task, action, rng):
+        return feedback
+
+
+class Plain(FeedbackWrapper):
+    """One without a constructor of its own."""
+
+    async def transform(self, feedback, task, action, rng):
+        return feedback
+
+
+def test_an_environment_names_its_wrappers_with_their_arguments(registered):
+    env = FeedbackLevel(rlrf.make("test-echo-v0", shout=True), "located")
+    env = DropFeedback(env, kinds=(k for k in ("lint", "hint")), probability=0.5)
+    told = wrappers_of(env)
+    assert told == [
+        {"name": "FeedbackLevel", "level": "located"},
+        {"name": "DropFeedback", "kinds": ["hint", "lint"], "probability": 0.5, "seed": 0},
+    ]
+    assert json.loads(json.dumps(told)) == told
+    assert str(env) == repr(env)
+    assert str(env).startswith("DropFeedback[kinds=['hint', 'lint'], probability=0.5, seed=0](Feed")
+    assert "FeedbackLevel[level='located'](<rlrf/test-echo-v0 " in str(env)
+    lock = environment_lock(env)["env"]
+    assert lock["wrappers"] == told
+    assert (lock["id"], lock["options"]) == ("test-echo-v0", {"shout": True})
+    assert lock["feedback"] == "located"
+    assert wrappers_of(Echo()) == []
+    assert environment_lock(FeedbackLevel(Echo(), "binary"))["env"]["id"] == "Echo"
+
+
+def test_an_environment_is_made_anew_from_its_spec(registered):
+    env = DropFeedback(rlrf.make("test-echo-v0", shout=True), kinds="lint", seed=3)
+    assert [w.name for w in env.spec.additional_wrappers] == ["DropFeedback"]
+    assert env.env.spec.additional_wrappers == ()
+    again = rlrf.make(env.spec)
+    assert str(again) == str(env)
+    assert again.grade("train-no", "x").feedback == env.grade("train-no", "x").feedback
+    ours = FeedbackLevel(rlrf.make("format-rules-v0"), "binary").spec
+    assert str(rlrf.make(EnvSpec.from_json(ours.to_json()))).startswith("FeedbackLevel[level='bin")
+    assert DropFeedback(Echo()).spec is None
+
+
+def test_what_registers_its_wrappers_names_them_too(registered):
+    rlrf.register("test-binary-v0", lambda **options: FeedbackLevel(Echo(**options), "binary"))
+    env = rlrf.make("test-binary-v0")
+    assert env.spec.id == "rlrf/test-binary-v0"
+    assert wrappers_of(env) == [{"name": "FeedbackLevel", "level": "binary"}]
+
+
+def test_a_third_party_says_nothing_twice():
+    env = Suffix(Sums(), words=iter("ab"), how=len, which=Sums(), some=np.int64(3))
+    assert wrappers_of(env) == [
+        {
+            "name": "Suffix",
+            "text": "!",
+            "words": ["a", "b"],
+            "more": {
+                "how": "builtins:len",
+                "which": "tests.test_wrappers:Sums",
+                "some": 3,
+            },
+        }
+    ]
+    assert wrappers_of(copy.deepcopy(env)) == wrappers_of(env)
+    assert wrappers_of(pickle.loads(pickle.dumps(TruncateFeedback(Echo(), 9)))) == [
+        {"name": "TruncateFeedback", "max_chars": 9}
+    ]
+    assert wrappers_of(Plain(Sums())) == [{"name": "Plain"}]
+    with pytest.raises(TypeError, match="level"):
+        FeedbackLevel(Sums())
+
+
+def test_wrappers_by_name(monkeypatch):
+    env = wrap(Sums(), {"FeedbackLevel": {"level": "located"}, "DropFeedback": {}})
+    assert [w["name"] for w in wrappers_of(env)] == ["FeedbackLevel", "DropFeedback"]
+    twice = [{"name": "TruncateFeedback", "max_chars": n} for n in (90, 9)]
+    assert wrappers_of(wrap(Sums(), twice)) == twice
+    assert wrap(Sums(), None).spec is None
+    named = wrap(Sums(), [{"name": "tests.test_wrappers:Suffix", "text": "?"}])
+    assert isinstance(named, Suffix)
+    monkeypatch.setitem(wrappers._added, "Suffix", "tests.test_wrappers:Suffix")
+    assert isinstance(wrap(Sums(), {"Suffix": {}}), Suffix)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"FeedbackLevl": {}}, "unknown wrapper 'FeedbackLevl'. Did you mean 'FeedbackLevel'"),
+        ({"FeedbackLevel": {}}, "'FeedbackLevel': missing a required argument: 'level'"),
+        ({"FeedbackLevel": {"levl": 1}}, "did you mean 'level'. its arguments are level"),
+        ({"FeedbackLevel": {"level": "reference"}}, "shows no more than 'explained'"),
+        ({"FeedbackLevel": "binary"}, "FeedbackLevel is 'binary'; it must be a table"),
+        ([{"level": "binary"}], "has no name"),
+        ({"rlrf.env:SingleTurnEnv": {}}, "it must be a FeedbackWrapper"),
+        ({"no.such:Thing": {}}, "cannot be imported"),
+        ({"ShuffleFeedback": {"seed": 1, "env": 3}}, "multiple values for argument 'env'"),
+    ],
+)
+def test_wrong_wrappers_are_told(given, message):
+    with pytest.raises(UsageError, match=message):
+        wrap(Sums(), given)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("ShuffleFeedback", {}),
+        ("FeedbackLevel:level=binary", {"level": "binary"}),
+        (
+            "DropFeedback:kinds=['a', 'b'],probability=0.5",
+            {"kinds": ["a", "b"], "probability": 0.5},
+        ),
+        ('X:text="a,b=c",n=1', {"text": "a,b=c", "n": 1}),
+        ("pkg.mod:Class", {"name": "pkg.mod:Class"}),
+        ("pkg.mod:Class:at=2024-08-01", {"name": "pkg.mod:Class", "at": "2024-08-01"}),
+    ],
+)
+def test_wrappers_on_the_command_line(text, expected):
+    assert parse_wrapper(text) == {"name": text.partition(":")[0], **expected}
+
+
+@pytest.mark.parametrize("text", ["", ":", "FeedbackLevel:binary", "X:a=1,b", "X:=1"])
+def test_what_is_no_wrapper_on_the_command_line_is_told(text):
+    with pytest.raises(UsageError, match="is no wrapper; write NAME"):
+        parse_wrapper(text)
+
+
+def test_they_are_read_from_a_configuration():
+    data = {"id": "a-v0", "shout": True, "wrap": {"FeedbackLevel": {"level": "binary"}}}
+    config = build_config(TrainConfig, {"model": "m", "env": data})
+    assert config.env.wrap == {"FeedbackLevel": {"level": "binary"}}
+    assert config.env.options == {"shout": True}
+    assert config.held_out().wrap == config.env.wrap
+    again = tomllib.loads(to_toml(config.model_dump(exclude_none=True)))
+    assert build_config(TrainConfig, again).env.wrap == config.env.wrap
+    assert "wrap" not in to_toml(
+        build_config(TrainConfig, {"model": "m", "env": {"id": "a"}}).model_dump(exclude_none=True)
+    )
+    set_ = ["env.id=a-v0", "model=m", "env.wrap.DropFeedback.seed=1"]
+    assert load_train_config(None, set_).env.wrap == {"DropFeedback": {"seed": 1}}
+    with pytest.raises(UsageError, match=r"env\.wrap"):
+        build_config(TrainConfig, {"model": "m", "env": {"id": "a", "wrap": "FeedbackLevel"}})

@@ -16,6 +16,7 @@ from rlrf.config import read_config
 from rlrf.errors import ConfigError
 from rlrf.evaluate import pass_rate_interval
 from rlrf.runs import Run
+from rlrf.wrappers import in_words
 
 MAX_POINTS = 3000
 """Points of a curve; beyond it every n-th is drawn."""
@@ -75,6 +76,13 @@ def _event(event: Mapping[str, Any]) -> dict[str, str]:
     return {key: cut(event.get(key) or "") for key in ("time", "level", "message")}
 
 
+def _environment(env: Mapping[str, Any]) -> str:
+    """Its id, and its wrappers."""
+    around = env.get("wrappers")
+    named = [w for w in around if isinstance(w, Mapping)] if isinstance(around, list) else []
+    return cut(" in ".join([str(env.get("id", "")), *(in_words([w]) for w in named)]))
+
+
 def _facts(run: Run, series: Mapping[str, list[list[float | None]]]) -> dict[str, Any]:
     info, lock, config = run.info, run.lock, run.config
     launched = _launched(run)
@@ -85,7 +93,7 @@ def _facts(run: Run, series: Mapping[str, list[list[float | None]]]) -> dict[str
         "status": run.status,
         "message": cut(info.get("message", "")),
         "model": model if isinstance(model, str) else "",
-        "env": str(env.get("id", "")),
+        "env": _environment(env),
         "feedback": str(env.get("feedback", "")),
         "trainer": trainer.get("name", "") if isinstance(trainer, Mapping) else "",
         "started": str(info.get("started", "")),

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rlrf._files import refused, write_whole
-from rlrf.commands.common import EnvOptions, make_env, new_console
+from rlrf.commands.common import EnvOptions, Wraps, make_env, new_console
 from rlrf.config import check_output
 from rlrf.console import Display
 from rlrf.errors import ConfigError
@@ -27,6 +27,7 @@ def check(
     context: typer.Context,
     env: Annotated[list[str], typer.Argument(metavar="ENV...", help="Environment ids.")],
     option: EnvOptions = None,
+    wrap: Wraps = None,
     task: Annotated[
         list[str] | None, typer.Option(help="Try this task (its id); repeatable.")
     ] = None,
@@ -60,7 +61,7 @@ def check(
     context.with_resource(Display())
     ok, reports = True, []
     for id in env:
-        found = make_env(id, option, {})
+        found = make_env(id, option, {}, wraps=wrap)
         try:
             with phase(f"checking {id}"):
                 outcome = check_env(

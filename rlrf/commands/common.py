@@ -10,12 +10,21 @@ import typer
 from rich.console import Console
 
 import rlrf
-from rlrf.config import parse_assignment
+from rlrf.config import parse_assignment, parse_wrapper
 from rlrf.env import Env
+from rlrf.wrappers import Wrap, wrap
 
 EnvOptions = Annotated[
     list[str] | None,
     typer.Option("--option", "-o", help="Option of the environment, name=value; repeatable."),
+]
+Wraps = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--wrap",
+        metavar="NAME:ARG=VALUE,...",
+        help="Wrapper, e.g. FeedbackLevel:level=binary; repeatable, the innermost first.",
+    ),
 ]
 EnvId = Annotated[str, typer.Argument(metavar="ENV", help="Environment id; see `rlrf list`.")]
 
@@ -37,6 +46,7 @@ def make_env(
     given: Mapping[str, Any],
     *,
     held_out: bool = False,
+    wraps: list[str] | None = None,
 ) -> Env:
     """The environment a command names.
 
@@ -45,13 +55,24 @@ def make_env(
         option: ``name=value``, as given on the command line.
         given: further options; None is none.
         held_out: whether it is the split for evaluation that is wanted, where none is named.
+        wraps: its wrappers, as given on the command line.
     """
+    named = [parse_wrapper(text) for text in wraps or ()]
     options = assignments(option)
     options |= {name: value for name, value in given.items() if value is not None}
     env = rlrf.make(id, **options)
     if held_out and env.eval_split in env.splits and "split" not in options:
         env.split = env.eval_split
-    return env
+    return wrapped(env, named)
+
+
+def wrapped(env: Env, wraps: Wrap | None) -> Env:
+    """An environment in its wrappers; it is closed if it cannot be."""
+    try:
+        return wrap(env, wraps)
+    except BaseException:
+        env.close()
+        raise
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:

@@ -16,15 +16,17 @@ from rich.table import Table
 
 from rlrf import _interrupt, notices, runs
 from rlrf._plugin_source import read_signature
-from rlrf.commands.common import EnvOptions, assignments, make_env, new_console
+from rlrf.commands.common import EnvOptions, Wraps, assignments, make_env, new_console
 from rlrf.config import check_output, in_range
 from rlrf.console import RolloutProgress
+from rlrf.env import Env
 from rlrf.errors import ConfigError
 from rlrf.evaluate import EvalReport, evaluate
 from rlrf.policy import SamplingParams, make_policy, policies
 from rlrf.progress import phase
 from rlrf.results import ResultsFile
 from rlrf.rollout import MAX_AT_ONCE, Rollout
+from rlrf.wrappers import in_words, wrappers_of
 
 
 def eval_(
@@ -58,6 +60,7 @@ def eval_(
         ),
     ] = None,
     option: EnvOptions = None,
+    wrap: Wraps = None,
     policy_option: Annotated[
         list[str] | None,
         typer.Option("--policy-option", help="Option of the policy, name=value; repeatable."),
@@ -80,7 +83,7 @@ def eval_(
         _check_call(policy, signature, policy_options)
     progress = context.with_resource(RolloutProgress())
     with phase(f"loading the environment {env!r}"):
-        found = make_env(env, option, given, held_out=True)
+        found = make_env(env, option, given, held_out=True, wraps=wrap)
     max_tokens = found.max_tokens if max_tokens is None else max_tokens
     params = SamplingParams(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
     with contextlib.ExitStack() as stack:
@@ -103,6 +106,8 @@ def eval_(
             "max_tokens": max_tokens,
             "seed": seed,
         }
+        if around := wrappers_of(found):
+            settings["wrappers"] = around
         if out is not None:
             results = ResultsFile(out, settings, overwrite=overwrite)
         else:
@@ -137,7 +142,7 @@ def eval_(
                 on_rollout=finished,
                 done=results.done,
             )
-        _print_eval(new_console(), report, found.split)
+        _print_eval(new_console(), report, found)
         cut = report.finish_reasons.get("length", 0)
         if 2 * cut > report.n_rollouts:
             print(
@@ -159,12 +164,13 @@ def eval_(
         raise typer.Exit(1)
 
 
-def _print_eval(console: Console, report: EvalReport, split: str) -> None:
+def _print_eval(console: Console, report: EvalReport, env: Env) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()
     rows: dict[str, str] = {
-        "split": split,
+        "split": env.split,
+        **({"wrappers": in_words(around)} if (around := wrappers_of(env)) else {}),
         "tasks": str(report.n_tasks),
         "rollouts": str(report.n_rollouts),
     }

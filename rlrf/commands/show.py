@@ -14,7 +14,7 @@ from rich.table import Table
 import rlrf
 from rlrf._async import run_sync
 from rlrf._plugin_source import describe_target, plain
-from rlrf.commands.common import EnvId, EnvOptions, make_env, new_console
+from rlrf.commands.common import EnvId, EnvOptions, Wraps, make_env, new_console
 from rlrf.env import EmptySplitError, Env, StepResult, Task
 from rlrf.errors import RlrfError
 from rlrf.feedback import Level
@@ -23,6 +23,7 @@ from rlrf.policy import policies
 from rlrf.registry import accepted_options, origins
 from rlrf.sandbox import sandboxes
 from rlrf.trainer import trainers
+from rlrf.wrappers import in_words, innermost, wrappers, wrappers_of
 
 
 def list_() -> None:
@@ -33,6 +34,7 @@ def list_() -> None:
         ("Trainers", trainers),
         ("Policies", policies),
         ("Sandboxes", sandboxes),
+        ("Wrappers", wrappers),
     ):
         table = Table(title=title, title_justify="left", title_style="bold", box=None)
         table.add_column(no_wrap=True, style="cyan")
@@ -59,17 +61,21 @@ def list_() -> None:
 def info(
     env: EnvId,
     option: EnvOptions = None,
+    wrap: Wraps = None,
     split: Annotated[str | None, typer.Option(help="Split of the example task.")] = None,
 ) -> None:
     """Show what an environment is: options, splits, a task, and its feedback at every level."""
     console = new_console()
-    found = make_env(env, option, {"split": split, "feedback": "reference"})
+    found = make_env(env, option, {"split": split, "feedback": "reference"}, wraps=wrap)
     try:
-        doc = plain(inspect.getdoc(type(found)) or "")
-        console.print(f"[bold cyan]{escape(env)}[/]  {type(found).__qualname__}")
+        made = type(innermost(found))
+        doc = plain(inspect.getdoc(made) or "")
+        console.print(f"[bold cyan]{escape(env)}[/]  {made.__qualname__}")
         console.print(doc, markup=False, highlight=False)
         console.print()
-        _print_options(console, type(found))
+        if around := wrappers_of(found):
+            console.print(f"[bold]Wrappers[/]  {escape(in_words(around))}\n", highlight=False)
+        _print_options(console, made)
         sizes = {name: _size(found, name) for name in found.splits}
         told = ", ".join(f"{name} {size} tasks" for name, size in sizes.items())
         console.print(f"[bold]Splits[/]  {told}")

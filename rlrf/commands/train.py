@@ -19,7 +19,7 @@ import typer
 import rlrf
 from rlrf import _interrupt, runs
 from rlrf._files import reason
-from rlrf.commands.common import is_main
+from rlrf.commands.common import is_main, wrapped
 from rlrf.commands.report import make_report
 from rlrf.config import TrainConfig, TrainerSection, build_config, load_train_config, to_toml
 from rlrf.console import TrainProgress
@@ -82,12 +82,12 @@ def train(
             "choose another run directory"
         )
     with phase(f"loading the environment {settings.env.id!r}"):
-        environment = rlrf.make(settings.env.id, **settings.env.options)
+        environment = wrapped(rlrf.make(settings.env.id, **settings.env.options), settings.env.wrap)
     held_out: Env | None = None
     try:
         if settings.eval_env is not None or "eval" in environment.splits:
             section = settings.held_out()
-            held_out = rlrf.make(section.id, **section.options)
+            held_out = wrapped(rlrf.make(section.id, **section.options), section.wrap)
         len(environment.tasks())  # an empty task set is an error before the model is loaded
         settings.run.dir = str(path)
         if owned is not None:

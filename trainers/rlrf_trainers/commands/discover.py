@@ -44,6 +44,7 @@ from rlrf.progress import phase
 from rlrf.reprompt import choose_hints, multi_turn_prompt
 from rlrf.results import ResultsFile
 from rlrf.runs import environment_lock
+from rlrf.wrappers import wrap, wrappers_of
 from rlrf_trainers.algorithms.sdpo import SDPOTrainer
 from rlrf_trainers.config import SDPOConfig
 from rlrf_trainers.core.preflight import check_questions
@@ -721,6 +722,7 @@ def _discover(
     with phase(f"loading the environment {settings.env.id!r}"):
         environment = rlrf.make(settings.env.id, **settings.env.options)
     try:
+        environment = wrap(environment, settings.env.wrap)
         options = settings.trainer.options
         trainer_config = discovery_config(environment, options, prefix="trainer.")
         if unused := [key for key in WITHOUT_EFFECT if key in options]:
@@ -742,6 +744,7 @@ def _discover(
             "env_options": settings.env.options,
             "split": environment.split,
             "feedback": environment.feedback_level.name,
+            **({"wrappers": around} if (around := wrappers_of(environment)) else {}),
             "tasks": ids,
             "model": settings.model,
             "method": methods,

@@ -87,7 +87,11 @@ class Resumption:
             if was != here:  # or _check_same had refused
                 self.record.note(f"the model has moved from {was!r} to {here!r}")
         for key, before, now in changed:
-            self.record.note(f"{key} was {before!r} before, and is {now!r} from here on")
+            what = f"{key} was {before!r} before, and is {now!r} from here on"
+            if key.endswith(".wrappers"):  # forgotten, most likely
+                self.record.warn(key, what)
+            else:
+                self.record.note(what)
         if (
             state is not None
             and state.data.get("compared", loop.evaluation.compared) != loop.evaluation.compared
