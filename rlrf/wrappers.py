@@ -175,7 +175,8 @@ class FeedbackWrapper(Env):
         await self.env.aclose()
 
     def __repr__(self) -> str:
-        return f"{in_words([_description(self)])}({self.env!r})"
+        arguments = [repr(self.env), *(f"{k}={v!r}" for k, v in self.arguments.items())]
+        return f"{type(self).__name__}({', '.join(arguments)})"
 
     __str__ = __repr__
 
@@ -422,11 +423,11 @@ def _description(env: Env) -> dict[str, Any]:
 
 
 def in_words(wrappers: Iterable[Mapping[str, Any]]) -> str:
-    """Wrappers in a line: ``DropFeedback[kinds=['hint'], probability=0.5]``."""
+    """Wrappers in a line: ``DropFeedback(kinds=['hint'], probability=0.5)``."""
     parts = []
     for wrapper in wrappers:
         arguments = ", ".join(f"{k}={v!r}" for k, v in wrapper.items() if k != "name")
-        parts.append(f"{wrapper.get('name')}" + (f"[{arguments}]" if arguments else ""))
+        parts.append(f"{wrapper.get('name')}({arguments})")
     return ", ".join(parts)
 
 

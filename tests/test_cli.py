@@ -787,7 +787,7 @@ def test_eval_in_wrappers_says_so_and_goes_on_only_in_the_same(rlrf_cli: Invoke)
     wrap = ("--wrap", "FeedbackLevel:level=binary", "--wrap", "TruncateFeedback:max_chars=9")
     code, out, _ = rlrf_cli(*EVAL, *wrap, "--out", "eval.json")
     assert code == 0
-    assert "FeedbackLevel[level='binary'], TruncateFeedback[max_chars=9]" in out
+    assert "FeedbackLevel(level='binary'), TruncateFeedback(max_chars=9)" in out
     data = json.loads(Path("eval.json").read_text())
     told = [
         {"name": "FeedbackLevel", "level": "binary"},
@@ -833,7 +833,7 @@ def test_wrong_wrappers_are_wrong_usage(
 def test_info_shows_wrappers_and_what_they_leave(rlrf_cli: Invoke) -> None:
     code, out, _ = rlrf_cli("info", "cli-cities-v0", "--wrap", "DropFeedback:kinds=['reference']")
     assert code == 0
-    assert "DropFeedback[kinds=['reference'], probability=1.0, seed=0]" in out
+    assert "DropFeedback(kinds=['reference'], probability=1.0, seed=0)" in out
     assert "Cities\nName the capital." in out
     assert "It is Paris" not in out
     assert "FeedbackLevel" in rlrf_cli("list")[1]
@@ -848,8 +848,8 @@ def test_train_takes_wrappers_and_keeps_them(rlrf_cli: Invoke) -> None:
     code, _, err = rlrf_cli("train", "c.toml", *set_, "--run-dir", "run")
     assert code == 0, err
     (trainer,) = FakeTrainer.made
-    assert str(trainer.env).startswith("DropFeedback[")
-    assert str(trainer.eval_env).startswith("DropFeedback[")
+    assert str(trainer.env).startswith("DropFeedback(")
+    assert str(trainer.eval_env).startswith("DropFeedback(")
     assert trainer.eval_env is not None
     assert trainer.eval_env.split == "eval"
     kept = Run.open("run").lock["env"]["wrappers"]
@@ -858,7 +858,7 @@ def test_train_takes_wrappers_and_keeps_them(rlrf_cli: Invoke) -> None:
     assert again[0] == 0
     assert str(FakeTrainer.made[-1].env) == str(trainer.env)
     page = Path("run/report.html").read_text()
-    assert "cli-cities-v0 in FeedbackLevel[level='category'] in DropFeedback[" in page
+    assert "cli-cities-v0 in FeedbackLevel(level='category') in DropFeedback(" in page
 
 
 # --- report, check ------------------------------------------------------------------------
