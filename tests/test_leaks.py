@@ -45,6 +45,7 @@ class Quiz(rlrf.SingleTurnEnv):
     about = staticmethod(lambda q, a: {})
     say = staticmethod(lambda q, a, reply: "That is not it.")
     reveals = "nothing"
+    source = staticmethod(lambda a: "quiz")
     metric = staticmethod(lambda q, a: {})
     refer: Callable[..., Any] | None = staticmethod(str)
 
@@ -63,7 +64,8 @@ class Quiz(rlrf.SingleTurnEnv):
             return Outcome(1.0)
         told = [Segment("wrong_answer", "No.")]
         if self.say is not None:
-            told.append(Segment("wrong_answer", self.say(q, a, completion), reveals=self.reveals))
+            text, source = self.say(q, a, completion), self.source(a)
+            told.append(Segment("wrong_answer", text, reveals=self.reveals, source=source))
         return Outcome(0.0, Feedback(told), self.metric(q, a))
 
     def reference_solution(self, task):
@@ -115,7 +117,15 @@ LEAKS = {
     "prompt, a sentence": quiz(
         facts={"a": "the answer to all questions is forty-two"}, pose=lambda q, a: f"Psst: {a}!"
     ),
+    "prompt, in a template": quiz(
+        facts={"Norway": "plover-93", "Chad": "auk-4711", "Peru": "heron-17"},
+        pose=lambda q, a: f"Where is {q}? [the grader will look for {a} in there]",
+    ),
+    "prompt, a number once": quiz(
+        facts={"6 * 7": 42}, pose=lambda q, a: f"What is {q}? The answer is {a}."
+    ),
     # in the metadata
+    "metadata, a name": quiz(about=lambda q, a: {"seen": {a: True}}),
     "metadata, by its name": quiz(about=lambda q, a: {"answer": a}),
     "metadata, another name": quiz(about=lambda q, a: {"note": {"city": [a]}}),
     "metadata, yes or no by its name": quiz(
@@ -134,6 +144,14 @@ LEAKS = {
     "metrics": quiz(facts=SUMS, metric=lambda q, a: {"target": a}),
     "metrics, another name": quiz(facts=SUMS, metric=lambda q, a: {"x": a}),
     # in what the environment says
+    "feedback, a number once": quiz(facts={"6 * 7": 42}, say=lambda q, a, r: f"Expected {a}."),
+    "feedback, hidden under any name": quiz(
+        hide=lambda q, a: {"value": a},
+        refer=None,
+        facts={"6 * 7": 42, "8 * 8": 64},
+        say=lambda q, a, r: f"The right result would be {a}",
+    ),
+    "feedback, in the source": quiz(source=lambda a: f"tests/{a}"),
     "feedback": quiz(say=lambda q, a, r: f"It is {a}."),
     "feedback, lower case": quiz(say=lambda q, a, r: f"It is {a.lower()}."),
     "feedback, spaced and quoted": quiz(
@@ -200,11 +218,15 @@ def test_plain_leaks_are_caught(name):
     told = name.partition(",")[0]
     id = {"feedback": "feedback.no_reference_leak"}.get(told, "semantic.no_solution_leakage")
     assert set(found) == {id}, str(report)
-    assert {"prompt": "prompt", "feedback": "says"}.get(told, told) in found[id].detail
+    if name != "feedback, in the source":
+        assert {"prompt": "prompt", "feedback": "says"}.get(told, told) in found[id].detail
 
 
 DOUBTFUL = {
-    "prompt, by itself": quiz(pose=lambda q, a: f"Where is {q}? ({a})"),
+    "prompt, once": quiz(
+        facts={"Norway": "Oslo"}, pose=lambda q, a: f"Where is {q}? Think of {a}, say."
+    ),
+    "prompt, to be repeated": quiz(pose=lambda q, a: f"Repeat after me: {a}! ({q})"),
     "prompt, tests": quiz(
         hide=lambda q, a: {"tests": ["assert largest_word('zebra crossing') == 'crossing'"]},
         pose=lambda q, a: f"{q}: assert largest_word('zebra crossing') == 'crossing'",
@@ -229,10 +251,17 @@ def test_what_is_not_sure_is_a_warning(name):
     assert not check_env(DOUBTFUL[name], strict=True).ok
 
 
-PASSAGE = (
-    "{a} was made the seat of government long ago, after two other cities had quarrelled over it. "
-    "Which city is the capital of {q}?"
+REST = (
+    " Two other cities had quarrelled over it for years, and neither would give way to the other, "
+    "so that in the end a third was built for the purpose, far from both. Which city is the "
+    "capital of {q}?"
 )
+PASSAGES = {
+    "Norway": "Long ago the seat of government moved to {a}." + REST,
+    "Australia": "People say that {a} was chosen for its climate." + REST,
+    "Canada": "It is not widely known how {a} came to be what it is." + REST,
+    "Kenya": "The railway reached {a} first." + REST,
+}
 HONEST = {
     "plain": quiz(),
     "no reference": quiz(refer=None),
@@ -263,7 +292,14 @@ HONEST = {
         pose=lambda q, a: options(q),
         say=lambda q, a, r: "Reply with one of A, B, C and D.",
     ),
-    "a passage": quiz(pose=lambda q, a: PASSAGE.format(q=q, a=a)),
+    "a passage": quiz(pose=lambda q, a: PASSAGES[q].format(q=q, a=a)),
+    "a list of options": quiz(
+        pose=lambda q, a: f"Which is the capital of {q}: Oslo, Canberra, Ottawa or Nairobi?"
+    ),
+    "what is expected of the form": quiz(
+        facts={"6 * 7": 42, "9 + 1": 10},
+        say=lambda q, a, r: "Expected 10 characters at most, one answer, in 2 lines.",
+    ),
     "the row is hidden": quiz(
         hide=lambda q, a: Row(f"Say it: {q}?", a, [{"x": 1, "public": True}]),
         about=lambda q, a: {"source": "CapitalsBench 2025", "question": q},
@@ -347,7 +383,7 @@ def test_an_author_says_what_must_stay_hidden():
                 for t in super().load_tasks(split)
             ]
 
-    assert check_env(Passage()).warnings
+    assert not check_env(Passage()).ok
 
     class Open(Passage):
         def secrets(self, task):
@@ -356,7 +392,7 @@ def test_an_author_says_what_must_stay_hidden():
         def reference_solution(self, task):
             return None
 
-    assert not check_env(Open()).warnings
+    assert check_env(Open()).verdict == "pass"
     assert rlrf.wrappers.DropFeedback(Open()).secrets(Open().tasks()[0]) is None
 
 

@@ -21,12 +21,14 @@ from typing import Any
 from rlrf.env import Task
 from rlrf.feedback import Feedback
 from rlrf.testing.play import NO_OPS, Doubt, Play, at
-from rlrf.testing.texts import PROGRAM, Hidden, Program, Secret, Text, is_answer, is_tests
+from rlrf.testing.texts import PROGRAM, Hidden, Program, Secret, Text, is_answer, is_tests, names
 
 _BITS = 12.0
 """A value of fewer may well stand in a text by chance."""
 _SURE_BITS = 30.0
 """A value of as many stands in a prompt only because it was put there."""
+_LIKELY_BITS = 6.0
+"""A value of as many (a number of two digits) stands where an answer is named by little chance."""
 _LOOKED_AT = 20
 """Tasks of a split whose prompts and metadata are looked at."""
 _TOLD = 3
@@ -40,6 +42,16 @@ _FILLERS = frozenset(
     "is was are be the a an of to have been equal equals value output option answer number word "
     "letter choice one here being would".split()
 )
+_COPY = frozenset(
+    "say repeat copy echo write type print output reply respond spell recite quote".split()
+)
+_PASSAGE = 40
+"""A prompt of as many words may hold an answer that is to be read out of it."""
+_BETWEEN = r"(?:[,;/|]|\bor\b|\band\b)"
+_SEVERAL = rf"(?:{_BETWEEN}[^,;/|.:\n]{{1,40}}{_BETWEEN}|\bor\b|[/|])"
+_LIST_BEFORE = re.compile(rf"{_SEVERAL}\s*[\"'`]?$")
+_LIST_AFTER = re.compile(rf"[\"'`]?\s*{_SEVERAL}")
+_LIST_AROUND = re.compile(r"[,;]\s*[\"'`]?$"), re.compile(r"[\"'`]?\s*(?:[,;]|or\b|and\b)")
 _CHOICE = re.compile(r"^[ \t]*(?:[-*•]|\(?[A-Za-z0-9]{1,2}[.):])[ \t]+(.+)$", re.MULTILINE)
 
 
@@ -118,10 +130,10 @@ def public_leaks(play: Play) -> Leaks:
     asked = {t.id: t for t in play.tasks}
     more = {t.id: t for t in (play.first(_LOOKED_AT) if play.looks_further else [])}
     known = _known(play, (more | asked).values())
-    prompts, fields = _Habit(known), _Habit(known)
+    prompts, fields, templates = _Habit(known), _Habit(known), _Templates(len(known))
     for k in known.values():
         where = f"task {k.task.id!r}: the prompt"
-        _prompt(leaks, k, where)
+        _prompt(leaks, templates, k, where)
         prompts.note("prompt", k, k.prompt, where, cued=True, known=Text(""))
         _fields(leaks, fields, k, "metadata", dict(k.task.metadata))
         if k.task.id in asked:
@@ -138,6 +150,7 @@ def public_leaks(play: Play) -> Leaks:
                 prompts.note("observation", k, text, where, cued=True, known=Text(action))
                 prompts.note("observations", k, text, where, cued=False, known=own)
             _fields(leaks, fields, k, "metrics", dict(turn.metrics), attempt=action)
+    templates.judge(leaks)
     prompts.judge(leaks)
     fields.judge(leaks)
     return leaks
@@ -164,6 +177,9 @@ def feedback_leaks(play: Play) -> Leaks:
                         _program(leaks, k, text, own, where)
                     continue
                 _prose(leaks, k, text, own, where)
+                # The lower levels keep it.
+                by = at(task, action) + f"the source of a segment of step {n}, at every level,"
+                _prose(leaks, k, Text(segment.source), own, by)
                 habit.note("feedback", k, text, where, cued=True, known=Text(action))
                 habit.note("feedbacks", k, text, where, cued=False, known=own)
     habit.judge(leaks)
@@ -197,14 +213,20 @@ def _program(leaks: Leaks, k: _Known, text: Text, own: Text, where: str) -> None
         found[f"{where} {share:.0%} of the reference solution: {line[:80]!r}"] = None
 
 
-def _prompt(leaks: Leaks, k: _Known, where: str) -> None:
-    for secret in k.answers:
-        if secret.bits < _BITS or not k.prompt.holds(secret) or _is_choice(k.prompt.raw, secret):
+def _prompt(leaks: Leaks, templates: _Templates, k: _Known, where: str) -> None:
+    there = [s for s in k.answers if k.prompt.holds(s)]
+    # What is to be sorted or rewritten stands there piece by piece.
+    pieces = len(k.answers) > 1 and sum("[" in s.path for s in k.answers if s in there) > 1
+    most = max((s.bits for s in k.answers), default=0.0)
+    for secret in there:
+        part = (pieces and "[" in secret.path) or (k.solution and secret.bits < most / 2)
+        if part or secret.bits < _BITS or _is_choice(k.prompt, secret):
             continue
-        if secret.bits >= _SURE_BITS or _is_cued(k.prompt, secret):
-            leaks.sure[_told(where, secret, k.prompt)] = None
-        elif _stands_alone(k.prompt, secret):
-            leaks.doubtful[_told(where, secret, k.prompt)] = None
+        told = _told(where, secret, k.prompt)
+        if _is_cued(k.prompt, secret):
+            leaks.sure[told] = None
+        else:
+            templates.note(k, secret, told)
     for secret in k.secrets:
         test = not secret.answer and any(map(is_tests, re.findall(r"\w+", secret.path)))
         public = k.hidden.public.holds(secret)
@@ -223,13 +245,21 @@ def _fields(
     attempt: str = "",
 ) -> None:
     """What stands under a name: metadata, an info, metrics."""
-    own = Text(k.prompt.raw + "\n" + attempt)
+    own, called = Text(k.prompt.raw + "\n" + attempt), names(data)
+    for secret in k.telling:
+        if called.holds(secret) and not own.holds(secret):
+            leaks.sure[f"task {k.task.id!r}: a name in {name} holds {secret.path}"] = None
+            return
     for field_ in Hidden(data, name).secrets:
+        if field_.path == name and isinstance(data, Mapping):
+            continue  # all of it, of which each is looked at
         value, where = Text(field_.text), f"task {k.task.id!r}: {field_.path}"
         for secret in k.telling:
             known = own.holds(secret) and not (is_answer(field_.key) and secret.answer)
-            published = secret.key == field_.key and not (
-                is_answer(secret.key) or is_tests(secret.key)
+            published = (
+                secret.key
+                and secret.key == field_.key
+                and not (is_answer(secret.key) or is_tests(secret.key))
             )
             if not known and not published and value.holds(secret):
                 leaks.sure[_told(where, secret, value)] = None
@@ -268,26 +298,44 @@ def _is_cued(text: Text, secret: Secret) -> bool:
     return False
 
 
-def _is_choice(text: str, secret: Secret) -> bool:
+def _is_choice(text: Text, secret: Secret) -> bool:
     """Whether a value is one of the items of a list, which does not tell which is right."""
-    items = [Text(item) for item in _CHOICE.findall(text)]
-    return len(items) > 1 and any(item.is_only(secret) for item in items)
-
-
-def _stands_alone(text: Text, secret: Secret) -> bool:
-    """Whether a value is set apart from the words around it."""
+    items = [Text(item) for item in _CHOICE.findall(text.raw)]
+    if len(items) > 1 and any(item.is_only(secret) for item in items):
+        return True
     start, end = text.where(secret)
-    before = text.raw[max(0, start - 3) : start].rstrip(" \t")
-    after = text.raw[end : end + 2].lstrip(" .!\t")
-    return before[-1:] in ("", "\n", ":", "(", "[", '"', "'", "`") and after[:1] in (
-        "",
-        "\n",
-        ")",
-        "]",
-        '"',
-        "'",
-        "`",
-    )
+    before, after = text.raw[max(0, start - 60) : start], text.raw[end : end + 60]
+    left, right = _LIST_AROUND
+    around = left.search(before) and right.match(after)
+    return bool(around or _LIST_BEFORE.search(before) or _LIST_AFTER.match(after))
+
+
+class _Templates:
+    """Answers in prompts, which may be there by right (a passage to read, a word to repeat).
+
+    What surrounds them tells: where it is the same in task after task, they were put there.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        self._tasks = tasks
+        self._found: dict[tuple[str, ...], list[tuple[_Known, Secret, str]]] = {}
+
+    def note(self, k: _Known, secret: Secret, told: str) -> None:
+        """An answer that stands in the prompt of its task."""
+        before = next((tuple(words[-2:]) for words, _ in k.prompt.before(secret)), ())
+        self._found.setdefault(before, []).append((k, secret, told))
+
+    def judge(self, leaks: Leaks) -> None:
+        """Which of them were put there."""
+        for before, found in self._found.items():
+            k, secret, told = found[0]
+            copied = any(word in _COPY for words, _ in k.prompt.before(secret) for word in words)
+            several = len({k.task.id for k, _, _ in found}) >= max(2, self._tasks / 2)
+            if not several and self._tasks > 1 and len(k.prompt.raw.split()) >= _PASSAGE:
+                continue
+            sure = (several or secret.bits >= _SURE_BITS) and not copied
+            more = f", and after {' '.join(before)!r} in {len(found)} prompts" if several else ""
+            (leaks.sure if sure else leaks.doubtful)[told + more] = None
 
 
 class _Habit:
@@ -342,14 +390,18 @@ class _Habit:
 
     def judge(self, leaks: Leaks) -> None:
         """Which of it is no chance."""
-        for key, told in self._places.items():
-            of = len(self._seen[key])
+        for (place, cued), told in self._places.items():
+            of = len(self._seen[place, cued])
             distinct = len({secret.same for secret, _ in told.values()})
-            first = next(message for _, message in told.values())
-            if len(told) >= 0.8 * of and distinct >= (2 if key[1] else 3):
+            secret, first = next(iter(told.values()))
+            if len(told) >= 0.8 * of and distinct >= (2 if cued else 3):
                 leaks.sure[f"{first}, and so in {len(told)} of {of} tasks"] = None
-            elif key[1] and key[0] != "prompt" and len(told) == of:
-                leaks.doubtful[first] = None
+            elif len(told) == of and of < 3:  # too few to tell habit from chance
+                likely = secret.bits >= _LIKELY_BITS
+                if cued and (likely or place != "prompt"):
+                    (leaks.sure if likely else leaks.doubtful)[first] = None
+                elif likely:
+                    leaks.doubtful[first] = None
 
 
 # --- what is public -------------------------------------------------------------------------------

@@ -174,7 +174,8 @@ def _bits(found: Sequence[str]) -> float:
 
 _ANSWER = re.compile(
     r"(?:\w*_)?(?:answers?|solutions?|expected|targets?|labels?|gold|golden|truth|correct"
-    r"|references?)(?:_(?:text|value|output|outputs|answer|answers|idx|index|option|solution|code))?",
+    r"|references?|secrets?|password|flag)(?:_(?!(?:type|format|kind|lang|language|len|length|size"
+    r"|count|source|unit|units|range|rule|level|id|ids|tokens?)$)\w+)?",
     re.IGNORECASE,
 )
 _TESTS = re.compile(
@@ -205,6 +206,7 @@ class Hidden:
         self._found: dict[Any, Secret] = {}
         public: list[str] = []
         top = _is_scalar(value) or (_is_list(value) and len(value) <= 10)
+        alone = len(_fields(value)) == 1  # then it needs no name to be the answer
         # Not recursive: what is hidden may be nested deeply.
         stack: list[tuple[Any, str, str, bool, bool, bool]] = [(value, name, "", top, False, False)]
         seen: dict[int, Any] = {}
@@ -238,7 +240,14 @@ class Hidden:
             if fields and all(_is_scalar(v) for v in fields.values()) and not shown:
                 self._add(path, key, " ".join(f"{k} {_text(v)}" for k, v in fields.items()), answer)
             stack += [
-                (child, f"{path}.{k}", k, not many and is_answer(k), many, shown)
+                (
+                    child,
+                    f"{path}.{k}",
+                    k,
+                    not many and (is_answer(k) or (alone and not is_tests(k))),
+                    many,
+                    shown,
+                )
                 for k, child in reversed(fields.items())
             ]
         # Short values that say nothing alone may say it together: all tests, a whole call.
@@ -277,6 +286,20 @@ def _flat(value: Any) -> Iterator[str]:
                 if fields.get("public") is True:
                     continue
                 stack += [part for pair in reversed(fields.items()) for part in reversed(pair)]
+
+
+def names(value: Any) -> Text:
+    """The names of all that something holds."""
+    stack, found, seen = [value], list[str](), set[int]()
+    while stack:
+        item = stack.pop()
+        if _is_scalar(item) or id(item) in seen:
+            continue
+        seen.add(id(item))
+        fields = {} if _is_list(item) else _fields(item)
+        found += fields
+        stack += list(item) if _is_list(item) else list(fields.values())
+    return Text("\n".join(found))
 
 
 def _is_scalar(value: Any) -> bool:
