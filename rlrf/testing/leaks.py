@@ -45,6 +45,8 @@ _FILLERS = frozenset(
 _COPY = frozenset(
     "say repeat copy echo write type print output reply respond spell recite quote".split()
 )
+_FEW = 3
+"""Of more tasks, a leak is in more than one."""
 _PASSAGE = 40
 """A prompt of as many words may hold an answer that is to be read out of it."""
 _BETWEEN = r"(?:[,;/|]|\bor\b|\band\b)"
@@ -331,8 +333,9 @@ class _Templates:
             k, secret, told = found[0]
             copied = any(word in _COPY for words, _ in k.prompt.before(secret) for word in words)
             several = len({k.task.id for k, _, _ in found}) >= max(2, self._tasks / 2)
-            if not several and self._tasks > 1 and len(k.prompt.raw.split()) >= _PASSAGE:
-                continue
+            if not several and self._tasks > 1:
+                if self._tasks > _FEW or len(k.prompt.raw.split()) >= _PASSAGE:
+                    continue
             sure = (several or secret.bits >= _SURE_BITS) and not copied
             more = f", and after {' '.join(before)!r} in {len(found)} prompts" if several else ""
             (leaks.sure if sure else leaks.doubtful)[told + more] = None

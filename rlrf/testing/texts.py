@@ -395,6 +395,8 @@ class Program:
         while run and present[run - 1]:
             run -= 1
         last = len(present) - run
+        if len(present) < 2:
+            return False  # a line is a value like any other
         return last >= 3 or (last == len(present) and math.fsum(map(len, self.lines)) >= 20)
 
 
