@@ -10,6 +10,7 @@ themselves that they are public, and settings that all tasks share.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -20,13 +21,14 @@ from typing import Any
 
 from rlrf.env import Task
 from rlrf.feedback import Feedback
-from rlrf.testing.play import NO_OPS, Doubt, Play, at
+from rlrf.testing.play import NO_OPS, Doubt, Play, Trace, at
 from rlrf.testing.texts import PROGRAM, Hidden, Program, Secret, Text, is_answer, is_tests, names
 
 _BITS = 12.0
 """A value of fewer may well stand in a text by chance."""
 _SURE_BITS = 30.0
 """A value of as many stands in a prompt only because it was put there."""
+_CHANCE = 0.04
 _LIKELY_BITS = 6.0
 """A value of as many (a number of two digits) stands where an answer is named by little chance."""
 _LOOKED_AT = 20
@@ -34,17 +36,19 @@ _LOOKED_AT = 20
 _TOLD = 3
 """Findings in a message."""
 
-_CUES = frozenset(
-    "answer answers solution expected correct right result target truth gold label should option "
-    "key psst secret hint".split()
-)
+_CALLED = frozenset("answer answers solution expected truth gold psst secret".split())
+"""What calls the next value the answer, in a prompt; others stand in many a passage."""
+_CUES = _CALLED | frozenset("correct right result target label should option key hint".split())
+_CUES |= frozenset("want wanted wants looking".split())
 _FILLERS = frozenset(
-    "is was are be the a an of to have been equal equals value output option answer number word "
-    "letter choice one here being would".split()
+    "is was are be the a an of to for have been equal equals value output option answer number "
+    "word letter choice one here being would".split()
 )
 _COPY = frozenset(
     "say repeat copy echo write type print output reply respond spell recite quote".split()
 )
+_UNNAMED = 8
+"""Of more values that are hidden under names that tell nothing, none is taken for the answer."""
 _FEW = 3
 """Of more tasks, a leak is in more than one."""
 _PASSAGE = 40
@@ -92,9 +96,17 @@ class _Known:
         self.solution = "" if solution is None else solution
         self.program = Program(self.solution) if len(self.solution.split()) > 3 else None
         secrets = {s.same: s for s in self.hidden.secrets}
+        self._guessed: set[Any] = set()
+        self._shared: Set[Any] = frozenset()
         whole = Program(self.solution).text
         if whole and (told := Secret.of("the reference solution", "", whole, answer=True)):
             secrets[told.same] = replace(secrets.get(told.same, told), answer=True)
+        if not any(s.answer for s in secrets.values()) and len(secrets) <= _UNNAMED:
+            # A small row, of which no name tells the answer: it may be any value that is not posed.
+            for same, s in secrets.items():
+                if "." in s.path and not self.prompt.holds(s) and not is_tests(s.key):
+                    secrets[same] = replace(s, answer=True)
+                    self._guessed.add(same)
         self.secrets = tuple(secrets.values())
         least = _BITS + math.log2(max(1, sum(not s.answer for s in self.secrets)))
         self._telling = [s for s in self.secrets if s.bits >= (_BITS if s.answer else least)]
@@ -110,11 +122,14 @@ class _Known:
 
     def leave_out(self, shared: Set[Any]) -> None:
         """Settings that all tasks share tell nothing of this one."""
-        self.telling = [s for s in self._telling if s.answer or s.same not in shared]
+        self._shared = shared - {
+            s.same for s in self.secrets if s.answer and s.same not in self._guessed
+        }
+        self.telling = [s for s in self._telling if s.same not in self._shared]
 
     def vague(self) -> list[Secret]:
         """The answers that may."""
-        return [s for s in self.answers if s.bits < _BITS]
+        return [s for s in self.answers if s.bits < _BITS and s.same not in self._shared]
 
 
 def _known(play: Play, tasks: Iterable[Task]) -> dict[str, _Known]:
@@ -161,11 +176,12 @@ def public_leaks(play: Play) -> Leaks:
 def feedback_leaks(play: Play) -> Leaks:
     """Of feedback, at every level."""
     leaks = Leaks()
-    known = _known(play, play.tasks)
+    further = _further(play)
+    known = _known(play, [*play.tasks, *further])
     if not any(k.secrets for k in known.values()):
         play.skip("the environment has no reference_solution and hides nothing")
     habit = _Habit(known)
-    for task, action, trace in play.everything():
+    for task, action, trace in itertools.chain(play.everything(), _played(play, further)):
         k = known[task.id]
         own = Text("\n".join((k.prompt.raw, action, k.hidden.public.raw)))
         for n, turn in enumerate(trace.turns, 1):
@@ -186,6 +202,28 @@ def feedback_leaks(play: Play) -> Leaks:
                 habit.note("feedbacks", k, text, where, cued=False, known=own)
     habit.judge(leaks)
     return leaks
+
+
+def _further(play: Play) -> list[Task]:
+    """Tasks with other answers, where those that are played have all the same small one."""
+    if not play.looks_further:
+        return []
+    mine = _known(play, play.tasks)
+    answers = {s.same for k in mine.values() for s in k.vague()}
+    if len(answers) != 1:
+        return []
+    others = (t for t in play.first(_LOOKED_AT) if t.id not in mine)
+    differ = [t for t in others if {s.same for s in _known(play, [t])[t.id].vague()} - answers]
+    return differ[:2]
+
+
+def _played(play: Play, tasks: Iterable[Task]) -> Iterator[tuple[Task, str, Trace]]:
+    """Tasks with a no-op, and with the solution of another."""
+    wrong = play.reference(play.tasks[0])
+    for task in tasks:
+        for action in (NO_OPS[-1], wrong):
+            if action is not None and isinstance(found := play.try_(task, action), Trace):
+                yield task, action, found
 
 
 def _is_program(k: _Known) -> bool:
@@ -222,10 +260,13 @@ def _prompt(leaks: Leaks, templates: _Templates, k: _Known, where: str) -> None:
     most = max((s.bits for s in k.answers), default=0.0)
     for secret in there:
         part = (pieces and "[" in secret.path) or (k.solution and secret.bits < most / 2)
-        if part or secret.bits < _BITS or _is_choice(k.prompt, secret):
+        if part or _is_choice(k.prompt, secret):
+            continue
+        if secret.bits < _BITS:
+            templates.note_vague(k, secret, _told(where, secret, k.prompt))
             continue
         told = _told(where, secret, k.prompt)
-        if _is_cued(k.prompt, secret):
+        if _is_cued(k.prompt, secret, _CALLED):
             leaks.sure[told] = None
         else:
             templates.note(k, secret, told)
@@ -274,7 +315,16 @@ def _fields(
                 if value.is_only(secret):
                     leaks.sure[_told(where, secret, value)] = None
                     return
-        habit.note(field_.path, k, value, where, cued=False, known=Text(attempt), whole=True)
+        habit.note(
+            field_.path,
+            k,
+            value,
+            where,
+            cued=False,
+            known=Text(attempt),
+            whole=True,
+            name=field_.key,
+        )
 
 
 def _told(where: str, secret: Secret, text: Text) -> str:
@@ -287,14 +337,14 @@ def _told(where: str, secret: Secret, text: Text) -> str:
     )
 
 
-def _is_cued(text: Text, secret: Secret) -> bool:
+def _is_cued(text: Text, secret: Secret, cues: Set[str] = _CUES) -> bool:
     """Whether a text calls a value the answer."""
     for before, after in text.before(secret):
         if after in ("or", "and"):
             continue
         for word in reversed(before):
-            if word in _CUES:
-                return True
+            if word in cues:
+                return not _is_choice(text, secret)
             if word not in _FILLERS:
                 break
     return False
@@ -321,17 +371,24 @@ class _Templates:
     def __init__(self, tasks: int) -> None:
         self._tasks = tasks
         self._found: dict[tuple[str, ...], list[tuple[_Known, Secret, str]]] = {}
+        self._vague: dict[tuple[str, ...], dict[str, tuple[Secret, str]]] = {}
 
     def note(self, k: _Known, secret: Secret, told: str) -> None:
         """An answer that stands in the prompt of its task."""
         before = next((tuple(words[-2:]) for words, _ in k.prompt.before(secret)), ())
         self._found.setdefault(before, []).append((k, secret, told))
 
+    def note_vague(self, k: _Known, secret: Secret, told: str) -> None:
+        """One that may stand there by chance."""
+        for words, _ in k.prompt.before(secret):
+            if len(words) > 1 and not _COPY & set(words):
+                self._vague.setdefault(tuple(words[-2:]), {})[k.task.id] = secret, told
+
     def judge(self, leaks: Leaks) -> None:
         """Which of them were put there."""
         for before, found in self._found.items():
             k, secret, told = found[0]
-            copied = any(word in _COPY for words, _ in k.prompt.before(secret) for word in words)
+            copied = any(_COPY & set(words) for words, _ in k.prompt.before(secret))
             several = len({k.task.id for k, _, _ in found}) >= max(2, self._tasks / 2)
             if not several and self._tasks > 1:
                 if self._tasks > _FEW or len(k.prompt.raw.split()) >= _PASSAGE:
@@ -339,6 +396,11 @@ class _Templates:
             sure = (several or secret.bits >= _SURE_BITS) and not copied
             more = f", and after {' '.join(before)!r} in {len(found)} prompts" if several else ""
             (leaks.sure if sure else leaks.doubtful)[told + more] = None
+        for before, vague in self._vague.items():
+            distinct = len({secret.same for secret, _ in vague.values()})
+            if distinct > 1 and len(vague) >= 0.8 * self._tasks:
+                _, told = next(iter(vague.values()))
+                leaks.sure[f"{told}, and after {' '.join(before)!r} in {len(vague)} prompts"] = None
 
 
 class _Habit:
@@ -349,6 +411,7 @@ class _Habit:
         self._places: dict[tuple[str, bool], dict[str, tuple[Secret, str]]] = {}
         self._vague = {id: k.vague() for id, k in known.items()}
         self._seen: dict[tuple[str, bool], set[str]] = {}
+        self._whole: set[str] = set()
 
     def note(
         self,
@@ -360,6 +423,7 @@ class _Habit:
         cued: bool,
         known: Text,
         whole: bool = False,
+        name: str = "",
     ) -> None:
         """A text in which the answer of a task may stand.
 
@@ -371,11 +435,14 @@ class _Habit:
             cued: whether only what is called the answer counts.
             known: what else may have put the answer there.
             whole: whether the text must be the answer and no more.
+            name: what it is called; what is hidden by the same name may be published by it.
         """
-        mine = self._vague[k.task.id]
+        mine = [s for s in self._vague[k.task.id] if not s.key or s.key != name or is_answer(name)]
         if not mine:
             return
         self._seen.setdefault((place, cued), set()).add(k.task.id)
+        if whole:
+            self._whole.add(place)
 
         def tells(secret: Secret) -> bool:
             if whole:
@@ -397,13 +464,15 @@ class _Habit:
             of = len(self._seen[place, cued])
             distinct = len({secret.same for secret, _ in told.values()})
             secret, first = next(iter(told.values()))
-            if len(told) >= 0.8 * of and distinct >= (2 if cued else 3):
+            # By chance, each has its own with a probability of one in as many as there are.
+            chance = distinct ** -len(told)
+            if len(told) >= 0.8 * of and distinct > 1 and (cued or chance <= _CHANCE):
                 leaks.sure[f"{first}, and so in {len(told)} of {of} tasks"] = None
-            elif len(told) == of and of < 3:  # too few to tell habit from chance
+            elif len(told) == of and (distinct == 1 or of < _FEW or place in self._whole):
                 likely = secret.bits >= _LIKELY_BITS
-                if cued and (likely or place != "prompt"):
+                if cued:
                     (leaks.sure if likely else leaks.doubtful)[first] = None
-                elif likely:
+                elif likely or distinct > 1:
                     leaks.doubtful[first] = None
 
 

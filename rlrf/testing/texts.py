@@ -174,7 +174,7 @@ def _bits(found: Sequence[str]) -> float:
 
 _ANSWER = re.compile(
     r"(?:\w*_)?(?:answers?|solutions?|expected|targets?|labels?|gold|golden|truth|correct"
-    r"|references?|secrets?|password|flag)(?:_(?!(?:type|format|kind|lang|language|len|length|size"
+    r"|references?|secrets?|password|flag|gt)(?:_(?!(?:type|format|kind|lang|language|len|length|size"
     r"|count|source|unit|units|range|rule|level|id|ids|tokens?)$)\w+)?",
     re.IGNORECASE,
 )
