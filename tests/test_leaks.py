@@ -151,6 +151,12 @@ LEAKS = {
         facts={"6 * 7": 42, "8 * 8": 64},
         say=lambda q, a, r: f"The right result would be {a}",
     ),
+    "feedback, a short name once": quiz(facts={"a": "fox"}, say=lambda q, a, r: f"The {a}, no?"),
+    "feedback, a letter that the first tasks share": quiz(
+        facts=dict(zip("abcdef", "BBBBCA", strict=True)),
+        pose=lambda q, a: options(q),
+        say=lambda q, a, r: f"You want {a}.",
+    ),
     "feedback, in the source": quiz(source=lambda a: f"tests/{a}"),
     "feedback": quiz(say=lambda q, a, r: f"It is {a}."),
     "feedback, lower case": quiz(say=lambda q, a, r: f"It is {a.lower()}."),
@@ -233,6 +239,10 @@ DOUBTFUL = {
     ),
     "feedback, a line of a program": quiz(
         facts={"a": CODE, "b": CODE}, say=lambda q, a, r: "Try result = number + number"
+    ),
+    "feedback, a number once": quiz(facts={"6 * 7": 42}, say=lambda q, a, r: f"Oh, {a}!"),
+    "metadata, yes or no": quiz(
+        facts={"fire": "yes", "ice": "no", "lava": "yes"}, about=lambda q, a: {"n": a}
     ),
     "feedback, a small number once": quiz(
         facts={"3 + 4": 7}, say=lambda q, a, r: f"The answer is {a}."

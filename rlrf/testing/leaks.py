@@ -31,6 +31,8 @@ _SURE_BITS = 30.0
 _CHANCE = 0.04
 _LIKELY_BITS = 6.0
 """A value of as many (a number of two digits) stands where an answer is named by little chance."""
+_SAID_BITS = 9.0
+"""A value of as many (a number of three digits, a short name) is said to an attempt by none."""
 _LOOKED_AT = 20
 """Tasks of a split whose prompts and metadata are looked at."""
 _TOLD = 3
@@ -165,7 +167,7 @@ def public_leaks(play: Play) -> Leaks:
             if text.raw:
                 _prose(leaks, k, text, own, where)
                 prompts.note("observation", k, text, where, cued=True, known=Text(action))
-                prompts.note("observations", k, text, where, cued=False, known=own)
+                prompts.note("observations", k, text, where, cued=False, known=Text(action))
             _fields(leaks, fields, k, "metrics", dict(turn.metrics), attempt=action)
     templates.judge(leaks)
     prompts.judge(leaks)
@@ -199,7 +201,7 @@ def feedback_leaks(play: Play) -> Leaks:
                 by = at(task, action) + f"the source of a segment of step {n}, at every level,"
                 _prose(leaks, k, Text(segment.source), own, by)
                 habit.note("feedback", k, text, where, cued=True, known=Text(action))
-                habit.note("feedbacks", k, text, where, cued=False, known=own)
+                habit.note("feedbacks", k, text, where, cued=False, known=Text(action))
     habit.judge(leaks)
     return leaks
 
@@ -389,17 +391,20 @@ class _Templates:
         for before, found in self._found.items():
             k, secret, told = found[0]
             copied = any(_COPY & set(words) for words, _ in k.prompt.before(secret))
-            several = len({k.task.id for k, _, _ in found}) >= max(2, self._tasks / 2)
-            if not several and self._tasks > 1:
-                if self._tasks > _FEW or len(k.prompt.raw.split()) >= _PASSAGE:
-                    continue
+            tasks = {k.task.id for k, _, _ in found} | self._vague.get(before, {}).keys()
+            several = len(tasks) >= max(2, self._tasks / 2)
+            passage = self._tasks > _FEW or len(k.prompt.raw.split()) >= _PASSAGE
+            if passage and not several and self._tasks > 1:
+                continue
             sure = (several or secret.bits >= _SURE_BITS) and not copied
-            more = f", and after {' '.join(before)!r} in {len(found)} prompts" if several else ""
+            more = f", and after {' '.join(before)!r} in {len(tasks)} prompts" if several else ""
             (leaks.sure if sure else leaks.doubtful)[told + more] = None
         for before, vague in self._vague.items():
             distinct = len({secret.same for secret, _ in vague.values()})
-            if distinct > 1 and len(vague) >= 0.8 * self._tasks:
-                _, told = next(iter(vague.values()))
+            secret, told = next(iter(vague.values()))
+            if self._tasks == 1 and secret.bits >= _LIKELY_BITS:
+                leaks.doubtful[told] = None
+            elif distinct > 1 and len(vague) >= 0.8 * self._tasks:
                 leaks.sure[f"{told}, and after {' '.join(before)!r} in {len(vague)} prompts"] = None
 
 
@@ -411,7 +416,6 @@ class _Habit:
         self._places: dict[tuple[str, bool], dict[str, tuple[Secret, str]]] = {}
         self._vague = {id: k.vague() for id, k in known.items()}
         self._seen: dict[tuple[str, bool], set[str]] = {}
-        self._whole: set[str] = set()
 
     def note(
         self,
@@ -441,8 +445,6 @@ class _Habit:
         if not mine:
             return
         self._seen.setdefault((place, cued), set()).add(k.task.id)
-        if whole:
-            self._whole.add(place)
 
         def tells(secret: Secret) -> bool:
             if whole:
@@ -468,12 +470,14 @@ class _Habit:
             chance = distinct ** -len(told)
             if len(told) >= 0.8 * of and distinct > 1 and (cued or chance <= _CHANCE):
                 leaks.sure[f"{first}, and so in {len(told)} of {of} tasks"] = None
-            elif len(told) == of and (distinct == 1 or of < _FEW or place in self._whole):
+            elif len(told) == of:
                 likely = secret.bits >= _LIKELY_BITS
                 if cued:
                     (leaks.sure if likely else leaks.doubtful)[first] = None
                 elif likely or distinct > 1:
-                    leaks.doubtful[first] = None
+                    said = place in ("feedbacks", "observations")
+                    found = said and secret.bits >= _SAID_BITS
+                    (leaks.sure if found else leaks.doubtful)[first] = None
 
 
 # --- what is public -------------------------------------------------------------------------------
