@@ -12,303 +12,33 @@ Authors subclass :class:`SingleTurnEnv` (``load_tasks``, ``grade``) or :class:`M
 from __future__ import annotations
 
 import abc
-import functools
 import inspect
-import math
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, overload
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import gymnasium
 import numpy as np
 
 from rlrf._async import call_hook, run_sync
-from rlrf.errors import OutcomeError, UnknownIdError, UsageError, check_whole
-from rlrf.feedback import MAX_SEGMENTS, Feedback, Level, Segment
+from rlrf.errors import OutcomeError, UnknownIdError, UsageError, brief, check_whole
+from rlrf.feedback import Feedback, Level, Segment
 from rlrf.messages import (
     Action,
     Message,
     Messages,
     action_message,
     answer_range,
-    as_messages,
-    is_parts,
     spoken,
     thought_only,
 )
+from rlrf.outcome import Outcome, StepResult, Turn
 from rlrf.spaces import Chat
+from rlrf.task import EmptySplitError, Task, TaskSequence, as_tasks
 
 if TYPE_CHECKING:
     from rlrf.rollout import Rollout
-
-
-@dataclass(frozen=True)
-class Task:
-    """One task.
-
-    Attributes:
-        id: unique within the environment.
-        messages: the chat that poses it (a string becomes one user message).
-        metadata: what anyone may know: difficulty, source, date.
-        hidden: what only the grader may know: answers, tests, references. It is left out of
-            ``repr``, of equality, and of every task that :meth:`Env.tasks` hands out.
-        aliases: other names it answers to, such as the id it is published under. What is another
-            task's id, or the alias of several, names none.
-    """
-
-    id: str
-    messages: Messages
-    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
-    hidden: Any = field(default=None, repr=False, compare=False)
-    aliases: tuple[str, ...] = field(default=(), repr=False, compare=False)
-    _stripped: bool = field(default=False, repr=False, compare=False)
-    _split: str | None = field(default=None, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not self.id or not isinstance(self.id, str):
-            raise UsageError(f"Task.id is {self.id!r}; it must be a non-empty string")
-        if not isinstance(self.metadata, Mapping):
-            raise UsageError(
-                f"Task.metadata of {self.id!r} is {_brief(self.metadata)}; it must be a mapping"
-            )
-        object.__setattr__(self, "messages", as_messages(self.messages))
-
-    def public(self) -> Task:
-        """The task without what is hidden."""
-        return replace(self, hidden=None, _stripped=True)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A grader's answer; unpacks to ``reward, feedback``.
-
-    Attributes:
-        reward: what the *policy* earned; finite. When the machinery failed, raise
-            :class:`rlrf.InfraError` instead.
-        feedback: why; empty when there is nothing to say.
-        metrics: named finite numbers beside the reward, e.g. the fraction of tests passed.
-
-    Raises:
-        OutcomeError: the reward is not a finite number, the feedback no :class:`Feedback`, or the
-            metrics are no mapping of names to finite numbers.
-    """
-
-    reward: float
-    feedback: Feedback = field(default_factory=Feedback)
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_answer(self)
-
-    def __iter__(self) -> Iterator[Any]:
-        yield self.reward
-        yield self.feedback
-
-
-@dataclass(frozen=True)
-class Turn:
-    """An environment's answer to one action.
-
-    Attributes:
-        messages: the new chat messages the policy gets to see.
-        reward: reward of this step; finite.
-        feedback: why; belongs to this step, also when it is the last.
-        terminated: the task has ended (solved, failed, given up).
-        truncated: the episode was cut short (turn limit).
-        metrics: named finite numbers.
-
-    Raises:
-        OutcomeError: as for :class:`Outcome`; also messages that are none, and ends that are
-            neither true nor false.
-    """
-
-    messages: Messages = ()
-    reward: float = 0.0
-    feedback: Feedback = field(default_factory=Feedback)
-    terminated: bool = False
-    truncated: bool = False
-    metrics: Mapping[str, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        _check_answer(self)
-        for name in ("terminated", "truncated"):
-            value = getattr(self, name)
-            if not isinstance(value, (bool, np.bool_)):
-                raise OutcomeError(f"Turn.{name} is {_brief(value)}; it must be true or false")
-            object.__setattr__(self, name, bool(value))
-        try:
-            object.__setattr__(self, "messages", as_messages(self.messages))
-        except UsageError as error:
-            raise OutcomeError(f"Turn.messages: {error}") from None
-
-
-MAX_REWARD = 1e15
-"""Larger rewards have no variance in single precision: one would spoil its whole batch."""
-
-
-def _check_answer(answer: Outcome | Turn) -> None:
-    """See that an answer is one, whole, and bring its numbers into plain form."""
-    what = type(answer).__name__
-    reward = _number(answer.reward)
-    if reward is None or abs(reward) > MAX_REWARD:
-        raise OutcomeError(
-            f"{what}.reward is {_brief(answer.reward)}; it must be a finite number of at most "
-            f"{MAX_REWARD:g} in size. If the grader "
-            "could not decide, raise rlrf.InfraError: the rollout is then retried or left unscored"
-        )
-    if not isinstance(answer.feedback, Feedback):
-        raise OutcomeError(
-            f"{what}.feedback is {_brief(answer.feedback)}; it must be a Feedback, e.g. "
-            "Feedback.of('wrong_answer', 'text')"
-        )
-    if not isinstance(answer.metrics, Mapping):
-        raise OutcomeError(
-            f"{what}.metrics is {_brief(answer.metrics)}; it must be a mapping of names to numbers"
-        )
-    metrics: dict[str, float] = {}
-    for name, value in answer.metrics.items():
-        number = _number(value)
-        if not isinstance(name, str) or number is None:
-            raise OutcomeError(
-                f"{what}.metrics[{_brief(name).removesuffix(' (str)')}] is {_brief(value)}; "
-                "metrics are finite numbers by name (a string). Leave out what is not known"
-            )
-        metrics[name] = number
-    object.__setattr__(answer, "reward", reward)
-    object.__setattr__(answer, "metrics", metrics)
-    if len(answer.feedback) > MAX_SEGMENTS:
-        object.__setattr__(answer, "feedback", answer.feedback.capped())
-
-
-def _number(value: Any) -> float | None:
-    """A finite number as a float; None for what is none. NumPy's scalars are numbers."""
-    if isinstance(value, np.complexfloating) or not isinstance(
-        value, (int, float, np.number, np.bool_)
-    ):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # 10**400
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _brief(value: Any) -> str:
-    """Any value for a message: short, even where its ``repr`` is long or raises."""
-    try:
-        text = repr(value)
-    except Exception as error:
-        text = f"(its repr raised {type(error).__name__})"
-    return f"{text[:200]} ({type(value).__name__})"
-
-
-class StepResult(NamedTuple):
-    """Gymnasium's five-tuple, with names."""
-
-    observation: Messages
-    reward: float
-    terminated: bool
-    truncated: bool
-    info: dict[str, Any]
-
-
-class EmptySplitError(UsageError):
-    """A split without tasks."""
-
-
-class TaskSequence(Sequence[Task]):
-    """The tasks of one split, loaded on first use; also looks tasks up by id.
-
-    Args:
-        load: gives the tasks, hidden data included.
-        public: whether to strip hidden data from what is handed out.
-        split: the split they are of.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[], Sequence[Task]],
-        *,
-        public: bool = True,
-        split: str | None = None,
-    ) -> None:
-        self._load, self._public, self._split = load, public, split
-        self._items: Sequence[Task] | None = None
-        self._index: dict[str, int] | None = None
-        self._aliases: dict[str, int] | None = None
-        self._lock = threading.Lock()
-
-    @property
-    def _tasks(self) -> Sequence[Task]:
-        if self._items is None:
-            with self._lock:
-                if self._items is None:
-                    self._items = self._load()
-        return self._items
-
-    @overload
-    def __getitem__(self, index: int) -> Task: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Task]: ...
-    def __getitem__(self, index: int | slice) -> Task | list[Task]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        task = self._tasks[index]
-        return replace(task.public(), _split=self._split) if self._public else task
-
-    def __len__(self) -> int:
-        return len(self._tasks)
-
-    def __repr__(self) -> str:
-        loaded = "not loaded" if self._items is None else f"{len(self)} tasks"
-        return f"TaskSequence({loaded})"
-
-    def ids(self) -> list[str]:
-        """The ids, in order."""
-        return list(self._by_id())
-
-    def get(self, task_id: str) -> Task | None:
-        """The task of that id or alias, or None."""
-        i = self._by_id().get(task_id)
-        if i is None:
-            i = self._by_alias().get(task_id)
-        return None if i is None else self[i]
-
-    def _by_alias(self) -> dict[str, int]:
-        if self._aliases is None:
-            found: dict[str, set[int]] = {}
-            for i, task in enumerate(self._tasks):
-                for alias in task.aliases:
-                    found.setdefault(alias, set()).add(i)
-            self._aliases = {alias: i for alias, (i, *more) in found.items() if not more}
-        return self._aliases
-
-    def _by_id(self) -> dict[str, int]:
-        if self._index is None:
-            index: dict[str, int] = {}
-            for i, task in enumerate(self._tasks):
-                if task.id in index:
-                    raise UsageError(
-                        f"two tasks have the id {task.id!r} (positions {index[task.id]} and {i}); "
-                        "ids must be unique"
-                    )
-                index[task.id] = i
-            self._index = index
-        return self._index
-
-
-def as_tasks(tasks: str | Task | Iterable[str | Task]) -> list[str | Task]:
-    """Ids or tasks as a list; a single one may be given as it is.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    if isinstance(tasks, (str, Task)):
-        return [tasks]
-    if not isinstance(tasks, Iterable):
-        raise UsageError(f"tasks is {_brief(tasks)}; give a task or its id, several, or None")
-    return list(tasks)
 
 
 class Episode:
@@ -409,7 +139,7 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             isinstance(tokenizer, str) or not callable(getattr(tokenizer, "encode", None))
         ):
             raise UsageError(
-                f"tokenizer is {_brief(tokenizer)}; it must be a tokenizer, with a method encode"
+                f"tokenizer is {brief(tokenizer)}; it must be a tokenizer, with a method encode"
             )
         check_whole("max_feedback_tokens", max_feedback_tokens, least=0)
         self.tokenizer = tokenizer
@@ -490,14 +220,14 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
             tasks = list(tasks)  # a generator gives its tasks once
         if not isinstance(tasks, Sequence) or isinstance(tasks, (str, bytes)):
             raise UsageError(
-                f"{where} returned {_brief(tasks)}; it must return the tasks in order, e.g. a list "
+                f"{where} returned {brief(tasks)}; it must return the tasks in order, e.g. a list "
                 "of rlrf.Task"
             )
         if isinstance(tasks, (list, tuple)):  # another sequence may load them one by one
             for i, task in enumerate(tasks):
                 if not isinstance(task, Task):
                     raise UsageError(
-                        f"{where}: task {i} is {_brief(task)}; it must be a rlrf.Task, e.g. "
+                        f"{where}: task {i} is {brief(task)}; it must be a rlrf.Task, e.g. "
                         "Task('my-id', 'the question', hidden='the answer')"
                     )
         if not len(tasks):
@@ -677,27 +407,28 @@ class SingleTurnEnv(Env):
                 return Outcome(0.0, Feedback.of("wrong_answer", "Say the word alone."))
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # Not only in the class's own body: the hook may come from a mixin that is no Env.
-        owner = next(c for c in cls.__mro__ if "grade" in c.__dict__)
-        hook = owner.__dict__["grade"]
-        if inspect.isfunction(hook) and owner is not SingleTurnEnv:
-            cls.grade = _two_faced(hook)  # type: ignore[assignment]  # see _two_faced
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # One name, two faces: the class's `grade` is the author's hook, which `super().grade`
+        # reaches as it is; an environment's own is the user's method, as documented there.
+        self.grade = self._graded  # type: ignore[method-assign]  # see above
 
     def grade(self, task: Any, completion: Any) -> Any:
         """Grade a completion.
 
         Authors override it as ``grade(self, task: Task, completion: str) -> Outcome`` (or
-        ``async def``). Users call it with a task's id (or a public task) and get an
-        :class:`Outcome` at the environment's feedback level: ``reward, feedback = env.grade(id,
-        text)``; no episode is needed and none is touched.
+        ``async def``). Users call it with a task's id (or a task) and get an :class:`Outcome` at
+        the environment's feedback level: ``reward, feedback = env.grade(id, text)``; no episode is
+        needed and none is touched.
 
         Raises:
             UnknownIdError: no task has that id.
             InfraError: the machinery failed; there is no grade.
         """
         raise TypeError(f"{type(self).__name__} must define grade(self, task, completion)")
+
+    def _graded(self, task: str | Task, completion: Action) -> Outcome:
+        return run_sync(self.agrade(task, completion))
 
     async def agrade(self, task: str | Task, completion: Action) -> Outcome:
         """Async twin of :meth:`grade` as users call it."""
@@ -706,14 +437,12 @@ class SingleTurnEnv(Env):
 
     async def _grade(self, task: Task, completion: Action) -> Outcome:
         """The author's grade, at full feedback."""
-        hook = getattr(self.grade, "hook", None)
-        if hook is None:
-            raise TypeError(f"{type(self).__name__} must define grade(self, task, completion)")
         heard = self._heard(completion)
+        hook = MethodType(type(self).grade, self)
         outcome = await call_hook(hook, task, heard["content"] or "")
         if not isinstance(outcome, Outcome):
             raise OutcomeError(
-                f"{type(self).__name__}.grade returned {_brief(outcome)}; return "
+                f"{type(self).__name__}.grade returned {brief(outcome)}; return "
                 "rlrf.Outcome(reward, feedback)"
             )
         return replace(outcome, feedback=self._told(outcome.feedback, completion, heard))
@@ -731,33 +460,6 @@ class SingleTurnEnv(Env):
             terminated=True,
             metrics=outcome.metrics,
         )
-
-
-class _two_faced:  # a descriptor, used like a function
-    """Lets one name, ``grade``, be both the author's hook and the user's method.
-
-    The author's function is called directly with a full :class:`Task` (by rlrf, or by a subclass
-    through ``super().grade``). With an id or a public task it is the user's face: it finds the
-    task, runs the hook wherever it belongs, and masks the feedback.
-    """
-
-    def __init__(self, hook: Callable[..., Any]) -> None:
-        self.hook = hook
-        functools.update_wrapper(self, hook)  # type: ignore[arg-type]  # any callable will do
-
-    def __get__(self, env: SingleTurnEnv | None, owner: type) -> Any:
-        if env is None:
-            return self
-        hook = self.hook.__get__(env, owner)
-
-        def grade(task: Any, completion: Any) -> Any:
-            if isinstance(task, Task) and not task._stripped:
-                action = isinstance(completion, (str, Mapping)) or is_parts(completion)
-                return hook(task, env._heard(completion)["content"] or "" if action else completion)
-            return run_sync(env.agrade(task, completion))
-
-        grade.hook = hook  # type: ignore[attr-defined]  # read back by _grade
-        return grade
 
 
 class MultiTurnEnv(Env):
@@ -802,7 +504,7 @@ class MultiTurnEnv(Env):
         turn = await call_hook(self.respond, state.inner, heard)
         if not isinstance(turn, Turn):
             raise OutcomeError(
-                f"{type(self).__name__}.respond returned {_brief(turn)}; return rlrf.Turn(...)"
+                f"{type(self).__name__}.respond returned {brief(turn)}; return rlrf.Turn(...)"
             )
         turn = replace(turn, feedback=self._told(turn.feedback, action, heard))
         state.turns += 1
@@ -817,3 +519,18 @@ class _Counted:
 
     inner: Any
     turns: int = 0
+
+
+__all__ = [
+    "EmptySplitError",
+    "Env",
+    "Episode",
+    "MultiTurnEnv",
+    "Outcome",
+    "SingleTurnEnv",
+    "StepResult",
+    "Task",
+    "TaskSequence",
+    "Turn",
+    "as_tasks",
+]

@@ -181,3 +181,12 @@ def describe(error: BaseException) -> str:
 
 
 _DESCRIBED = 2000
+
+
+def brief(value: Any) -> str:
+    """Any value for a message: short, even where its ``repr`` is long or raises."""
+    try:
+        text = repr(value)
+    except Exception as error:
+        text = f"(its repr raised {type(error).__name__})"
+    return f"{text[:200]} ({type(value).__name__})"

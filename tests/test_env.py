@@ -276,6 +276,22 @@ def test_hooks_may_come_from_a_mixin_a_decorator_or_a_parent():
     )
 
 
+@pytest.mark.parametrize("make", [Echo, AsyncEcho])
+def test_grade_is_the_users_also_with_a_task_of_his_own(make):
+    """Never a coroutine, never unmasked: whole tasks are the user's too."""
+    env = make(feedback="binary")
+    outcome = env.grade(Task("mine", "Say ho.", hidden="ho"), {"content": "hu"})
+    assert outcome.feedback.text == "The attempt is not correct."
+    assert env.grade(Task("mine", "Say ho.", hidden="ho"), "ho").reward == 1.0
+
+
+def test_the_hook_is_what_the_class_says_when_it_is_called(monkeypatch):
+    env = Echo()
+    monkeypatch.setattr(Echo, "grade", lambda self, task, completion: Outcome(0.25))
+    assert env.grade("train-no", "no").reward == 0.25
+    assert copy.deepcopy(AsyncEcho(feedback="none")).grade("train-no", "x").feedback == Feedback()
+
+
 def test_sync_hooks_run_beside_each_other_and_off_the_loop():
     """Two hooks that wait for one another can only end if both run."""
     barrier = threading.Barrier(2, timeout=60)

@@ -294,7 +294,7 @@ def test_every_fault_of_an_outcome_is_named():
 
 
 def test_rewards_that_sum_to_no_number(monkeypatch):
-    monkeypatch.setattr("rlrf.env.MAX_REWARD", 1e308)
+    monkeypatch.setattr("rlrf.outcome.MAX_REWARD", 1e308)
 
     class Rich(Turns):
         def respond(self, state, action):

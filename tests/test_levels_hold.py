@@ -205,7 +205,7 @@ def shows_no_more_than_it_may(environments, raw):
     graded = 0
     for env, tasks in made:
         for task in tasks:
-            outcome = env.grade(task, COMPLETION)  # the hook itself: at every level
+            outcome = env.grade(task, COMPLETION)  # made at level reference
             graded += outcome.reward == 0
             for level in Level:
                 check(outcome.feedback.at_level(level), level)
