@@ -466,11 +466,13 @@ class MultiTurnEnv(Env):
     """A conversation. An author writes ``load_tasks``, ``start`` and ``respond``.
 
     Args:
-        max_turns: actions after which an episode is truncated; None for no limit.
+        max_turns: actions after which an episode is truncated; None for no limit. The last
+            :class:`Turn` of an episode that is not solved by then also has a
+            ``truncated_attempt`` in its feedback, and what :meth:`truncation_feedback` says.
         kwargs: see :class:`Env`.
     """
 
-    def __init__(self, *, max_turns: int | None = None, **kwargs: Any) -> None:
+    def __init__(self, *, max_turns: int | None = 32, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if max_turns is not None:
             check_whole("max_turns", max_turns)
@@ -493,6 +495,13 @@ class MultiTurnEnv(Env):
         """
         raise TypeError(f"{type(self).__name__} must define respond(self, state, action)")
 
+    def truncation_feedback(self, state: Any) -> Any:
+        """More :class:`Feedback` where ``max_turns`` ends an episode: what was still to be done.
+
+        May be ``async def``.
+        """
+        return Feedback()
+
     async def _start(self, task: Task, rng: np.random.Generator) -> Any:
         args = (task, rng) if self._start_takes_rng else (task,)
         return _Counted(await call_hook(self.start, *args))
@@ -507,18 +516,34 @@ class MultiTurnEnv(Env):
                 f"{type(self).__name__}.respond returned {brief(turn)}; return rlrf.Turn(...)"
             )
         turn = replace(turn, feedback=self._told(turn.feedback, action, heard))
-        state.turns += 1
-        if self.max_turns is not None and state.turns >= self.max_turns and not turn.terminated:
-            turn = replace(turn, truncated=True)
-        return turn
+        state.turns, state.reward = state.turns + 1, state.reward + turn.reward
+        ended = turn.terminated or turn.truncated
+        if self.max_turns is None or state.turns < self.max_turns or ended:
+            return turn
+        if state.reward >= self.success_threshold:  # cut, but nothing was left to do
+            return replace(turn, truncated=True)
+        more = await call_hook(self.truncation_feedback, state.inner)
+        if not isinstance(more, Feedback):
+            raise OutcomeError(
+                f"{type(self).__name__}.truncation_feedback returned {brief(more)}; return a "
+                "rlrf.Feedback, e.g. Feedback.of('state_mismatch', 'The order is still open.')"
+            )
+        cut = Segment(
+            "truncated_attempt",
+            f"The conversation was cut off after {state.turns} turns, before the task was done.",
+            source="rlrf",
+            priority=1,
+        )
+        return replace(turn, truncated=True, feedback=Feedback((*turn.feedback, cut, *more)))
 
 
 @dataclass
 class _Counted:
-    """An author's state with the number of actions taken."""
+    """An author's state, with the number of actions taken and what they earned."""
 
     inner: Any
     turns: int = 0
+    reward: float = 0.0
 
 
 __all__ = [

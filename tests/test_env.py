@@ -146,7 +146,7 @@ def test_several_turns():
     env.reset(seed=3, options={"task_id": "train-0"})
     results = [env.step("x") for _ in range(3)]
     assert [r[3] for r in results] == [False, False, True]
-    assert [r[4]["feedback"].text for r in results] == [f"Not it ({i})." for i in (1, 2, 3)]
+    assert [r[4]["feedback"][0].text for r in results] == [f"Not it ({i})." for i in (1, 2, 3)]
     assert results[0][0] == ({"role": "user", "content": "Again."},)
 
     def number(seed):
@@ -157,6 +157,47 @@ def test_several_turns():
     assert len({number(s) for s in range(12)}) > 1
     with pytest.raises(UsageError, match="max_turns"):
         Guess(max_turns=0)
+
+
+def test_an_episode_that_is_cut_is_told_so_and_what_was_left():
+    class Left(Guess):
+        async def truncation_feedback(self, state):
+            return Feedback.of("hint", f"After {state['tries']} tries the number is open.")
+
+    def last(env):
+        env.reset(seed=3, options={"task_id": "train-0"})
+        while not (result := env.step("x")).truncated:
+            assert "truncated_attempt" not in result.info["feedback"].kinds
+        return result.info["feedback"]
+
+    assert last(Guess(max_turns=2)).kinds == ("wrong_answer", "truncated_attempt")
+    assert "after 2 turns" in last(Guess(max_turns=2))[1].text
+    assert last(Left(max_turns=2))[2].text == "After 2 tries the number is open."
+    assert last(Guess())[0].text == "Not it (32)."  # none runs on for ever
+    assert Guess(max_turns=None).max_turns is None
+
+    class Says(Guess):
+        def truncation_feedback(self, state):
+            return "Hurry."
+
+    with pytest.raises(rlrf.OutcomeError, match=r"truncation_feedback returned 'Hurry.'"):
+        last(Says(max_turns=1))
+
+
+def test_an_episode_that_is_solved_or_ended_is_not_said_to_be_cut():
+    class Pays(Guess):
+        def respond(self, state, action):
+            return Turn("More?", 1.0)
+
+    class Gives(Guess):
+        def respond(self, state, action):
+            return Turn("No more.", truncated=True)
+
+    for env in (Pays(max_turns=1), Gives(max_turns=1)):
+        env.reset(seed=0)
+        result = env.step("x")
+        assert result.truncated
+        assert not result.info["feedback"]
 
 
 def test_infrastructure_failures_pass_through():

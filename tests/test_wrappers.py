@@ -166,7 +166,7 @@ def test_a_wrapper_is_its_environment_in_all_but_feedback():
     policy = Recorder()
     (rollout,) = rlrf.rollout(wrapped, policy, ["t"])
     assert policy.prompts[0].tools == Tools.tools
-    assert rollout.feedback[0].text == "There is a hint." or not rollout.feedback[0]
+    assert rollout.feedback[0].text.startswith("There is a hint.")
     with pytest.raises(UsageError, match="'validation'"):
         wrapped.reset(options={"split": "eval"})
     assert "DropFeedback" in repr(wrapped)
