@@ -34,6 +34,7 @@ from rlrf.messages import (
     thought_only,
 )
 from rlrf.outcome import Outcome, StepResult, Turn
+from rlrf.script import Script
 from rlrf.spaces import Chat
 from rlrf.task import EmptySplitError, Task, TaskSequence, as_tasks
 
@@ -165,8 +166,12 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
     ) -> Turn:
         """What the environment answers to ``action``, with feedback at every level."""
 
-    def reference_solution(self, task: Task) -> str | None:
-        """A completion that earns the highest reward, or None if the author has none."""
+    def reference_solution(self, task: Task) -> Script | None:
+        """What earns the highest reward, or None if the author has none.
+
+        A text, an assistant message, a sequence of them (one a turn) or a function of the messages
+        so far: whatever :class:`rlrf.ScriptedPolicy` plays.
+        """
         return None
 
     def render_html(self, task: Task, rollout: Rollout) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlrf.env import Env, Task, as_tasks
 from rlrf.errors import UsageError, check_whole
-from rlrf.policy import Policy, SamplingParams
+from rlrf.policy import PolicyLike, SamplingParams
 from rlrf.rollout import MAX_AT_ONCE, Rollout, arollout, rollout
 
 
@@ -136,7 +136,7 @@ class EvalReport:
 
 def evaluate(
     env: Env,
-    policy: Policy,
+    policy: PolicyLike,
     *,
     tasks: str | Task | Iterable[str | Task] | None = None,
     samples_per_task: int = 1,
@@ -152,7 +152,7 @@ def evaluate(
 
     Args:
         env: the environment; ``env.split`` says which split.
-        policy: what replies.
+        policy: what replies, or a function ``(messages) -> text or message``.
         tasks: ids or tasks, or one; None for the whole split. A task counts once, however often
             given.
         samples_per_task: attempts per task.
@@ -186,7 +186,7 @@ def evaluate(
 
 async def aevaluate(
     env: Env,
-    policy: Policy,
+    policy: PolicyLike,
     *,
     tasks: str | Task | Iterable[str | Task] | None = None,
     samples_per_task: int = 1,

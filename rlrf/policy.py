@@ -7,27 +7,30 @@ trainer sees is what was sampled.
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import itertools
 import math
 import numbers
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rlrf.errors import MAX_COUNT, InfraError, UsageError, check_whole
+from rlrf.errors import MAX_COUNT, InfraError, UsageError, brief, check_whole
 from rlrf.messages import (
     Message,
     Messages,
     action_message,
     action_text,
     answer_range,
-    is_parts,
     spoken,
     whole_text,
 )
-from rlrf.plugins import Registry
+from rlrf.plugins import Registry, load_object
+from rlrf.script import Script, as_player, check_takes
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -105,6 +108,7 @@ class Prompt:
         group: prompts of equal ``group`` are samples of one task (the policy may share work).
         seed: of this completion, so that it does not depend on what is sampled beside it; a policy
             that can only seed a whole call goes by :attr:`SamplingParams.seed`.
+        turn: how many completions the episode has had.
     """
 
     messages: Messages
@@ -113,6 +117,7 @@ class Prompt:
     tools: tuple[dict[str, Any], ...] = ()
     group: str | None = None
     seed: int | None = None
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,69 +360,61 @@ class Policy(Protocol):
 policies = Registry("rlrf.policies", "policy")
 
 
+SCRIPTED = "scripted:"
+
+
 def make_policy(name: str, **kwargs: Any) -> Policy:
     """A policy by name: ``make_policy("hf", model="...")``.
+
+    ``"scripted:pkg.mod:reply"`` is a :class:`ScriptedPolicy` of what ``pkg.mod`` calls ``reply``.
 
     Raises:
         UnknownIdError: no such policy.
         MissingDependencyError: its extra is not installed.
+        UsageError: there is no such script.
     """
-    policy: Policy = policies.load(name)(**kwargs)
+    policy: Policy = policy_class(name)(**kwargs)
     return policy
+
+
+def policy_class(name: str) -> Callable[..., Any]:
+    """What makes the policies of a name; raises as :func:`make_policy`."""
+    if not name.startswith(SCRIPTED):
+        return policies.load(name)  # type: ignore[no-any-return]  # whatever is registered
+    path = name.removeprefix(SCRIPTED)
+    if not all(path.partition(":")):
+        raise UsageError(f"the policy {name!r} is no scripted:module:function")
+    return partial(ScriptedPolicy, load_object(path, f"policy {name!r}"))
 
 
 @dataclass
 class ScriptedPolicy:
-    """A policy that replies from a function; for tests, baselines and dry runs.
+    """A policy that plays a script; for tests, baselines and dry runs.
 
-    Tokens are the UTF-8 bytes of the text, with 256 as the end token; every log-probability is 0.
+    It samples no tokens, so its completions have none: nothing is counted, and nothing cut.
 
     Args:
-        reply: ``(messages) -> text``, or an assistant message, for calls of tools.
+        reply: a text or an assistant message, said at every turn; a sequence of them, one a turn
+            and the last from then on; or a function ``(messages) -> text or message``, which may
+            be ``async def``.
+        max_batch_size: see :class:`Policy`.
     """
 
-    reply: Any
+    reply: Script
     max_batch_size: int = 64
     calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        if not callable(self.reply):
-            raise UsageError(
-                f"ScriptedPolicy was given {self.reply!r}; give a function of the messages, e.g. "
-                "lambda messages: 'yes'"
-            )
+        self._next = as_player(self.reply, "the script of a ScriptedPolicy")
         check_whole("max_batch_size", self.max_batch_size)
 
-    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[Completion]:
-        """See :class:`Policy`."""
+    def generate(self, prompts: Sequence[Prompt], params: SamplingParams) -> Any:
+        """See :class:`Policy`; what can be awaited where the script is ``async def``."""
         self.calls += 1
-        return [self._complete(prompt, params) for prompt in prompts]
-
-    def _complete(self, prompt: Prompt, params: SamplingParams) -> Completion:
-        reply = self.reply(prompt.messages)
-        new = prompt.messages if prompt.prefix_ids is None else prompt.new_messages
-        before = b"".join(_bytes(m["content"] or "") for m in new)
-        try:
-            if not isinstance(reply, (str, Mapping)) and not is_parts(
-                reply
-            ):  # a function that forgets its return, say
-                raise UsageError(f"a reply is a text or a message, got {reply!r}")
-            message = None if isinstance(reply, str) else spoken(reply)
-        except UsageError:  # this reply's alone: who looks at its completion says so
-            told: Any = (None,) if reply is None else reply  # not None, which is no message
-            return Completion((prompt.prefix_ids or ()) + tuple(before), (), (), "", message=told)
-        text = whole_text(str(reply) if message is None else message["content"] or "")
-        sampled = (*_bytes(text), 256)[: params.max_tokens]
-        cut = sampled[-1] != 256
-        text = bytes(b for b in sampled if b < 256).decode(errors="replace")
-        return Completion(
-            (prompt.prefix_ids or ()) + tuple(before),
-            sampled,
-            (0.0,) * len(sampled),
-            text,
-            "length" if cut else "stop",
-            None if message is None else action_message({**message, "content": text}),
-        )
+        replies = [self._next(prompt.messages, prompt.turn) for prompt in prompts]
+        if any(map(inspect.isawaitable, replies)):
+            return _all_scripted(replies)
+        return [_scripted(reply) for reply in replies]
 
     def score(
         self,
@@ -432,21 +429,43 @@ class ScriptedPolicy:
         """A script has no weights."""
 
 
-def _bytes(text: str) -> bytes:
-    return whole_text(text).encode()
+async def _all_scripted(replies: Sequence[Any]) -> list[Completion]:
+    return [_scripted(reply) for reply in await asyncio.gather(*replies)]
+
+
+def _scripted(reply: Any) -> Completion:
+    """A reply as a completion, also what is none: who looks at it says so, and of it alone."""
+    if isinstance(reply, str):
+        return Completion((), (), (), whole_text(reply))
+    try:
+        message = spoken(reply)
+    except UsageError:
+        told: Any = (None,) if reply is None else reply  # None would be no message, but a reply
+        return Completion((), (), (), "", message=told)
+    return Completion((), (), (), message["content"] or "", message=action_message(message))
+
+
+PolicyLike = Policy | Callable[[Messages], Any]
+"""A policy, or a function ``(messages) -> text or assistant message``, ``def`` or ``async def``."""
 
 
 def as_policy(policy: Any) -> Policy:
     """``policy``, or one that replies from the function ``(messages) -> text``.
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is neither, or cannot be called as such.
     """
-    if hasattr(policy, "generate"):
+    if isinstance(policy, type):
+        raise UsageError(
+            f"a policy was given as its class, {policy.__name__}; make one: {policy.__name__}(...)"
+        )
+    generate = getattr(policy, "generate", None)
+    if callable(generate):
+        check_takes(generate, f"generate() of {type(policy).__name__}", "prompts", "params")
         return policy  # type: ignore[no-any-return]  # by its protocol
     if callable(policy):
         return ScriptedPolicy(policy)
     raise UsageError(
-        f"a policy has generate(), or is a function (messages) -> text; got {policy!r}. "
-        'rlrf.make_policy("hf", model=...) makes one'
+        f"a policy has generate(), or is a function (messages) -> text; got {brief(policy)}. "
+        'rlrf.make_policy("hf", model=...) makes one; rlrf.ScriptedPolicy(...) plays texts'
     )

@@ -39,7 +39,7 @@ from rlrf.errors import (
 )
 from rlrf.feedback import Feedback, span_to_tokens
 from rlrf.messages import Message, Messages
-from rlrf.policy import Completion, Policy, Prompt, SamplingParams, as_policy
+from rlrf.policy import Completion, Policy, PolicyLike, Prompt, SamplingParams, as_policy
 
 log = logging.getLogger("rlrf.rollout")
 
@@ -146,7 +146,7 @@ class Rollout:
 
 async def arollout(
     env: Env,
-    policy: Policy,
+    policy: PolicyLike,
     tasks: str | Task | Iterable[str | Task] | None = None,
     *,
     group_size: int = 1,
@@ -183,7 +183,7 @@ async def arollout(
 
 def rollout(
     env: Env,
-    policy: Policy,
+    policy: PolicyLike,
     tasks: str | Task | Iterable[str | Task] | None = None,
     *,
     group_size: int = 1,
@@ -199,7 +199,7 @@ def rollout(
 
     Args:
         env: the environment; its episodes run concurrently on the one object.
-        policy: what replies.
+        policy: what replies, or a function ``(messages) -> text or message``.
         tasks: ids or tasks, or one; None for the whole split. A task given twice makes two groups.
         group_size: samples per task.
         max_concurrency: episodes under way at once.
@@ -248,7 +248,7 @@ class _Batch:
     def __init__(
         self,
         env: Env,
-        policy: Policy,
+        policy: PolicyLike,
         tasks: str | Task | Iterable[str | Task] | None,
         *,
         group_size: int,
@@ -475,6 +475,7 @@ class _Collector:
                 _tools(self.env),
                 draft.group_id,
                 seed=mix(sample_seed, len(draft.steps)),
+                turn=len(draft.steps),
             )
             try:
                 completion = await self.batcher.generate(prompt, number, alone)

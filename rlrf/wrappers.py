@@ -32,6 +32,7 @@ from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
 from rlrf.messages import Action, action_message
 from rlrf.plugins import Registry, load_object
 from rlrf.rollout import Rollout
+from rlrf.script import Script
 
 
 class FeedbackWrapper(Env):
@@ -120,7 +121,7 @@ class FeedbackWrapper(Env):
     def _find_task(self, task: str | Task, split: str | None = None) -> Task:
         return self.env._find_task(task, split)
 
-    def reference_solution(self, task: Task) -> str | None:
+    def reference_solution(self, task: Task) -> Script | None:
         """The inner environment's."""
         return self.env.reference_solution(task)
 

@@ -148,6 +148,22 @@ class AsyncRecorder(Recorder):
         return super().generate(prompts, params)
 
 
+class Bytewise(rlrf.ScriptedPolicy):
+    """A script whose tokens are UTF-8 bytes, with 256 as the end token; ``max_tokens`` cuts it."""
+
+    def generate(self, prompts, params):
+        scripted = super().generate(prompts, params)
+        return [self.tokens(p, c.text, params) for p, c in zip(prompts, scripted, strict=True)]
+
+    def tokens(self, prompt, text, params):
+        new = prompt.messages if prompt.prefix_ids is None else prompt.new_messages
+        before = (prompt.prefix_ids or ()) + tuple("".join(m["content"] for m in new).encode())
+        sampled = (*text.encode(), 256)[: params.max_tokens]
+        text = bytes(b for b in sampled if b < 256).decode(errors="replace")
+        reason = "stop" if sampled[-1] == 256 else "length"
+        return Completion(before, sampled, (0.0,) * len(sampled), text, reason)
+
+
 class Bytes:
     """A tokenizer whose tokens are bytes."""
 

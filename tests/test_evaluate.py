@@ -25,6 +25,7 @@ from rlrf import (
     UsageError,
 )
 from rlrf.evaluate import aevaluate, pass_at_k, pass_rate_interval
+from tests.environments_for_tests import Bytewise
 
 
 class Words(SingleTurnEnv):
@@ -81,7 +82,7 @@ def test_counts_have_bounds() -> None:
 
 
 def test_unscored_rollouts_are_counted_and_never_fail_the_policy() -> None:
-    report = rlrf.evaluate(Words(), ScriptedPolicy(echo), samples_per_task=2)
+    report = rlrf.evaluate(Words(), Bytewise(echo), samples_per_task=2)
     assert report.pass_rate == 1.0
     assert report.mean_reward == 1.0
     assert (report.n_tasks, report.n_rollouts, report.n_unscored) == (4, 8, 2)
@@ -119,7 +120,7 @@ def test_params_seed_and_on_rollout_reach_the_collector() -> None:
     seen: list[Rollout] = []
     report = rlrf.evaluate(
         Words(),
-        ScriptedPolicy(echo),
+        Bytewise(echo),
         tasks=["yes"],
         params=SamplingParams(max_tokens=2),
         on_rollout=seen.append,

@@ -31,7 +31,7 @@ from rlrf import (
 from rlrf._async import _DaemonThreads
 from rlrf._batcher import Batcher
 from rlrf.errors import UnavailableError
-from tests.environments_for_tests import AsyncRecorder, Echo, Gate, Guess, Recorder
+from tests.environments_for_tests import AsyncRecorder, Bytewise, Echo, Gate, Guess, Recorder
 
 
 class Words(rlrf.SingleTurnEnv):
@@ -68,7 +68,7 @@ class Count(rlrf.MultiTurnEnv):
 
 
 def parrot(text="one"):
-    return ScriptedPolicy(lambda messages: text)
+    return Bytewise(lambda messages: text)
 
 
 def last_word(messages):
@@ -128,7 +128,7 @@ def test_turns_are_appended_and_never_rendered_again():
 
 
 def test_a_policy_that_rewrites_the_past_is_refused():
-    class Rewriter(ScriptedPolicy):
+    class Rewriter(Bytewise):
         def generate(self, prompts, params):
             done = super().generate(prompts, params)
             return [replace(c, prompt_ids=(1, 2, 3)) for c in done]
@@ -151,7 +151,7 @@ def test_a_rollout_round_trips_through_json():
 
 
 def test_logprobs_are_absent_as_a_whole_when_a_server_gives_none():
-    class Silent(ScriptedPolicy):
+    class Silent(Bytewise):
         def generate(self, prompts, params):
             return [replace(c, logprobs=()) for c in super().generate(prompts, params)]
 

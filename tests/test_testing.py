@@ -53,6 +53,69 @@ def test_one_action_may_be_given_as_it_is(tokenizer):
     assert "n" not in seen
 
 
+class Steps(rlrf.MultiTurnEnv):
+    """A call of a tool, then the answer."""
+
+    splits = ("train",)
+    reference: object = None
+
+    def load_tasks(self, split):
+        return [Task("a", "Look it up, then say it.", hidden="it")]
+
+    def start(self, task):
+        return [task.hidden]
+
+    def respond(self, state, action):
+        state.append(action.get("tool_calls") or action["content"])
+        if len(state) == 2 and action.get("tool_calls"):
+            return Turn("It is there.")
+        if len(state) == 3 and action["content"] == state[0]:
+            return Turn(reward=1.0, terminated=True)
+        told = Feedback.of("wrong_answer", "No.", span=(0, len(action["content"] or "")))
+        return Turn("", 0.0, told, terminated=True)
+
+    def reference_solution(self, task):
+        return self.reference
+
+
+LOOK = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+LOOKS = {"role": "assistant", "content": None, "tool_calls": [LOOK]}
+
+
+async def plays(messages):
+    return LOOKS if len(messages) == 1 else "it"
+
+
+@pytest.mark.parametrize("reference", [[LOOKS, "it"], (LOOKS, rlrf.assistant("it")), plays])
+def test_references_and_actions_may_take_turns(reference):
+    env = Steps()
+    env.reference = reference
+    actions = [LOOKS, ["no", LOOKS], lambda messages: "nearly", [LOOKS, "no"], "it"]
+    report = check_env(env, actions=actions)
+    assert report.ok, str(report)
+    assert "oracle" not in str([r.id for r in report.results if r.status == "skip"])
+    for one in (LOOKS, plays, "it"):
+        assert check_env(env, actions=one).ok
+    env.reference = [LOOKS, "that"]
+    failed = {r.id: r.detail for r in check_env(env).failed}
+    assert "reference solution earns 0.0" in failed["semantic.oracle_max"]
+    for odd in (3, [None], [["a", 3]]):
+        with pytest.raises(UsageError, match=r"an action of check_env\(\) is"):
+            check_env(env, actions=odd)
+
+
+def test_spans_lie_within_the_reply_of_their_turn():
+    class Wide(Steps):
+        def respond(self, state, action):
+            told = Feedback.of("wrong_answer", "No.", span=(0, 6))
+            return Turn("", 0.0, told, terminated=action["content"] == "b")
+
+    failed = {
+        r.id: r.detail for r in check_env(Wide(max_turns=3), actions=[["longer", "b"]]).failed
+    }
+    assert "leaves the attempt of 0 characters" in failed["feedback.spans_in_range"]
+
+
 def test_what_does_not_apply_is_skipped_with_the_reason():
     class Bare(Guess):
         splits = ("train",)

@@ -441,11 +441,13 @@ def check_bounded(play: Play) -> None:
 def check_spans(play: Play) -> None:
     """Spans lie within the attempt they blame."""
     for task, action, trace in play.everything():
-        for segment in trace.feedback:
-            assert segment.span is None or segment.span[1] <= len(action), (
-                at(task, action) + f"the span {segment.span} of {segment.kind!r} leaves the "
-                f"attempt of {len(action)} characters"
-            )
+        for turn, reply in zip(trace.turns, trace.replies, strict=True):
+            length = len(reply["content"] or "")
+            for segment in turn.feedback:
+                assert segment.span is None or segment.span[1] <= length, (
+                    at(task, action) + f"the span {segment.span} of {segment.kind!r} leaves the "
+                    f"attempt of {length} characters"
+                )
 
 
 @_check("feedback.infra_is_unscored")
@@ -455,8 +457,8 @@ def check_infra_is_unscored(play: Play) -> None:
         raise Skip("no outage was given; pass check_env(..., outage=...) to try one")
     # What reaches the machinery: a reply that is refused before is rightly scored without it.
     task = play.tasks[0]
-    reply = play.reference(task) or play.replies[-1]
-    policy = ScriptedPolicy(lambda messages: reply)
+    reference = play.reference(task)
+    policy = ScriptedPolicy(play.replies[-1] if reference is None else reference)
     with play.outage():
         (tried,) = rollout(play.env, policy, [task], retries=0, deadline_s=play.deadline_s)
     assert tried.reward is None, (

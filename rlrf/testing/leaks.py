@@ -21,6 +21,7 @@ from typing import Any
 
 from rlrf.env import Task
 from rlrf.feedback import Feedback
+from rlrf.script import Script
 from rlrf.testing.play import NO_OPS, Doubt, Play, Trace, at
 from rlrf.testing.texts import PROGRAM, Hidden, Program, Secret, Text, is_answer, is_tests, names
 
@@ -95,7 +96,10 @@ class _Known:
         self.prompt = Text(_chat(task.messages))
         self.hidden = Hidden(play.secrets(task))
         solution = play.reference(task)
-        self.solution = "" if solution is None else solution
+        played = None if solution is None else play.try_(task, solution)
+        # A text as it is; of what is acted out, what it says.
+        acted = played.attempt if isinstance(played, Trace) else ""
+        self.solution = solution if isinstance(solution, str) else acted
         self.program = Program(self.solution) if len(self.solution.split()) > 3 else None
         secrets = {s.same: s for s in self.hidden.secrets}
         self._guessed: set[Any] = set()
@@ -160,15 +164,15 @@ def public_leaks(play: Play) -> Leaks:
                 _fields(leaks, fields, k, name, info)
     for task, action, trace in play.everything():
         k = known[task.id]
-        own = Text(k.prompt.raw + "\n" + action)
+        own = Text(k.prompt.raw + "\n" + trace.attempt)
         for n, turn in enumerate(trace.turns, 1):
             where = at(task, action) + f"the observation of step {n}"
             text = Text(_chat(turn.messages))
             if text.raw:
                 _prose(leaks, k, text, own, where)
-                prompts.note("observation", k, text, where, cued=True, known=Text(action))
-                prompts.note("observations", k, text, where, cued=False, known=Text(action))
-            _fields(leaks, fields, k, "metrics", dict(turn.metrics), attempt=action)
+                prompts.note("observation", k, text, where, cued=True, known=Text(trace.attempt))
+                prompts.note("observations", k, text, where, cued=False, known=Text(trace.attempt))
+            _fields(leaks, fields, k, "metrics", dict(turn.metrics), attempt=trace.attempt)
     templates.judge(leaks)
     prompts.judge(leaks)
     fields.judge(leaks)
@@ -185,7 +189,7 @@ def feedback_leaks(play: Play) -> Leaks:
     habit = _Habit(known)
     for task, action, trace in itertools.chain(play.everything(), _played(play, further)):
         k = known[task.id]
-        own = Text("\n".join((k.prompt.raw, action, k.hidden.public.raw)))
+        own = Text("\n".join((k.prompt.raw, trace.attempt, k.hidden.public.raw)))
         for n, turn in enumerate(trace.turns, 1):
             for segment in turn.feedback:
                 # What the lower levels put in the place of a text is ours.
@@ -200,8 +204,8 @@ def feedback_leaks(play: Play) -> Leaks:
                 # The lower levels keep it.
                 by = at(task, action) + f"the source of a segment of step {n}, at every level,"
                 _prose(leaks, k, Text(segment.source), own, by)
-                habit.note("feedback", k, text, where, cued=True, known=Text(action))
-                habit.note("feedbacks", k, text, where, cued=False, known=Text(action))
+                habit.note("feedback", k, text, where, cued=True, known=Text(trace.attempt))
+                habit.note("feedbacks", k, text, where, cued=False, known=Text(trace.attempt))
     habit.judge(leaks)
     return leaks
 
@@ -219,7 +223,7 @@ def _further(play: Play) -> list[Task]:
     return differ[:2]
 
 
-def _played(play: Play, tasks: Iterable[Task]) -> Iterator[tuple[Task, str, Trace]]:
+def _played(play: Play, tasks: Iterable[Task]) -> Iterator[tuple[Task, Script, Trace]]:
     """Tasks with a no-op, and with the solution of another."""
     wrong = play.reference(play.tasks[0])
     for task in tasks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import functools
+import inspect
 import itertools
 import json
 import threading
@@ -19,7 +20,9 @@ from rlrf._clock import Clock, watchdog
 from rlrf.env import EmptySplitError, Env, Task, Turn, as_tasks
 from rlrf.errors import InfraError, UsageError, check_whole, describe
 from rlrf.feedback import Feedback
+from rlrf.messages import Message, action_message, spoken
 from rlrf.registry import make
+from rlrf.script import Script, as_player, is_action
 from rlrf.wrappers import FeedbackWrapper
 
 T = TypeVar("T")
@@ -57,9 +60,10 @@ class Stuck(Exception):
 
 @dataclass(frozen=True)
 class Trace:
-    """An episode in which one action was repeated, feedback unmasked."""
+    """An episode that an attempt played, feedback unmasked."""
 
     turns: tuple[Turn, ...]
+    replies: tuple[Message, ...]
 
     @property
     def ended(self) -> bool:
@@ -81,6 +85,15 @@ class Trace:
         """Of all steps."""
         return Feedback(s for t in self.turns for s in t.feedback)
 
+    @property
+    def attempt(self) -> str:
+        """What was replied: texts, and the calls of tools."""
+        said = [
+            [r["content"] or "", *map(json.dumps, r.get("tool_calls", ()))] for r in self.replies
+        ]
+        # What is repeated at every turn is said once.
+        return "\n".join(dict.fromkeys(itertools.chain(*said)))
+
     def said(self) -> str:
         """The feedback as text that tells any two apart."""
         return json.dumps([t.feedback.to_dicts() for t in self.turns])
@@ -97,7 +110,7 @@ class Play:
     Args:
         env: an environment, or an id for :func:`rlrf.make` (closed at the end).
         tasks: so many tasks of every split, or the tasks (or ids) to try.
-        actions: further attempts.
+        actions: further attempts, see :data:`rlrf.script.Script`.
         tokenizer: for the checks of tokens.
         outage: see :func:`rlrf.testing.check_env`.
         deadline_s: seconds that a hook may take; None for ever.
@@ -106,7 +119,7 @@ class Play:
         over: why nothing more is played: a hook did not come back, or there are no tasks.
 
     Raises:
-        UsageError: ``tasks`` or ``deadline_s`` is not positive.
+        UsageError: ``tasks`` or ``deadline_s`` is not positive, or an action is none.
         UnknownIdError: no environment, or no task, has that id.
     """
 
@@ -115,7 +128,7 @@ class Play:
         env: Env | str,
         *,
         tasks: int | str | Task | Sequence[str | Task] = 3,
-        actions: str | Sequence[str] = (),
+        actions: Script | Sequence[Script] = (),
         tokenizer: Any = None,
         outage: Callable[[], AbstractContextManager[Any]] | None = None,
         deadline_s: float | None = DEADLINE_S,
@@ -126,15 +139,18 @@ class Play:
             raise UsageError(f"deadline_s is {deadline_s!r}; it must be positive, or None")
         self._asked, self.tokenizer, self.outage = tasks, tokenizer, outage
         self.deadline_s = deadline_s
-        given = (actions,) if isinstance(actions, str) else tuple(actions)
-        self.actions = (*NO_OPS, HOSTILE, *given)
+        one: Any = actions
+        given = tuple(one) if isinstance(one, Sequence) and not is_action(one) else (one,)
+        for attempt in given:
+            as_player(attempt, "an action of check_env()")
+        self.actions: tuple[Script, ...] = (*NO_OPS, HOSTILE, *given)
         self.replies = given or NO_OPS
         self._owned = isinstance(env, str)
         self.env = make(env) if isinstance(env, str) else env
         self.name = env if isinstance(env, str) else repr(env)
         self.over: Exception | None = None
         self._made: dict[tuple[str, ...], Any] = {}
-        self._traces: dict[tuple[str, str, int], Trace | Exception] = {}
+        self._traces: dict[tuple[str, Any, int], Trace | Exception] = {}
         self._stack = contextlib.ExitStack()
         if not isinstance(tasks, int):
             try:
@@ -216,7 +232,7 @@ class Play:
 
     # --- references -----------------------------------------------------------------------
 
-    def reference(self, task: Task) -> str | None:
+    def reference(self, task: Task) -> Script | None:
         """The author's solution of a task; None if there is none."""
         if task.id not in self._references:
             what = f"reference_solution of task {task.id!r}"
@@ -224,10 +240,10 @@ class Play:
         return self._references[task.id]
 
     @functools.cached_property
-    def _references(self) -> dict[str, str | None]:
+    def _references(self) -> dict[str, Script | None]:
         return {}
 
-    def references(self) -> dict[str, str]:
+    def references(self) -> dict[str, Script]:
         """The solutions there are, by task.
 
         Raises:
@@ -239,7 +255,7 @@ class Play:
             raise Skip("the environment has no reference_solution")
         return usable
 
-    def attempts(self, task: Task) -> tuple[str, ...]:
+    def attempts(self, task: Task) -> tuple[Script, ...]:
         """What is tried on a task: what is tried on all, its solution and another task's.
 
         The last is a wrong answer in the right form, which gets furthest into a grader.
@@ -248,32 +264,38 @@ class Play:
         others = (self.reference(t) for t in self.tasks)
         other = next((r for r in others if r is not None and r != solution), None)
         found = (*self.actions, *(r for r in (solution, other) if r is not None))
-        return tuple(dict.fromkeys(found))
+        return tuple({_key(script): script for script in found}.values())
 
     # --- episodes -------------------------------------------------------------------------
 
-    async def episode(self, task: Task, action: str, seed: int = 0) -> Trace:
+    async def episode(self, task: Task, action: Script, seed: int = 0) -> Trace:
         """Play one, past the level mask: the checks want to see every segment."""
         clock = functools.partial(Clock, self.deadline_s, task.id, self.env)
         with clock() as starting:
             episode = await starting.run(self.env.aepisode(task, seed=seed))
+        player, messages = as_player(action), [*episode.messages]
         turns: list[Turn] = []
+        replies: list[Message] = []
         while len(turns) < MAX_STEPS and not (
             turns and (turns[-1].terminated or turns[-1].truncated)
         ):
-            step = self.env._advance(task, episode._state, action, episode._rng)
+            reply = player(tuple(messages), len(turns))
+            reply = await reply if inspect.isawaitable(reply) else reply
+            step = self.env._advance(task, episode._state, reply, episode._rng)
             with clock() as stepping:
                 turns.append(await stepping.run(step))
-        return Trace(tuple(turns))
+            replies.append(spoken(reply))
+            messages += [action_message(reply), *turns[-1].messages]
+        return Trace(tuple(turns), tuple(replies))
 
-    def try_(self, task: Task, action: str, run: int = 0) -> Trace | Exception:
+    def try_(self, task: Task, action: Script, run: int = 0) -> Trace | Exception:
         """The episode of a task and an action, or what it raised; ``run`` plays it again."""
-        key = (task.id, action, run)
+        key = (task.id, _key(action), run)
         if key not in self._traces:
             self._traces[key] = self._episode(task, action)
         return self._traces[key]
 
-    def _episode(self, task: Task, action: str) -> Trace | Exception:
+    def _episode(self, task: Task, action: Script) -> Trace | Exception:
         if self.over is not None:  # the next would be as well, and each takes its time
             return self.over
         begun = time.monotonic()
@@ -287,7 +309,7 @@ class Play:
         except Exception as error:
             return error
 
-    def seen(self, task: Task, action: str, run: int = 0) -> Trace:
+    def seen(self, task: Task, action: Script, run: int = 0) -> Trace:
         """The episode of a task and an action, remembered; another ``run`` plays it again.
 
         Raises:
@@ -298,7 +320,7 @@ class Play:
             raise Skip(f"not looked at: {describe(found)}")
         return found
 
-    def everything(self) -> Iterator[tuple[Task, str, Trace]]:
+    def everything(self) -> Iterator[tuple[Task, Script, Trace]]:
         """All tasks and attempts, but for those that raised."""
         for task in self.tasks:
             for action in self.attempts(task):
@@ -306,7 +328,7 @@ class Play:
                 if isinstance(found, Trace):
                     yield task, action, found
 
-    def again(self, runs: int = 1) -> Iterator[tuple[Task, str, list[Trace], list[Exception]]]:
+    def again(self, runs: int = 1) -> Iterator[tuple[Task, Script, list[Trace], list[Exception]]]:
         """The same, each played so many times more, and what that raised.
 
         Raises:
@@ -324,7 +346,7 @@ class Play:
         """Whether an episode raised."""
         return any(isinstance(found, Exception) for found in self._traces.values())
 
-    def failures(self) -> Iterator[tuple[Task, str, Trace]]:
+    def failures(self) -> Iterator[tuple[Task, Script, Trace]]:
         """Episodes that ended without solving the task."""
         for task, action, trace in self.everything():
             if trace.ended and trace.reward < self.env.success_threshold:
@@ -364,12 +386,17 @@ class Play:
         return stuck
 
 
-def brief(action: str) -> str:
+def _key(action: Script) -> Any:
+    """What tells two attempts apart; all but texts are held while they are tried."""
+    return action if isinstance(action, str) else id(action)
+
+
+def brief(action: Script) -> str:
     """An attempt in a message."""
-    return repr(action[:40])
+    return repr(action[:40]) if isinstance(action, str) else f"{action!r:.40}"
 
 
-def at(task: Task, action: str) -> str:
+def at(task: Task, action: Script) -> str:
     """How a message about an attempt begins."""
     return f"task {task.id!r}, attempt {brief(action)}: "
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rlrf import progress
 from rlrf.env import Env, Task
+from rlrf.script import Script
 from rlrf.testing.checks import CHECKS, run_all
 from rlrf.testing.play import DEADLINE_S, Play
 from rlrf.testing.report import CheckReport, CheckResult
@@ -18,7 +19,7 @@ def check_env(
     env: Env | str,
     *,
     tasks: int | str | Task | Sequence[str | Task] = 3,
-    actions: str | Sequence[str] = (),
+    actions: Script | Sequence[Script] = (),
     tokenizer: Any = None,
     outage: Callable[[], AbstractContextManager[Any]] | None = None,
     deadline_s: float | None = DEADLINE_S,
@@ -29,8 +30,9 @@ def check_env(
     Args:
         env: an environment, or an id for :func:`rlrf.make`.
         tasks: so many tasks of every split, or the tasks (or their ids) to try.
-        actions: further attempts, beside no-ops, hostile text and reference solutions. Wrong
-            answers that are well formed are the most telling.
+        actions: further attempts, beside no-ops, hostile text and reference solutions: each a
+            text, an assistant message, a sequence of these (one a turn) or a function of the
+            messages. Wrong answers that are well formed are the most telling.
         tokenizer: when given, feedback is also tokenized and searched for special tokens.
         outage: makes a context inside which the environment's machinery (sandbox, judge,
             simulator) is out of order; the environment must then raise, never score. Without it
@@ -43,7 +45,7 @@ def check_env(
         A report; :meth:`CheckReport.raise_if_failed` turns it into a test.
 
     Raises:
-        UsageError: ``tasks`` or ``deadline_s`` is not positive.
+        UsageError: ``tasks`` or ``deadline_s`` is not positive, or an action is none.
         UnknownIdError: no environment, or no task, has that id.
     """
     played = Play(
