@@ -156,7 +156,8 @@ def evaluate(
         tasks: ids or tasks, or one; None for the whole split. A task counts once, however often
             given.
         samples_per_task: attempts per task.
-        params: how to sample; the default samples the policy's own distribution.
+        params: how to sample; the default samples the policy's own distribution, and lets a reply
+            have the environment's ``max_tokens``.
         seed: seeds sampling and episodes.
         limit: take only the first so many tasks; None for all.
         max_concurrency: episodes under way at once.
@@ -175,7 +176,7 @@ def evaluate(
         _chosen(env, tasks, samples_per_task, limit),
         group_size=samples_per_task,
         max_concurrency=max_concurrency,
-        params=params,
+        params=params or SamplingParams(max_tokens=env.max_tokens),
         deadline_s=deadline_s,
         seed=seed,
         on_rollout=on_rollout,
@@ -205,7 +206,7 @@ async def aevaluate(
         _chosen(env, tasks, samples_per_task, limit),
         group_size=samples_per_task,
         max_concurrency=max_concurrency,
-        params=params,
+        params=params or SamplingParams(max_tokens=env.max_tokens),
         deadline_s=deadline_s,
         seed=seed,
         on_rollout=on_rollout,

@@ -379,6 +379,15 @@ def test_info_survives_a_grader_that_cannot_run_here(rlrf_cli: Invoke) -> None:
             (*EVAL, "--max-tokens", "0"),
             "--max-tokens is 0",
         ),
+        (("eval", "--policy", "cli-scripted"), "no environment is given: rlrf eval ENV"),
+        ((*EVAL, "cli-citys-v0"), "two environments are given, 'cli-citys-v0' and --env"),
+        (("eval", "cli-cities-v0", "--policy", "scripted:"), "scripted:module:function"),
+        (("eval", "cli-cities-v0", "--policy", "scripted:no_such:say"), "cannot be imported"),
+        (("eval", "cli-cities-v0", "--policy", "scripted:json:decoder"), "is <module"),
+        (
+            ("eval", "cli-cities-v0", "--policy", "scripted:os:getpid", "--model", "m"),
+            "its options are max_batch_size",
+        ),
         (("eval", "--env", "cli-cities-v0", "--policy", "cli-needs-model"), "give --model"),
         (
             (
@@ -505,6 +514,19 @@ def test_eval_prints_and_writes_the_report(rlrf_cli: Invoke, tmp_path: Path) -> 
     assert data["env"] == "cli-cities-v0"
     assert data["seed"] == 3
     assert [r["task_id"] for r in data["rollouts"]] == ["eval-France"] * 2 + ["eval-Peru"] * 2
+
+
+def test_eval_plays_a_script_of_the_current_folder(
+    rlrf_cli: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "a_script_here.py").write_text("async def say(messages):\n    return 'Lima'\n")
+    asked = ("eval", "cli-cities-v0", "--policy", "scripted:a_script_here:say", "--limit", "2")
+    assert rlrf_cli(*asked)[0] == 0
+    (written,) = (tmp_path / "runs" / "eval").glob("*.json")
+    assert written.name == "cli-cities-v0-scripted-a_script_here-say.json"
+    data = json.loads(written.read_text())
+    assert (data["policy"], data["pass_rate"], data["mean_length"]) == (asked[3], 0.5, None)
 
 
 def test_eval_tells_of_a_slow_path_once_and_in_its_report(rlrf_cli: Invoke, tmp_path: Path) -> None:

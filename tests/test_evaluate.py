@@ -130,6 +130,21 @@ def test_params_seed_and_on_rollout_reach_the_collector() -> None:
     assert report.pass_rate == 0.0
 
 
+def test_a_reply_may_have_what_the_environment_lets_it() -> None:
+    class Short(Words):
+        max_tokens = 2
+
+    def cut(params: SamplingParams | None) -> dict[str, int]:
+        report = rlrf.evaluate(Short(), Bytewise(echo), tasks=["yes"], params=params)
+        return dict(report.finish_reasons)
+
+    assert cut(None) == {"length": 1}
+    assert cut(SamplingParams()) == {"terminated": 1}
+    assert asyncio.run(aevaluate(Short(), Bytewise(echo), tasks=["yes"])).finish_reasons == {
+        "length": 1
+    }
+
+
 def test_wrong_use_is_told() -> None:
     policy = ScriptedPolicy(echo)
     with pytest.raises(UsageError, match="limit is 0"):

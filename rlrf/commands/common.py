@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -58,6 +59,8 @@ def make_env(
         wraps: its wrappers, as given on the command line.
     """
     named = [parse_wrapper(text) for text in wraps or ()]
+    if ":" in id:
+        import_from_here()
     options = assignments(option)
     options |= {name: value for name, value in given.items() if value is not None}
     env = rlrf.make(id, **options)
@@ -73,6 +76,12 @@ def wrapped(env: Env, wraps: Wrap | None) -> Env:
     except BaseException:
         env.close()
         raise
+
+
+def import_from_here() -> None:
+    """Let a module that was named be found in the current folder, where it is nowhere else."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def assignments(texts: list[str] | None) -> dict[str, Any]:

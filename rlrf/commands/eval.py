@@ -16,13 +16,20 @@ from rich.table import Table
 
 from rlrf import _interrupt, notices, runs
 from rlrf._plugin_source import read_signature
-from rlrf.commands.common import EnvOptions, Wraps, assignments, make_env, new_console
+from rlrf.commands.common import (
+    EnvOptions,
+    Wraps,
+    assignments,
+    import_from_here,
+    make_env,
+    new_console,
+)
 from rlrf.config import check_output, in_range
 from rlrf.console import RolloutProgress
 from rlrf.env import Env
-from rlrf.errors import ConfigError
+from rlrf.errors import ConfigError, UsageError
 from rlrf.evaluate import EvalReport, evaluate
-from rlrf.policy import SamplingParams, make_policy, policies
+from rlrf.policy import SCRIPTED, SamplingParams, make_policy, policies, policy_class
 from rlrf.progress import phase
 from rlrf.results import ResultsFile
 from rlrf.rollout import MAX_AT_ONCE, Rollout
@@ -31,8 +38,13 @@ from rlrf.wrappers import in_words, wrappers_of
 
 def eval_(
     context: typer.Context,
-    env: Annotated[str, typer.Option(help="Environment id.")],
-    policy: Annotated[str, typer.Option(help="Policy; see `rlrf list`.")] = "hf",
+    env: Annotated[
+        str | None, typer.Argument(metavar="ENV", help="Environment id; see `rlrf list`.")
+    ] = None,
+    env_option: Annotated[str | None, typer.Option("--env", help="The same as ENV.")] = None,
+    policy: Annotated[
+        str, typer.Option(help="Policy; see `rlrf list`; or scripted:module:function.")
+    ] = "hf",
     model: Annotated[str | None, typer.Option(help="Model folder or name.")] = None,
     split: Annotated[
         str | None, typer.Option(help="Split; the environment's own for evaluation by default.")
@@ -67,6 +79,7 @@ def eval_(
     ] = None,
 ) -> None:
     """Measure a policy on an environment. A run that was cut off is continued."""
+    env = _one_env(env, env_option)
     in_range("limit", limit)
     in_range("samples", samples, most=MAX_AT_ONCE)
     in_range("max-concurrency", max_concurrency, most=MAX_AT_ONCE)
@@ -78,7 +91,11 @@ def eval_(
     policy_options |= {
         name: value for name, value in (("model", model), ("base_url", base_url)) if value
     }
-    signature = read_signature(policies.target(policy))
+    if policy.startswith(SCRIPTED):
+        import_from_here()
+        signature = None
+    else:
+        signature = read_signature(policies.target(policy))
     if signature is not None:  # before anything is imported
         _check_call(policy, signature, policy_options)
     progress = context.with_resource(RolloutProgress())
@@ -164,6 +181,16 @@ def eval_(
         raise typer.Exit(1)
 
 
+def _one_env(env: str | None, option: str | None) -> str:
+    """The environment that is named, in one way or the other."""
+    if env is not None and option is not None and env != option:
+        raise UsageError(f"two environments are given, {env!r} and --env {option!r}; give one")
+    found = option if env is None else env
+    if found is None:
+        raise UsageError("no environment is given: rlrf eval ENV; `rlrf list` shows what there is")
+    return found
+
+
 def _print_eval(console: Console, report: EvalReport, env: Env) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
@@ -202,7 +229,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _make_policy(name: str, options: dict[str, Any]) -> Any:
-    _check_call(name, inspect.signature(policies.load(name)), options)
+    _check_call(name, inspect.signature(policy_class(name)), options)
     return make_policy(name, **options)
 
 
