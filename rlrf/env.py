@@ -22,7 +22,14 @@ import gymnasium
 import numpy as np
 
 from rlrf._async import call_hook, run_sync
-from rlrf.errors import OutcomeError, UnknownIdError, UsageError, brief, check_whole
+from rlrf.errors import (
+    ReturnTypeError,
+    UnknownIdError,
+    UsageError,
+    brief,
+    check_takes,
+    check_whole,
+)
 from rlrf.feedback import Feedback, Level, Segment
 from rlrf.messages import (
     Action,
@@ -143,6 +150,8 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
                 f"tokenizer is {brief(tokenizer)}; it must be a tokenizer, with a method encode"
             )
         check_whole("max_feedback_tokens", max_feedback_tokens, least=0)
+        self._check_hook("load_tasks", "split")
+        self._check_hook("reference_solution", "task")
         self.tokenizer = tokenizer
         self.max_feedback_tokens = max_feedback_tokens
         self.observation_space = Chat("observation")
@@ -151,6 +160,18 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         self._task_cache: dict[str, TaskSequence] = {}
 
     # --- what an author gives -------------------------------------------------------------
+
+    def _check_hook(self, name: str, *arguments: str, of: type | None = None) -> None:
+        """See that a hook can be called, and that an author has written it, where ``of`` has not.
+
+        Raises:
+            UsageError: it cannot, or he has not.
+        """
+        where = f"{type(self).__name__}.{name}"
+        if of is not None and getattr(type(self), name) is getattr(of, name):
+            signature = ", ".join(("self", *arguments))
+            raise UsageError(f"{type(self).__name__} must define {name}({signature})")
+        check_takes(getattr(self, name), where, *arguments)
 
     @abc.abstractmethod
     def load_tasks(self, split: str) -> Sequence[Task]:
@@ -397,6 +418,19 @@ _NO_ANSWER = Segment(
 )
 
 
+def check_is_env(env: Any, what: str) -> None:
+    """Refuse what is no environment.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(env, Env):
+        return
+    inner = getattr(env, "unwrapped", None)
+    remedy = "give its .unwrapped" if isinstance(inner, Env) else "rlrf.make(id) makes one"
+    raise UsageError(f"{what} takes an rlrf.Env, got {brief(env)}; {remedy}")
+
+
 class SingleTurnEnv(Env):
     """One prompt, one completion, one grade. An author writes ``load_tasks`` and ``grade``.
 
@@ -414,6 +448,7 @@ class SingleTurnEnv(Env):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        self._check_hook("grade", "task", "completion", of=SingleTurnEnv)
         # One name, two faces: the class's `grade` is the author's hook, which `super().grade`
         # reaches as it is; an environment's own is the user's method, as documented there.
         self.grade = self._graded  # type: ignore[method-assign]  # see above
@@ -430,7 +465,7 @@ class SingleTurnEnv(Env):
             UnknownIdError: no task has that id.
             InfraError: the machinery failed; there is no grade.
         """
-        raise TypeError(f"{type(self).__name__} must define grade(self, task, completion)")
+        raise NotImplementedError
 
     def _graded(self, task: str | Task, completion: Action) -> Outcome:
         return run_sync(self.agrade(task, completion))
@@ -446,7 +481,7 @@ class SingleTurnEnv(Env):
         hook = MethodType(type(self).grade, self)
         outcome = await call_hook(hook, task, heard["content"] or "")
         if not isinstance(outcome, Outcome):
-            raise OutcomeError(
+            raise ReturnTypeError(
                 f"{type(self).__name__}.grade returned {brief(outcome)}; return "
                 "rlrf.Outcome(reward, feedback)"
             )
@@ -483,6 +518,10 @@ class MultiTurnEnv(Env):
             check_whole("max_turns", max_turns)
         self.max_turns = max_turns
         self._start_takes_rng = "rng" in inspect.signature(self.start).parameters
+        rng = ("rng",) if self._start_takes_rng else ()
+        self._check_hook("start", "task", *rng, of=MultiTurnEnv)
+        self._check_hook("respond", "state", "action", of=MultiTurnEnv)
+        self._check_hook("truncation_feedback", "state")
 
     def start(self, task: Task) -> Any:
         """A fresh state for an episode of ``task``.
@@ -490,7 +529,7 @@ class MultiTurnEnv(Env):
         Take a second parameter named ``rng`` to get the episode's own
         :class:`numpy.random.Generator`. May be ``async def``.
         """
-        raise TypeError(f"{type(self).__name__} must define start(self, task)")
+        raise NotImplementedError
 
     def respond(self, state: Any, action: Message) -> Any:
         """Answer an assistant message with a :class:`Turn`. May be ``async def``.
@@ -498,7 +537,7 @@ class MultiTurnEnv(Env):
         ``action["content"]`` is the answer; beside it may be ``tool_calls``, those of them that
         could not be read (``invalid_tool_calls``), and ``reasoning_content``.
         """
-        raise TypeError(f"{type(self).__name__} must define respond(self, state, action)")
+        raise NotImplementedError
 
     def truncation_feedback(self, state: Any) -> Any:
         """More :class:`Feedback` where ``max_turns`` ends an episode: what was still to be done.
@@ -517,7 +556,7 @@ class MultiTurnEnv(Env):
         heard = self._heard(action)
         turn = await call_hook(self.respond, state.inner, heard)
         if not isinstance(turn, Turn):
-            raise OutcomeError(
+            raise ReturnTypeError(
                 f"{type(self).__name__}.respond returned {brief(turn)}; return rlrf.Turn(...)"
             )
         turn = replace(turn, feedback=self._told(turn.feedback, action, heard))
@@ -529,7 +568,7 @@ class MultiTurnEnv(Env):
             return replace(turn, truncated=True)
         more = await call_hook(self.truncation_feedback, state.inner)
         if not isinstance(more, Feedback):
-            raise OutcomeError(
+            raise ReturnTypeError(
                 f"{type(self).__name__}.truncation_feedback returned {brief(more)}; return a "
                 "rlrf.Feedback, e.g. Feedback.of('state_mismatch', 'The order is still open.')"
             )
@@ -563,4 +602,5 @@ __all__ = [
     "TaskSequence",
     "Turn",
     "as_tasks",
+    "check_is_env",
 ]

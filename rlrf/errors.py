@@ -15,7 +15,8 @@ reward with feedback.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable
 from numbers import Integral
 from typing import Any
 
@@ -33,6 +34,14 @@ class OutcomeError(UsageError):
 
     A mistake in the environment, which may show on few attempts only: :func:`rlrf.rollout` leaves
     these unscored and goes on.
+    """
+
+
+class ReturnTypeError(UsageError):
+    """An environment's hook, or a policy, returned what is of another type than it must be.
+
+    A mistake in its code: :func:`rlrf.rollout` raises it where that is so from the start, and else
+    leaves the rollout unscored and goes on.
     """
 
 
@@ -163,6 +172,24 @@ def check_whole(name: str, value: Any, *, least: int = 1, most: int = MAX_COUNT)
         bounded = most < MAX_COUNT or (whole and value > most)
         limits = f"from {least} to {most}" if bounded else f">= {least}"
         raise UsageError(f"{name} is {value!r:.80}; it must be a whole number {limits}")
+
+
+def check_takes(function: Callable[..., Any], what: str, *names: str) -> None:
+    """See that a function can be called with arguments of these names, in order.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # written in C: who calls it will see
+        return
+    try:
+        signature.bind(*names)
+    except TypeError as error:
+        raise UsageError(
+            f"{what} is called as ({', '.join(names)}), but takes {signature}: {error}"
+        ) from None
 
 
 def describe(error: BaseException) -> str:

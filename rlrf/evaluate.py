@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlrf.env import Env, Task, as_tasks
+from rlrf.env import Env, Task, as_tasks, check_is_env
 from rlrf.errors import UsageError, check_whole
 from rlrf.policy import PolicyLike, SamplingParams
 from rlrf.rollout import MAX_AT_ONCE, Rollout, arollout, rollout
@@ -221,6 +221,7 @@ def _chosen(
     samples_per_task: int,
     limit: int | None,
 ) -> list[str | Task]:
+    check_is_env(env, "evaluate()")
     check_whole("samples_per_task", samples_per_task, most=MAX_AT_ONCE)
     if limit is not None:
         check_whole("limit", limit)

@@ -19,7 +19,15 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rlrf.errors import MAX_COUNT, InfraError, UsageError, brief, check_whole
+from rlrf.errors import (
+    MAX_COUNT,
+    InfraError,
+    ReturnTypeError,
+    UsageError,
+    brief,
+    check_takes,
+    check_whole,
+)
 from rlrf.messages import (
     Message,
     Messages,
@@ -30,7 +38,7 @@ from rlrf.messages import (
     whole_text,
 )
 from rlrf.plugins import Registry, load_object
-from rlrf.script import Script, as_player, check_takes
+from rlrf.script import Script, as_player
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -237,27 +245,27 @@ def check_completion(completion: Any) -> None:
     """See that what a policy gave is a completion.
 
     Raises:
-        InfraError: it is not: ids that are none, log-probabilities that are no finite number <= 0,
-            texts that are none. No reward may be drawn from it. It is not ``retryable`` where the
-            message is none: the policy's own code made it.
+        InfraError: it holds what cannot be: ids that are none, log-probabilities that are no finite
+            number <= 0, texts that are none. No reward may be drawn from it.
+        ReturnTypeError: it is no completion, or its message is none: the policy's own code made it.
     """
     said = "the policy gave a completion that is none: "
+    if not isinstance(completion, Completion):
+        raise ReturnTypeError(f"{said}{type(completion).__name__} is no rlrf.Completion")
     fault = _fault(completion)
     if fault is not None:
         raise InfraError(said + fault, kind="policy_error")
     try:
         completion.assistant_message  # noqa: B018  # reads the message
     except UsageError as error:
-        raise InfraError(f"{said}{error}", kind="policy_error", retryable=False) from error
+        raise ReturnTypeError(f"{said}{error}") from error
 
 
 _MAX_ID = 2**31
 _MAX_LOGPROB = 1e-4  # rounding may take a sure token a little above 0
 
 
-def _fault(completion: Any) -> str | None:
-    if not isinstance(completion, Completion):
-        return f"{type(completion).__name__} is no rlrf.Completion"
+def _fault(completion: Completion) -> str | None:
     for name in ("prompt_ids", "token_ids"):
         ids: Any = getattr(completion, name)
         if not isinstance(ids, (tuple, list)):

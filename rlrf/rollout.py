@@ -24,7 +24,7 @@ from rlrf import progress
 from rlrf._async import lost, run_sync
 from rlrf._batcher import Batcher, mix
 from rlrf._clock import Clock, tell_of_blocker, watchdog
-from rlrf.env import Env, Episode, StepResult, Task, as_tasks
+from rlrf.env import Env, Episode, StepResult, Task, as_tasks, check_is_env
 from rlrf.errors import (
     InfraError,
     LoopLostError,
@@ -32,6 +32,7 @@ from rlrf.errors import (
     OutcomeError,
     PromptError,
     PromptTooLongError,
+    ReturnTypeError,
     UnavailableError,
     UsageError,
     check_whole,
@@ -260,6 +261,7 @@ class _Batch:
         on_rollout: Callable[[Rollout], None] | None,
         done: Iterable[Rollout],
     ) -> None:
+        check_is_env(env, "rollout()")
         check_whole("group_size", group_size, most=MAX_AT_ONCE)
         check_whole("max_concurrency", max_concurrency, most=MAX_AT_ONCE)
         check_whole("retries", retries, least=0)
@@ -279,7 +281,7 @@ class _Batch:
         self.deadline_s, self.retries, self.on_rollout = deadline_s, retries, on_rollout
         self.groups = [f"{i}:{task.id}" for i, task in enumerate(self.tasks)]
         self.wanted = [(group, k) for group in self.groups for k in range(group_size)]
-        self.refusals = _Refusals(env)
+        self.refusals, self.mistakes = _Refusals(env), _Refusals(None)
         self.finished: dict[tuple[str, int], Rollout] = {}
         known = set(self.wanted)
         for rollout in done:
@@ -299,7 +301,7 @@ class _Batch:
         for number, (clock, draft) in self.under_way.items():
             if clock.blocked:
                 self.blocked[number] = draft.failed(_failure(clock.error()))
-                self.refusals.anything_else = True
+                self.anything_else()
         self.under_way = {}
         tell_of_blocker(self.env)
         batcher = Batcher(
@@ -333,7 +335,8 @@ class _Batch:
         try:
             with watchdog(self.deadline_s):
                 rollouts = list(await asyncio.gather(*jobs))
-            self.refusals.check(len({task.id for task in self.tasks}))
+            for refusals in (self.refusals, self.mistakes):
+                refusals.check(len({task.id for task in self.tasks}))
             return rollouts
         except BaseException:
             for job in jobs:
@@ -341,6 +344,10 @@ class _Batch:
             batcher.stop()
             await asyncio.gather(*jobs, return_exceptions=True)
             raise
+
+    def anything_else(self) -> None:
+        """A rollout has ended otherwise than by being refused."""
+        self.refusals.anything_else = self.mistakes.anything_else = True
 
     def seeds(self, number: int) -> tuple[int, int]:
         """Of a rollout's episode, and of what is sampled for it."""
@@ -357,9 +364,13 @@ _STRIKES = 3
 
 
 class _Refusals:
-    """The tasks that were refused with a UsageError: their own fault, or the caller's?"""
+    """The tasks that were refused with a UsageError: their own fault, or the caller's?
 
-    def __init__(self, env: Env) -> None:
+    Args:
+        env: who refused them; None for the policy.
+    """
+
+    def __init__(self, env: Env | None) -> None:
         self.env = env
         self.refused: dict[str, tuple[UsageError, str]] = {}  # per task: what, and in which words
         self.anything_else = False  # whether a rollout ended otherwise than by being refused
@@ -372,7 +383,7 @@ class _Refusals:
         """
         words = describe(error)
         self.refused[task.id] = error, words
-        if self.anything_else or self.env in _proven:
+        if self.anything_else or self.env in _proven:  # None never is
             return
         if sum(said == words for _, said in self.refused.values()) >= _STRIKES:
             raise error
@@ -440,6 +451,9 @@ class _Collector:
                     return draft.failed(failure)
                 break
             except _PolicyMisuse as misuse:
+                if isinstance(misuse.error, ReturnTypeError):
+                    self.batch.mistakes.note(task, misuse.error)
+                    return draft.failed(f"policy_error: {misuse.error}")
                 raise misuse.error from None
             except MissingDependencyError:
                 raise
@@ -453,11 +467,11 @@ class _Collector:
                     return draft.failed(failure)
                 break
             else:
-                self.refusals.anything_else = True
+                self.batch.anything_else()
                 if rollout.scored:
                     _proven.add(self.env)
                 return rollout
-        self.refusals.anything_else = True
+        self.batch.anything_else()
         return draft.failed(failure)
 
     async def _run(
@@ -500,7 +514,7 @@ class _Collector:
 
 
 class _PolicyMisuse(Exception):
-    """The policy was used wrongly: the same for every rollout, so it is said at once."""
+    """The policy was used wrongly, or returns what is none: so for every rollout, as a rule."""
 
     def __init__(self, error: UsageError) -> None:
         self.error = error

@@ -6,12 +6,11 @@ A reference solution is one, a :class:`rlrf.ScriptedPolicy` plays one, and so do
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from rlrf.errors import UsageError, brief
+from rlrf.errors import UsageError, brief, check_takes
 from rlrf.messages import Action, Messages, is_parts, spoken
 
 Script = Action | Sequence[Action] | Callable[[Messages], Any]
@@ -58,21 +57,3 @@ def _nth(actions: Sequence[Action], messages: Messages, turn: int) -> Action:
 def is_action(value: object) -> bool:
     """Whether it is meant for one action, and not for several."""
     return isinstance(value, (str, Mapping)) or is_parts(value)
-
-
-def check_takes(function: Callable[..., Any], what: str, *names: str) -> None:
-    """See that a function can be called with arguments of these names, in order.
-
-    Raises:
-        UsageError: it cannot.
-    """
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # written in C: who calls it will see
-        return
-    try:
-        signature.bind(*names)
-    except TypeError as error:
-        raise UsageError(
-            f"{what} is called as ({', '.join(names)}), but takes {signature}: {error}"
-        ) from None

@@ -137,8 +137,8 @@ def test_a_grader_must_return_an_outcome():
         def load_tasks(self, split):
             return [Task("a", "x")]
 
-    with pytest.raises(TypeError, match="must define grade"):
-        NoGrade().grade("a", "x")
+    with pytest.raises(UsageError, match=r"NoGrade must define grade\(self, task, completion\)"):
+        NoGrade()
 
 
 def test_several_turns():
@@ -180,7 +180,7 @@ def test_an_episode_that_is_cut_is_told_so_and_what_was_left():
         def truncation_feedback(self, state):
             return "Hurry."
 
-    with pytest.raises(rlrf.OutcomeError, match=r"truncation_feedback returned 'Hurry.'"):
+    with pytest.raises(UsageError, match=r"truncation_feedback returned 'Hurry.'"):
         last(Says(max_turns=1))
 
 
@@ -389,6 +389,22 @@ def test_feedback_must_be_feedback(wrong):
         Turn("x", 0.0, wrong)
 
 
+@pytest.mark.parametrize(
+    ("base", "hook", "told"),
+    [
+        (Echo, {"grade": lambda self, completion: 1}, r"grade is called as \(task, completion\)"),
+        (Echo, {"load_tasks": lambda self: []}, r"load_tasks is called as \(split\), but takes"),
+        (Echo, {"reference_solution": lambda self: ""}, "reference_solution is called as"),
+        (Guess, {"start": lambda self, rng: 1}, r"start is called as \(task, rng\)"),
+        (Guess, {"respond": lambda self, state: 1}, r"respond is called as \(state, action\)"),
+        (Guess, {"truncation_feedback": lambda self: 1}, r"is called as \(state\)"),
+    ],
+)
+def test_a_hook_that_cannot_be_called_is_told_when_the_environment_is_made(base, hook, told):
+    with pytest.raises(UsageError, match=told):
+        type("Odd", (base,), hook)()
+
+
 def test_turns_are_checked_too():
     with pytest.raises(UsageError, match="InfraError"):
         Turn("x", float("inf"))
@@ -407,10 +423,11 @@ def test_turns_are_checked_too():
         def load_tasks(self, split):
             return [Task("a", "x")]
 
-    with pytest.raises(TypeError, match="start"):
-        Nothing().reset(seed=0)
-    with pytest.raises(TypeError, match="respond"):
-        Nothing().respond(None, {})
+    with pytest.raises(UsageError, match=r"must define start\(self, task\)"):
+        Nothing()
+    Nothing.start = lambda self, task: None
+    with pytest.raises(UsageError, match=r"must define respond\(self, state, action\)"):
+        Nothing()
 
 
 def test_the_last_allowed_turn_may_also_solve():

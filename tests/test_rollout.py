@@ -9,6 +9,7 @@ import multiprocessing
 import threading
 from dataclasses import replace
 
+import gymnasium
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -858,3 +859,55 @@ def test_a_task_may_be_posed_otherwise():
     found = rlrf.rollout(Words(), policy, tasks)
     assert [p.messages[0]["content"] for p in policy.prompts] == [f"Now say {t.id}." for t in tasks]
     assert [r.reward for r in found] == [1.0] * 4  # what is hidden is that of the task
+
+
+# --- what is wrong from the start ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("made", [None, 1.0, (1.0, Feedback()), Turn("x")])
+def test_a_grade_that_never_returns_an_outcome_is_told_and_not_unscored(made):
+    class Wrong(Echo):
+        def grade(self, task, completion):
+            return made
+
+    with pytest.raises(UsageError, match=r"Wrong\.grade returned .*; return rlrf\.Outcome"):
+        rlrf.rollout(Wrong(), lambda m: "yes")
+
+
+@pytest.mark.parametrize("reply", [None, 7, {"role": "user", "content": "x"}])
+def test_a_policy_that_never_returns_a_reply_is_told_and_not_unscored(reply):
+    env = Echo()
+    rlrf.rollout(env, lambda m: "yes")  # that the environment works is no excuse
+
+    class Bare:
+        def generate(self, prompts, params):
+            return [reply for _ in prompts]
+
+    for policy in (lambda m: reply, Bare()):
+        with pytest.raises(UsageError, match="the policy gave a completion that is none"):
+            rlrf.rollout(env, policy)
+
+
+def test_a_reply_that_is_none_costs_its_own_rollout():
+    env = Words()
+    found = rlrf.rollout(env, lambda m: None if "two" in m[0]["content"] else "one")
+    assert [r.scored for r in found] == [True, False, True, True]
+    assert found[1].failure.startswith("policy_error: the policy gave a completion that is none")
+
+
+def test_an_outcome_that_is_none_costs_its_own_rollout():
+    class Wrong(Echo):
+        def grade(self, task, completion):
+            return super().grade(task, completion) if task.id != "train-no" else None
+
+    found = rlrf.rollout(Wrong(), lambda m: "yes")
+    assert [r.scored for r in found] == [True, False, True]
+
+
+def test_what_is_no_environment():
+    with pytest.raises(UsageError, match=r"takes an rlrf\.Env, got 'echo' \(str\); rlrf\.make"):
+        rlrf.rollout("echo", lambda m: "x")
+    with pytest.raises(UsageError, match=r"evaluate\(\) takes an rlrf\.Env"):
+        rlrf.evaluate(Echo, lambda m: "x")
+    with pytest.raises(UsageError, match=r"give its \.unwrapped"):
+        rlrf.rollout(gymnasium.Wrapper(Echo()), lambda m: "x")
