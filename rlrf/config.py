@@ -18,26 +18,31 @@ A training configuration has a model, an environment, a trainer and a run direct
     [run]
     dir = "runs/first"
 
+What is for one trainer only may stand in a table of its name, ``[trainer.sdpo]``: it applies where
+that is the trainer, over ``[trainer]``. So one file serves several trainers.
+
 Where a field accepts None, TOML (which has no null) and ``--set`` write the string ``"none"``.
 """
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import json
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from rlrf.errors import MAX_COUNT, ConfigError
+from rlrf.errors import MAX_COUNT, ConfigError, close_match, nearest
+from rlrf.trainer import config_class_of, trainers
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+DEFAULT_TRAINER = "sdpo"
 
 
 class EnvSection(BaseModel):
@@ -59,7 +64,7 @@ class TrainerSection(BaseModel):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str = Field("sdpo", min_length=1)
+    name: str = Field(DEFAULT_TRAINER, min_length=1)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -92,7 +97,7 @@ class TrainConfig(BaseModel):
     model: str = Field(min_length=1)
     env: EnvSection
     eval_env: dict[str, Any] | None = None
-    trainer: TrainerSection = Field(default_factory=lambda: TrainerSection(name="sdpo"))
+    trainer: TrainerSection = Field(default_factory=lambda: TrainerSection(name=DEFAULT_TRAINER))
     run: RunSection = Field(default_factory=RunSection)
 
     def held_out(self) -> EnvSection:
@@ -131,7 +136,38 @@ def load_train_config(
     for text in assignments:
         key, value = parse_assignment(text)
         set_key(data, key, value)
-    return build_config(TrainConfig, data)
+        table, _, name = key.partition(".")
+        if table == "trainer" and name not in trainers:  # what is said last holds
+            for section in _sections(data).values():
+                section.pop(name, None)
+    if sections := _sections(data):
+        common = {k: v for k, v in data["trainer"].items() if k not in sections}
+        data["trainer"] = common | sections.get(common.get("name", DEFAULT_TRAINER), {})
+    return build_config(TrainConfig, data, elsewhere=lambda: _in_tables(data))
+
+
+def _sections(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tables ``[trainer.<name>]``."""
+    table = data.get("trainer")
+    inner = table.items() if isinstance(table, dict) else ()
+    return {name: value for name, value in inner if isinstance(value, dict) and name in trainers}
+
+
+def _in_tables(data: Mapping[str, Any]) -> dict[str, str]:
+    """The keys that are known within tables, and how each is written there."""
+    from rlrf.registry import options_of
+
+    known = {"run": [*RunSection.model_fields], "trainer": ["name"], "env": ["id"]}
+    with contextlib.suppress(Exception):  # what is wrong with it is for another message
+        name = data.get("trainer", {}).get("name", DEFAULT_TRAINER)
+        known["trainer"] += config_class_of(name).model_fields
+    with contextlib.suppress(Exception):
+        known["env"] += options_of(data["env"]["id"])
+    return {
+        name: f"; did you mean {f'{table}.{name}'!r}?"
+        for table, names in known.items()
+        for name in names
+    }
 
 
 def read_config(path: Path | str) -> dict[str, Any]:
@@ -234,7 +270,11 @@ def set_key(data: dict[str, Any], key: str, value: Any) -> None:
 
 
 def build_config(
-    config_class: type[ModelT], mapping: Mapping[str, Any], *, prefix: str = ""
+    config_class: type[ModelT],
+    mapping: Mapping[str, Any],
+    *,
+    prefix: str = "",
+    elsewhere: Callable[[], Mapping[str, str]] | None = None,
 ) -> ModelT:
     """Validate ``mapping`` as a ``config_class``.
 
@@ -243,6 +283,7 @@ def build_config(
         mapping: its fields; the string ``"none"`` stands for None where a field accepts None and
             no string.
         prefix: put before every key in messages, e.g. ``"trainer."``.
+        elsewhere: gives the keys that belong somewhere else, and what to say of each.
 
     Raises:
         ConfigError: one line per wrong key or value, naming the key, the value, what is accepted
@@ -257,7 +298,8 @@ def build_config(
     try:
         return config_class.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(config_class, data, error, prefix))) from None
+        lines = _explain(config_class, data, error, prefix, elsewhere)
+        raise ConfigError("\n".join(lines)) from None
 
 
 def in_range(option: str, value: int | None, *, least: int = 1, most: int = MAX_COUNT) -> None:
@@ -294,12 +336,6 @@ def check_output(option: str, path: Path | None) -> None:
         raise ConfigError(f"--{option} {str(path)!r}: {error.strerror}") from None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
 def _none(config_class: type[BaseModel], key: str, value: Any) -> Any:
     if not isinstance(value, str) or value.lower() not in ("none", "null"):
         return value
@@ -322,7 +358,11 @@ def _arms(annotation: Any) -> tuple[Any, ...]:
 
 
 def _explain(
-    config_class: type[BaseModel], data: Mapping[str, Any], error: ValidationError, prefix: str
+    config_class: type[BaseModel],
+    data: Mapping[str, Any],
+    error: ValidationError,
+    prefix: str,
+    elsewhere: Callable[[], Mapping[str, str]] | None,
 ) -> list[str]:
     """One line per faulty key; the arms of a union that all failed become one line."""
     lines: dict[str, str] = {}
@@ -332,7 +372,11 @@ def _explain(
         name, kind = prefix + key, item["type"]
         value = _at(data, key.split("."), item["input"])
         if kind == "extra_forbidden":
-            hint = nearest(key.rpartition(".")[2], fields)
+            last = key.rpartition(".")[2]
+            others = elsewhere() if elsewhere is not None and key == last else {}
+            hint = others.get(last) or nearest(last, fields)
+            if not hint and (near := close_match(last, others)):
+                hint = others[near]
             if not hint:
                 hint = "; keys are " + ", ".join(sorted(fields))
             lines[name] = f"unknown key {name} (given {_short(value)}){hint}"

@@ -174,6 +174,18 @@ def check_whole(name: str, value: Any, *, least: int = 1, most: int = MAX_COUNT)
         raise UsageError(f"{name} is {value!r:.80}; it must be a whole number {limits}")
 
 
+def close_match(name: Any, known: Iterable[str]) -> str:
+    """The nearest of ``known``, or an empty string where none is near."""
+    found = isinstance(name, str) and difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return found[0] if found else ""
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the nearest of ``known``, or an empty string."""
+    found = close_match(name, known)
+    return f"; did you mean {found!r}?" if found else ""
+
+
 def check_takes(function: Callable[..., Any], what: str, *names: str) -> None:
     """See that a function can be called with arguments of these names, in order.
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol, get_args, overload
 
-from rlrf.errors import OutcomeError, UsageError
+from rlrf.errors import OutcomeError, UsageError, nearest
 from rlrf.messages import whole_text
 
 Kind = Literal[
@@ -85,6 +85,7 @@ class Level(enum.IntEnum):
         except (KeyError, ValueError):
             raise UsageError(
                 f"unknown feedback level {value!r}; levels are {', '.join(m.name for m in cls)}"
+                + nearest(value, [m.name for m in cls])
             ) from None
 
 
@@ -255,6 +256,7 @@ class Segment:
             if value not in known:
                 raise OutcomeError(
                     f"Segment.{name} is {value!r}; it must be one of {', '.join(known)}"
+                    + nearest(value, known)
                 )
         for name in ("text", "source"):
             if not isinstance(getattr(self, name), str):

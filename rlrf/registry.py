@@ -159,12 +159,7 @@ def make(id: str | EnvSpec, **kwargs: Any) -> Env:
 
 
 def _check_options(env_spec: EnvSpec, options: Mapping[str, Any]) -> None:
-    entry_point = env_spec.entry_point
-    if isinstance(entry_point, str):
-        name = env_spec.id.removeprefix(NAMESPACE + "/")
-        of = f" of {found}" if (found := origins().get(name)) else ""
-        entry_point = load_object(entry_point, f"environment {name!r}{of}")
-    accepted = accepted_options(entry_point)
+    accepted = accepted_options(_factory(env_spec))
     for key in options:
         if accepted is not None and key not in accepted:
             near = difflib.get_close_matches(key, sorted(accepted), n=1)
@@ -174,6 +169,26 @@ def _check_options(env_spec: EnvSpec, options: Mapping[str, Any]) -> None:
                 f"environment {name!r} has no option {key!r}; {hint}options are "
                 + ", ".join(sorted(accepted))
             )
+
+
+def _factory(env_spec: EnvSpec) -> Any:
+    """The class, or the callable, that makes an environment."""
+    entry_point = env_spec.entry_point
+    if not isinstance(entry_point, str):
+        return entry_point
+    name = env_spec.id.removeprefix(NAMESPACE + "/")
+    of = f" of {found}" if (found := origins().get(name)) else ""
+    return load_object(entry_point, f"environment {name!r}{of}")
+
+
+def options_of(id: str) -> set[str]:
+    """The options that :func:`make` takes for an environment, as far as they are known.
+
+    Raises:
+        UnknownIdError: no such environment.
+        UsageError: its module cannot be imported.
+    """
+    return accepted_options(_factory(spec(id))) or set()
 
 
 def accepted_options(factory: Any) -> set[str] | None:

@@ -24,7 +24,7 @@ from typing import Any, Literal, Protocol
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from rlrf.env import Env
-from rlrf.errors import PromptError, RlrfError, UsageError
+from rlrf.errors import PromptError, RlrfError, UsageError, nearest
 from rlrf.feedback import KINDS, Feedback, defuse
 from rlrf.messages import Message, Messages, action_message, user
 from rlrf.rollout import Rollout
@@ -94,7 +94,8 @@ class RepromptConfig(BaseModel):
     def _known_kinds(cls, value: list[str] | None) -> list[str] | None:
         for kind in value or ():
             if kind not in KINDS:
-                raise ValueError(f"has the kind {kind!r}; kinds are {', '.join(KINDS)}")
+                kinds = ", ".join(KINDS) + nearest(kind, KINDS)
+                raise ValueError(f"has the kind {kind!r}; kinds are {kinds}")
         return value
 
     @field_validator("reprompt_template")

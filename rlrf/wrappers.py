@@ -27,7 +27,7 @@ from gymnasium.envs.registration import EnvSpec, WrapperSpec
 
 from rlrf._async import call_hook, run_sync
 from rlrf.env import Env, Outcome, SingleTurnEnv, Task, TaskSequence, Turn
-from rlrf.errors import ConfigError, UsageError, check_whole
+from rlrf.errors import ConfigError, UsageError, check_whole, nearest
 from rlrf.feedback import KINDS, Feedback, Level, Segment, shorten
 from rlrf.messages import Action, action_message
 from rlrf.plugins import Registry, load_object
@@ -234,7 +234,10 @@ class DropFeedback(FeedbackWrapper):
         self.kinds = None if kinds is None else frozenset(kinds)
         unknown = sorted((self.kinds or frozenset()) - set(KINDS))
         if unknown:
-            raise UsageError(f"unknown feedback kind {unknown[0]!r}; kinds are {', '.join(KINDS)}")
+            raise UsageError(
+                f"unknown feedback kind {unknown[0]!r}; kinds are {', '.join(KINDS)}"
+                + nearest(unknown[0], KINDS)
+            )
         if not 0 <= probability <= 1:
             raise UsageError(f"probability is {probability}; it must be in [0, 1]")
         self.probability, self.seed = probability, seed

@@ -410,6 +410,13 @@ def test_info_survives_a_grader_that_cannot_run_here(rlrf_cli: Invoke) -> None:
         (("train", "--env", "cli-cities-v0"), "model is missing"),
         ((*TRAIN, "--trainer", "sdpoo"), "unknown trainer 'sdpoo'. Did you mean 'sdpo'"),
         ((*TRAIN, "--set", "trainer.learning_rat=1"), "did you mean 'learning_rate'?"),
+        ((*TRAIN, "--set", "learning_rate=1"), "did you mean 'trainer.learning_rate'?"),
+        ((*TRAIN, "--set", "trainer.feedback_kinds=[]"), "it is a key of the trainer 'sdpo'"),
+        (
+            (*TRAIN, "--trainer", "sdpo", "--set", 'trainer.feedback_kinds=["wrong-answer"]'),
+            "did you mean 'wrong_answer'?",
+        ),
+        ((*EVAL, "--feedback", "explain"), "did you mean 'explained'?"),
         ((*TRAIN, "--set", "trainer.max_steps=0"), "trainer.max_steps is 0; it must be greater"),
         ((*TRAIN, "--set", "env.acent=1"), "has no option 'acent'"),
         ((*TRAIN, "--set", "env.accent=empty"), "has no task"),

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+import rlrf
 from rlrf import ConfigError
 from rlrf.config import (
     build_config,
@@ -17,6 +18,7 @@ from rlrf.config import (
     set_key,
     to_toml,
 )
+from rlrf.trainer import build_trainer_config, trainers
 
 
 class Inner(BaseModel):
@@ -235,3 +237,94 @@ def test_toml_that_is_written_reads_back(tmp_path: Path) -> None:
 def test_toml_refuses_what_it_cannot_say() -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         to_toml({"a": object()})
+
+
+# --- several trainers, and keys that belong elsewhere ---------------------------------------------
+
+
+class OtherKnobs(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    learning_rate: float = 1e-6
+    sharpness: float = 1.0
+
+
+@pytest.fixture
+def two_trainers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``knobs`` and ``other``, and none else."""
+    made: dict[str, Any] = {"knobs": Knobs, "other": OtherKnobs}
+    known = {name: type(name, (), {"config_class": c}) for name, c in made.items()}
+    known["broken"] = "no_such_module:Broken"  # type: ignore[assignment]  # a target not imported
+    monkeypatch.setattr(trainers, "_added", known)
+    monkeypatch.setattr(trainers, "entry_points", dict)
+
+
+FOR_BOTH = """
+model = "m"
+[env]
+id = "format-rules-v0"
+[trainer]
+name = "other"
+learning_rate = 0.5
+[trainer.knobs]
+steps = 3
+[trainer.other]
+sharpness = 2.0
+"""
+
+
+@pytest.mark.usefixtures("two_trainers")
+@pytest.mark.parametrize(
+    ("given", "overrides", "options"),
+    [
+        ((), {}, {"learning_rate": 0.5, "sharpness": 2.0}),
+        ((), {"trainer.name": "knobs"}, {"learning_rate": 0.5, "steps": 3}),
+        (("trainer.name=knobs", "trainer.steps=9"), {}, {"learning_rate": 0.5, "steps": 9}),
+        (("trainer.other.learning_rate=0.1",), {}, {"learning_rate": 0.1, "sharpness": 2.0}),
+        (
+            ("trainer.sharpness=7", "trainer.other.sharpness=8"),
+            {},
+            {"learning_rate": 0.5, "sharpness": 8},
+        ),
+    ],
+)
+def test_one_file_serves_several_trainers(
+    tmp_path: Path, given: tuple[str, ...], overrides: dict[str, Any], options: dict[str, Any]
+) -> None:
+    (tmp_path / "both.toml").write_text(FOR_BOTH)
+    config = load_train_config(tmp_path / "both.toml", given, overrides)
+    assert config.trainer.options == options
+    # What is written into the run is what applied.
+    (tmp_path / "run.toml").write_text(to_toml(config.model_dump(exclude_none=True)))
+    assert load_train_config(tmp_path / "run.toml") == config
+
+
+@pytest.mark.usefixtures("two_trainers")
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("steps", "did you mean 'trainer.steps'?"),
+        ("learning_rat", "did you mean 'trainer.learning_rate'?"),
+        ("rule", "did you mean 'env.rule'?"),
+        ("dir", "did you mean 'run.dir'?"),
+        ("modle", "did you mean 'model'?"),
+        ("zzz", "keys are env, eval_env, model, run, trainer"),
+    ],
+)
+def test_a_key_outside_of_its_table_is_told_where_it_belongs(key: str, told: str) -> None:
+    given = ("model=m", "env.id=format-rules-v0", "trainer.name=knobs", f"{key}=1")
+    with pytest.raises(ConfigError, match=rf"unknown key {key} \(given 1\); ") as caught:
+        load_train_config(None, given)
+    assert told in str(caught.value)
+    with pytest.raises(ConfigError, match=r"unknown key nested \(.*keys are env"):
+        load_train_config(None, ("nested.steps=1", "model=m", "env.id=x", "trainer.name=nobody"))
+
+
+@pytest.mark.usefixtures("two_trainers")
+def test_a_key_of_another_trainer_is_said_to_be_one() -> None:
+    told = r"trainer.sharpness \(given 1\); it is a key of the trainer 'other', and this is 'knobs'"
+    with pytest.raises(ConfigError, match=told):
+        build_trainer_config("knobs", {"sharpness": 1}, prefix="trainer.")
+    with pytest.raises(ConfigError, match=r"\[trainer\.other\]"):
+        rlrf.make_trainer("knobs", model="m", env="format-rules-v0", config={"sharpness": 1})
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        build_trainer_config("knobs", {"step": 1})

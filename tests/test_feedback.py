@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from rlrf import Feedback, Level, Segment, UsageError, clean_text, defuse, span_to_tokens
 from rlrf.feedback import KINDS, REVEALS, SEVERITIES, shorten, token_offsets
+from rlrf.wrappers import DropFeedback
+from tests.environments_for_tests import Echo
 
 segments = st.builds(
     Segment,
@@ -419,3 +421,22 @@ def test_token_offsets_tile_the_text(tokenizer, text, data):
         assert decoded[start:end] in tokenizer.decode(ids[first:last])
         assert offsets[last - 1][0] < end
         assert offsets[first][1] >= start
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        (("wrong-answer", "x"), r"Segment\.kind is 'wrong-answer'.*did you mean 'wrong_answer'\?"),
+        (("hint", "x", "warn"), r"did you mean 'warning'\?"),
+        (("zzz", "x"), r"hint, reference$"),
+        ((None, "x"), r"Segment\.kind is None; .* reference$"),
+    ],
+)
+def test_a_near_match_of_what_is_unknown_is_named(fields, told):
+    with pytest.raises(UsageError, match=told):
+        Segment(*fields)
+
+
+def test_a_near_match_of_a_kind_to_drop_is_named():
+    with pytest.raises(UsageError, match=r"did you mean 'runtime_error'\?"):
+        DropFeedback(Echo(), kinds="runtime-error")

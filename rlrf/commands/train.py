@@ -21,12 +21,12 @@ from rlrf import _interrupt, runs
 from rlrf._files import reason
 from rlrf.commands.common import is_main, wrapped
 from rlrf.commands.report import make_report
-from rlrf.config import TrainConfig, TrainerSection, build_config, load_train_config, to_toml
+from rlrf.config import TrainConfig, load_train_config, to_toml
 from rlrf.console import TrainProgress
 from rlrf.env import Env
 from rlrf.errors import RlrfError, UsageError, describe
 from rlrf.progress import phase
-from rlrf.trainer import accepted, make_trainer, trainers
+from rlrf.trainer import accepted, build_trainer_config, make_trainer, trainers
 
 
 def train(
@@ -68,7 +68,8 @@ def train(
     # From here on it may take a while: to import torch, for one.
     progress = context.with_resource(TrainProgress()) if is_main() else None
     with phase(f"loading the trainer {settings.trainer.name!r}"):
-        trainer_config = _trainer_config(settings.trainer)
+        name, options = settings.trainer.name, settings.trainer.options
+        trainer_config = build_trainer_config(name, options, prefix="trainer.")
     if settings.model and (folder := Path(os.path.expanduser(settings.model))).is_dir():
         settings.model = os.path.abspath(folder)  # a run may be gone on with from elsewhere
     path = _run_dir(settings)
@@ -162,13 +163,6 @@ def _train_on(path: Path) -> str:
     """The command that trains a run's model on in a run of its own."""
     words = ["rlrf", "train", str(path / "config.toml"), "--model", str(path / "model")]
     return shlex.join([*words, "--run-dir", f"{path}-2"])
-
-
-def _trainer_config(section: TrainerSection) -> Any:
-    config_class = getattr(trainers.load(section.name), "config_class", None)
-    if config_class is None:
-        return section.options
-    return build_config(config_class, section.options, prefix="trainer.")
 
 
 def _run_dir(settings: TrainConfig) -> Path:

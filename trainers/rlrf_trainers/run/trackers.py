@@ -40,8 +40,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlrf._files import write_whole
-from rlrf.config import nearest
-from rlrf.errors import ConfigError, MissingDependencyError
+from rlrf.errors import ConfigError, MissingDependencyError, nearest
 
 Warn = Callable[[str, str], None]
 """``warn(topic, message)``; called on the thread that opens, logs or closes, on no other."""
