@@ -66,17 +66,17 @@ def check_free(path: Path | str, *, overwrite: bool = False) -> None:
     """
     if is_run(path) and not overwrite:
         raise UsageError(
-            f"{str(path)!r} already holds a run; go on with it (--resume {path}), replace it "
-            "(--overwrite), or choose another run directory (--run-dir)"
+            f"{str(path)!r} already holds a run; go on with it (--resume {path}, in Python "
+            "resume=True), replace it (--overwrite), or choose another run directory (--run-dir)"
         )
     foreign = [n for n in FILES if (Path(path) / n).exists()]
     if foreign and not is_run(path):
         raise UsageError(
             f"{str(path)!r} is no run but holds {foreign[0]!r}, which a run would replace; "
-            "choose another run directory"
+            "choose another run directory (--run-dir)"
         )
     if (Path(path) / "status.json").is_dir():
-        raise UsageError(f"{str(path)!r} holds a folder 'status.json'; choose another")
+        raise UsageError(f"{str(path)!r} holds a folder 'status.json'; choose another (--run-dir)")
 
 
 def check_output_of(path: Path | str) -> None:

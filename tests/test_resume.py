@@ -166,7 +166,9 @@ def test_a_run_that_would_lose_what_it_has_does_not_begin_again(status, every, m
     Checkpoints(run_dir).clear()
     Run.open(run_dir).finish(status)
     before = everything(run_dir)
-    with pytest.raises(UsageError, match=f"took 2 steps, with save_steps={every}") as refused:
+    with pytest.raises(
+        UsageError, match=f"took 2 steps, with save_steps={every}.*--overwrite"
+    ) as refused:
         trainer(run_dir, save_steps=2, max_steps=3, resume=True).train()
     assert ("run/model' if you like" in str(refused.value)) is model
     assert everything(run_dir) == before
@@ -200,7 +202,7 @@ def test_what_was_damaged_is_named_and_nothing_else_is_touched(harm, tmp_path):
 
 def test_another_trainer_or_task_set_is_refused(tmp_path):
     trainer(tmp_path / "run", max_steps=2).train()
-    with pytest.raises(UsageError, match="trainer='SDPOTrainer'"):
+    with pytest.raises(UsageError, match=r"trainer='SDPOTrainer'.*--overwrite"):
         trainer(tmp_path / "run", GRPOTrainer, max_steps=3, resume=True).train()
 
     class Other(CountA):

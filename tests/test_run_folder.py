@@ -204,7 +204,7 @@ def test_without_checkpoints_nothing_false_is_promised(tmp_path, monkeypatch):
 
     made = trainer(tmp_path / "run", max_steps=3, save_steps=0)
     monkeypatch.setattr(Run, "finish", full)
-    with pytest.raises(Unwritable, match=r"train anew: without checkpoints") as failed:
+    with pytest.raises(Unwritable, match=r"train anew \(--overwrite\): without") as failed:
         made.train()
     assert "--resume" not in str(failed.value)
 

@@ -103,7 +103,9 @@ def test_a_run_directory_is_not_overwritten_unasked(tmp_path: Path) -> None:
     run = make(tmp_path)
     run.log(1, {"loss": 1.0})
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="already holds a run"):
+    with pytest.raises(
+        UsageError, match=r"already holds a run; .*--resume .*, in Python resume=Tru"
+    ):
         make(tmp_path)
     with pytest.raises(UsageError, match="already holds a run"):
         check_free(tmp_path)

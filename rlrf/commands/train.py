@@ -80,7 +80,7 @@ def train(
     if (path / "config.toml").exists() and not runs.is_run(path):
         raise UsageError(
             f"{str(path)!r} is no run but holds a config.toml, which the run's would replace; "
-            "choose another run directory"
+            "choose another run directory (--run-dir)"
         )
     with phase(f"loading the environment {settings.env.id!r}"):
         environment = wrapped(rlrf.make(settings.env.id, **settings.env.options), settings.env.wrap)

@@ -224,7 +224,7 @@ class Loop:
         if source.is_dir() and target.is_dir() and source.samefile(target):
             raise UsageError(
                 f"the model {str(source)!r} lies where this run will leave its own; choose "
-                "another run directory, or move the model"
+                "another run directory (--run-dir), or move the model"
             )
 
     def _open_run(self, run_dir: str | Path, resume: bool) -> Run:
@@ -464,8 +464,8 @@ class Loop:
             if is_run(run.path) and (run.steps or run.begins_anew):
                 return "Mend that and go on with --resume"
             return (
-                "Mend that and train anew: without checkpoints (save_steps > 0) there is nothing "
-                "to resume from"
+                "Mend that and train anew (--overwrite): without checkpoints (save_steps > 0) "
+                "there is nothing to resume from"
             )
         return "Mend that; --resume goes on from the last checkpoint, if there is one"
 

@@ -68,7 +68,7 @@ class Resumption:
             has_model = self.run.info.get("model", False)
             raise UsageError(
                 f"the run {str(folder)!r} has no checkpoint to go on from (it took {last} "
-                f"steps, with save_steps={every}); train anew in another run directory"
+                f"steps, with save_steps={every}); train anew (--overwrite, or another --run-dir)"
                 + (f", from {str(self.run.path / 'model')!r} if you like" if has_model else "")
             )
         step = loop.learner.step
@@ -208,7 +208,8 @@ class Resumption:
             if then.get(key) != value:
                 raise UsageError(
                     f"the checkpoint was written with {key}={then.get(key)!r}, and now it is "
-                    f"{value!r}: the run cannot be resumed so; leave it as it was, or train anew"
+                    f"{value!r}: the run cannot be resumed so; leave it as it was, or train anew "
+                    "(--overwrite, or another --run-dir)"
                 )
         if before and identity:
             for part, what in (
@@ -218,7 +219,8 @@ class Resumption:
                 if before[part] != identity[part]:
                     raise UsageError(
                         f"{what} of the model {here!r} are not those that the run began with, so "
-                        "it cannot be resumed: put back the model as it was, or train anew"
+                        "it cannot be resumed: put back the model as it was, or train anew "
+                        "(--overwrite, or another --run-dir)"
                     )
 
     @staticmethod
