@@ -39,7 +39,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlrf.errors import MAX_COUNT, ConfigError, close_match, nearest
-from rlrf.trainer import config_class_of, trainers
+from rlrf.plugins import trainers
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 DEFAULT_TRAINER = "sdpo"
@@ -144,6 +144,52 @@ def load_train_config(
         common = {k: v for k, v in data["trainer"].items() if k not in sections}
         data["trainer"] = common | sections.get(common.get("name", DEFAULT_TRAINER), {})
     return build_config(TrainConfig, data, elsewhere=lambda: _in_tables(data))
+
+
+def config_class_of(trainer: str) -> Any:
+    """The pydantic model of a trainer's configuration, or None if it declares none.
+
+    Raises:
+        UnknownIdError: no such trainer.
+        MissingDependencyError: the ``train`` extra is not installed.
+    """
+    return getattr(trainers.load(trainer), "config_class", None)
+
+
+def build_trainer_config(
+    trainer: str, options: Mapping[str, Any] | None, *, prefix: str = ""
+) -> Any:
+    """The configuration of a trainer; the options as they are where it declares no class for it.
+
+    Args:
+        trainer: its name.
+        options: fields of its ``config_class``; None for the defaults.
+        prefix: put before every key in messages, e.g. ``"trainer."``.
+
+    Raises:
+        UnknownIdError: no such trainer.
+        ConfigError: a wrong key or value; a key of another trainer is said to be one.
+    """
+    config_class = config_class_of(trainer)
+    if config_class is None:
+        return options
+    return build_config(
+        config_class, options or {}, prefix=prefix, elsewhere=lambda: _keys_of_others(trainer)
+    )
+
+
+def _keys_of_others(trainer: str) -> dict[str, str]:
+    """The keys of the other trainers, and what to say of each."""
+    known: dict[str, str] = {}
+    for other in trainers:
+        with contextlib.suppress(Exception):  # it is not the one that was asked for
+            for key in config_class_of(other).model_fields if other != trainer else ():
+                known.setdefault(
+                    key,
+                    f"; it is a key of the trainer {other!r}, and this is {trainer!r} (a file for "
+                    f"both may hold it in [trainer.{other}])",
+                )
+    return known
 
 
 def _sections(data: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -82,14 +82,14 @@ class MissingDependencyError(UsageError, ImportError):
     Args:
         feature: what was asked for.
         package: the module that could not be imported.
-        extra: the extra of rlrf that brings it.
+        extra: the extra of rlrf that brings it; empty if none does.
     """
 
     def __init__(self, feature: str, package: str, extra: str) -> None:
         self.feature, self.package, self.extra = feature, package, extra
         super().__init__(
             f"{feature} needs the package {package!r}, which is not installed. "
-            f"Install it with: pip install 'rlrf[{extra}]'"
+            "Install it with: pip install " + (f"'rlrf[{extra}]'" if extra else package)
         )
 
 

@@ -94,6 +94,9 @@ class Registry:
         return load_object(target, f"{self.what} {name!r}" + (f" of {origin}" if origin else ""))
 
 
+trainers = Registry("rlrf.trainers", "trainer")
+
+
 def _entry_points(group: str) -> list[metadata.EntryPoint]:
     try:
         return list(metadata.entry_points(group=group))

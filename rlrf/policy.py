@@ -442,7 +442,7 @@ async def _all_scripted(replies: Sequence[Any]) -> list[Completion]:
 
 
 def _scripted(reply: Any) -> Completion:
-    """A reply as a completion, also what is none: who looks at it says so, and of it alone."""
+    """A reply as a completion without tokens; also what is none, of which whoever looks says so."""
     if isinstance(reply, str):
         return Completion((), (), (), whole_text(reply))
     try:

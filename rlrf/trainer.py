@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from rlrf.errors import UsageError
-from rlrf.plugins import Registry
+from rlrf.plugins import trainers
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,55 +44,6 @@ class Trainer(Protocol):
         ...
 
 
-trainers = Registry("rlrf.trainers", "trainer")
-
-
-def config_class_of(name: str) -> Any:
-    """The pydantic model of a trainer's configuration, or None if it declares none.
-
-    Raises:
-        UnknownIdError: no such trainer.
-        MissingDependencyError: the ``train`` extra is not installed.
-    """
-    return getattr(trainers.load(name), "config_class", None)
-
-
-def build_trainer_config(name: str, options: Mapping[str, Any] | None, *, prefix: str = "") -> Any:
-    """The configuration of a trainer; the options as they are where it declares no class for it.
-
-    Args:
-        name: the trainer's.
-        options: fields of its ``config_class``; None for the defaults.
-        prefix: put before every key in messages, e.g. ``"trainer."``.
-
-    Raises:
-        UnknownIdError: no such trainer.
-        ConfigError: a wrong key or value; a key of another trainer is said to be one.
-    """
-    from rlrf.config import build_config
-
-    config_class = config_class_of(name)
-    if config_class is None:
-        return options
-    return build_config(
-        config_class, options or {}, prefix=prefix, elsewhere=lambda: _keys_of_others(name)
-    )
-
-
-def _keys_of_others(name: str) -> dict[str, str]:
-    """The keys of the other trainers, and what to say of each."""
-    known: dict[str, str] = {}
-    for other in trainers:
-        with contextlib.suppress(Exception):  # it is not the one that was asked for
-            for key in config_class_of(other).model_fields if other != name else ():
-                known.setdefault(
-                    key,
-                    f"; it is a key of the trainer {other!r}, and this is {name!r} (a file for "
-                    f"both may hold it in [trainer.{other}])",
-                )
-    return known
-
-
 def make_trainer(
     name: str,
     *,
@@ -117,6 +67,7 @@ def make_trainer(
         MissingDependencyError: the ``train`` extra is not installed.
         UsageError: the class does not take these arguments, or has no ``train()``.
     """
+    from rlrf.config import build_trainer_config
     from rlrf.registry import make
 
     cls = trainers.load(name)
@@ -137,6 +88,9 @@ def make_trainer(
     if not callable(getattr(trainer, "train", None)):
         raise UsageError(f"trainer {name!r} has no method train(): {type(trainer).__name__}")
     return trainer
+
+
+__all__ = ["TrainResult", "Trainer", "accepted", "make_trainer", "trainers"]
 
 
 def _takes(cls: Any) -> str:

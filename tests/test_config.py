@@ -11,6 +11,7 @@ import rlrf
 from rlrf import ConfigError
 from rlrf.config import (
     build_config,
+    build_trainer_config,
     load_train_config,
     parse_assignment,
     parse_value,
@@ -18,7 +19,7 @@ from rlrf.config import (
     set_key,
     to_toml,
 )
-from rlrf.trainer import build_trainer_config, trainers
+from rlrf.trainer import trainers
 
 
 class Inner(BaseModel):

@@ -21,12 +21,12 @@ from rlrf import _interrupt, runs
 from rlrf._files import reason
 from rlrf.commands.common import is_main, wrapped
 from rlrf.commands.report import make_report
-from rlrf.config import TrainConfig, load_train_config, to_toml
+from rlrf.config import TrainConfig, build_trainer_config, load_train_config, to_toml
 from rlrf.console import TrainProgress
 from rlrf.env import Env
 from rlrf.errors import RlrfError, UsageError, describe
 from rlrf.progress import phase
-from rlrf.trainer import accepted, build_trainer_config, make_trainer, trainers
+from rlrf.trainer import accepted, make_trainer, trainers
 
 
 def train(
