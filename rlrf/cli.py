@@ -31,7 +31,7 @@ from rlrf.commands.report import report
 from rlrf.commands.train import train
 from rlrf.commands.view import view
 from rlrf.errors import RlrfError, UsageError, describe
-from rlrf.plugins import Registry
+from rlrf.plugins import Registry, warn_once
 
 app = typer.Typer(
     name="rlrf",
@@ -174,10 +174,20 @@ def _show_warning(
 # --- plug-in commands ---------------------------------------------------------------------
 
 
+_plugged_in: set[str] = set()
+"""The commands that are a plug-in's."""
+
+
 def _add_plugin_commands() -> None:
     present = {command.name for command in app.registered_commands}
     for name, target, of in commands.items():
-        if name not in present:
+        if name in present and name not in _plugged_in:
+            warn_once(
+                f"the command {name!r} of {of} is left out: rlrf has one of that name. Rename the "
+                "entry point, or uninstall that distribution"
+            )
+        elif name not in present:
+            _plugged_in.add(name)
             app.command(
                 name,
                 help=describe_target(target, of)[0] or f"Commands of the {name!r} plug-in.",

@@ -42,8 +42,21 @@ class Registry:
         self._added[name] = target
 
     def entry_points(self) -> dict[str, metadata.EntryPoint]:
-        """The installed entry points of the group by name."""
-        return {p.name: p for p in _entry_points(self.group)}
+        """The installed entry points of the group by name.
+
+        Where several distributions bring one of a name it is rlrf's, else the first that is found;
+        a warning names the others.
+        """
+        found: dict[str, metadata.EntryPoint] = {}
+        for point in sorted(_entry_points(self.group), key=lambda p: not is_built_in(p)):
+            taken = found.setdefault(point.name, point)
+            if taken.value != point.value:
+                warn_once(
+                    f"the {self.what} {point.name!r} of {_distribution(point)} ({point.value}) is "
+                    f"left out: {_distribution(taken)} brings one of that name. Rename the entry "
+                    "point, or uninstall one of the two"
+                )
+        return found
 
     def origin(self, name: str) -> str:
         """The distribution that brings ``name``, with its version; empty if it was registered."""
@@ -112,6 +125,21 @@ def _entry_points(group: str) -> list[metadata.EntryPoint]:
                     stacklevel=2,
                 )
         return points
+
+
+def is_built_in(point: metadata.EntryPoint) -> bool:
+    """Whether rlrf itself brings an entry point."""
+    return _distribution(point).partition(" ")[0] == "rlrf"
+
+
+def warn_once(text: str) -> None:
+    """Warn of a distribution that is not as it should be, once in a process."""
+    if text not in _warned:
+        _warned.add(text)
+        warnings.warn(text, stacklevel=3)
+
+
+_warned: set[str] = set()
 
 
 def _distribution(point: metadata.EntryPoint) -> str:

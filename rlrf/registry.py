@@ -8,8 +8,10 @@ entered by name when :mod:`rlrf` is imported; their modules are imported by ``ma
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,7 +21,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from rlrf.env import Env
 from rlrf.errors import ConfigError, UnknownIdError, UsageError
-from rlrf.plugins import Registry, load_object
+from rlrf.plugins import Registry, is_built_in, load_object, warn_once
 
 NAMESPACE = "rlrf"
 _ID = re.compile(r"[a-z0-9][a-z0-9._+]*(?:-[a-z0-9._+]+)*-v\d+")
@@ -61,6 +63,13 @@ def register(id: str, entry_point: Callable[..., Env] | str, **spec: Any) -> Non
 def load_entry_points() -> None:
     """Enter the installed environments into the registry; imports none of them."""
     for name, point in _environments.entry_points().items():
+        module = point.value.partition(":")[0].partition(".")[0].strip()
+        if not is_built_in(point) and not _exists(module):
+            warn_once(
+                f"the environment {name!r} of {_environments.origin(name)} cannot be imported: it "
+                f"is {point.value!r}, and there is no module {module!r}; install that "
+                "distribution anew, or uninstall it"
+            )
         if f"{NAMESPACE}/{name}" in gymnasium.registry:
             continue
         try:
@@ -70,6 +79,14 @@ def load_entry_points() -> None:
                 f"an environment of {_environments.origin(name)} is left out: {error}",
                 stacklevel=2,
             )
+
+
+def _exists(module: str) -> bool:
+    """Whether a module may be imported; it is not."""
+    try:
+        return module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def origins() -> dict[str, str]:

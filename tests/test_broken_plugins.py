@@ -230,6 +230,44 @@ def test_a_malformed_id_is_told_with_its_distribution(installed) -> None:
         load_entry_points()
 
 
+def test_a_name_that_is_rlrfs_stays_rlrfs_and_the_other_is_named(installed) -> None:
+    points = "[rlrf.policies]\nhf = thief:Thing\n[rlrf.environments]\ncode-v0 = thief:Thing\n"
+    installed("aaa-thief", points, thief="Thing = 1")
+    told = r"policy 'hf' of aaa-thief 1\.2 \(thief:Thing\) is left out: rlrf .* of that name"
+    registry = Registry("rlrf.policies", "policy")
+    with pytest.warns(UserWarning, match=told):
+        assert registry.target("hf") == rlrf.policies.target("hf") != "thief:Thing"
+    assert registry.origin("hf").startswith("rlrf ")  # and no second warning
+    with pytest.warns(UserWarning, match=r"the environment 'code-v0' of aaa-thief 1\.2"):
+        load_entry_points()
+    assert rlrf.registry["code-v0"].entry_point != "thief:Thing"
+
+
+def test_of_two_of_one_name_the_first_that_is_found_is_taken(installed) -> None:
+    installed("twin_one", "[rlrf.policies]\ntwin = one:Thing\n")
+    installed("twin_two", "[rlrf.policies]\ntwin = two:Thing\n")
+    with pytest.warns(UserWarning, match=r"'twin' of twin_... 1\.2 .*: twin_... 1\.2 brings"):
+        taken = Registry("rlrf.policies", "policy").target("twin")
+    assert taken in ("one:Thing", "two:Thing")
+
+
+def test_a_command_of_the_name_of_rlrfs_is_named(installed, monkeypatch, capsys) -> None:
+    installed("ccc-cmd", "[rlrf.commands]\ninfo = json:loads\n")
+    code, out, error = run(monkeypatch, capsys, "info", "format-rules-v0")
+    assert (code, "Splits" in out) == (0, True)
+    assert "warning: the command 'info' of ccc-cmd 1.2 is left out: rlrf has one" in error
+
+
+def test_an_environment_without_its_module_is_named_at_the_import(installed, tmp_path) -> None:
+    points = "[rlrf.environments]\nlost-v0 = lost_module.inner:Thing\n"
+    installed("ddd-lost", points + "here-v0 = here:Thing\n", here="raise SystemExit")
+    words = r"'lost-v0' of ddd-lost 1\.2 cannot be imported: .* no module 'lost_module'"
+    with pytest.warns(UserWarning, match=words) as told:
+        load_entry_points()
+    assert len(told) == 1
+    assert {"lost-v0", "here-v0"} <= set(rlrf.registry)
+
+
 def test_damaged_metadata_does_not_break_the_import(installed, tmp_path: Path) -> None:
     installed("damaged", "[rlrf.policies]\nno equals sign\n")
     done = subprocess.run(
