@@ -96,17 +96,25 @@ class Env(gymnasium.Env[Any, Any], abc.ABC):
         tokenizer: when given, every step's info also holds ``"feedback_tokens"``.
         max_feedback_tokens: budget of ``"feedback_tokens"``.
 
-    Class attributes an author may set: ``splits``, ``eval_split`` (the one ``rlrf eval`` takes
-    unless told otherwise), ``overlapping_splits`` (whether tasks stand in several splits on
-    purpose), ``max_tokens`` (what ``rlrf eval`` lets a reply have unless told otherwise),
-    ``default_feedback_level``, ``reward_range``
-    (lowest and highest reward of a task), ``success_threshold`` (a reward at or above it counts
-    as solved), ``concurrency`` (steps it can work on at once; the collector lets further ones
-    wait without charging their deadline; None for no limit), ``tools`` (schemas of the tools a
-    policy may call, as on the OpenAI wire), ``reads_reasoning`` (whether the hooks are given a
-    reply whole. As a rule they get the answer: what a policy thinks before it is cut off and, in
-    an action that is a message, stands in ``reasoning_content``. A reply that ends within its
-    reasoning is an empty answer and gets a ``truncated_attempt`` beside its feedback).
+    Attributes:
+        splits: the names that ``load_tasks`` is asked for. Like those below it is an author's to
+            set on the class.
+        eval_split: the one that ``rlrf eval`` takes unless told otherwise.
+        overlapping_splits: whether tasks stand in several splits on purpose.
+        max_tokens: what :func:`rlrf.evaluate` and ``rlrf eval`` let a reply have unless told
+            otherwise.
+        default_feedback_level: the level where ``feedback`` is None.
+        reward_range: lowest and highest reward of a task.
+        success_threshold: a reward at or above it counts as solved.
+        concurrency: steps it can work on at once; the collector lets further ones wait without
+            charging their deadline. None for no limit.
+        tools: schemas of the tools a policy may call, as on the OpenAI wire.
+        reads_reasoning: whether the hooks are given a reply whole. As a rule they get the answer:
+            what a policy thinks before it is cut off and, in an action that is a message, stands in
+            ``reasoning_content``. A reply that ends within its reasoning is an empty answer and
+            gets a ``truncated_attempt`` beside its feedback.
+        metadata: Gymnasium's own.
+        render_mode: Gymnasium's own; there is nothing to render.
     """
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012  # Gymnasium's own attribute

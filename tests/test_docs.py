@@ -201,6 +201,25 @@ def hooks(monkeypatch):
     return importlib.import_module("hooks")
 
 
+def test_the_table_of_class_attributes_holds_those_of_env_and_their_defaults():
+    page = (DOCS / "environments.md").read_text()
+    table = page.partition("## What a class may set")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines() if line.startswith("| `")]
+    shown = {
+        name: default
+        for names, defaults in rows
+        for name, default in zip(
+            re.findall("`(.+?)`", names), re.findall("`(.+?)`", defaults), strict=True
+        )
+    }
+    own = {
+        name: repr(value).replace("'", '"')
+        for name, value in vars(rlrf.Env).items()
+        if not name.startswith("_") and not callable(value)
+    }
+    assert shown == own
+
+
 def test_the_tables_of_knobs_hold_every_knob(hooks):
     pytest.importorskip("torch")
     from rlrf_trainers.config import GRPOConfig, SDPOConfig

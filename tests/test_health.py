@@ -158,6 +158,13 @@ CASES = [
         ["+0", "2605.30070", "feedback level", "probe_tasks (now 8)", "grpo"],
     ),
     (
+        "few_probed",
+        SDPOConfig(probe_tasks=2),
+        {f"{SD}teacher_gap": 0.5, f"{SD}probe_tasks": 2},
+        {f"{SD}probe_tasks": 5},
+        ["+0.5", "2 tasks", "promises nothing", "probe_tasks (now 2)"],
+    ),
+    (
         "unscored",
         GRPOConfig(),
         {"unscored_fraction": 0.21},
@@ -326,8 +333,8 @@ def test_a_check_speaks_on_its_side_of_the_threshold(topic, config, sick, cure, 
 @pytest.mark.parametrize(("topic", "config", "sick"), [case[:3] for case in CASES], ids=IDS)
 def test_a_line_in_between_starts_the_count_anew(topic, config, sick):
     n, well, ill = LINES[topic], healthy(config), {**healthy(config), **sick}
-    if topic == "teacher_gap":
-        well = {**well, f"{SD}teacher_gap": 0.1}
+    if topic in ("teacher_gap", "few_probed"):
+        well = {**well, f"{SD}teacher_gap": 0.1, f"{SD}probe_tasks": 8}
     if n > 1:
         assert told(baseline(config), ([ill] * (n - 1) + [well]) * 5) == []
     # It comes back after as many healthy lines as it took sick ones; with fewer it never left.

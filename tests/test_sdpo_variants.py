@@ -562,5 +562,6 @@ def test_the_teacher_gap_compares_with_siblings_not_with_the_failure(monkeypatch
     found = trainer.learner.record.metrics
     gap = [value for value, _ in found["self_distillation/teacher_gap"]]
     assert len(gap) == 6  # of two tasks three attempts each failed
+    assert found["self_distillation/probe_tasks"] == [(2.0, 1.0)]
     assert math.isclose(sum(gap) / 6, 1 - 1 / 3)
     assert list(trainer.source.rng.getstate()) == order  # training is not disturbed

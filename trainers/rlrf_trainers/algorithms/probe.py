@@ -41,7 +41,7 @@ class _Shown:
 
 
 def measure_gap(source: RolloutSource, reprompter: Reprompter, config: SDPOConfig) -> None:
-    """Record ``self_distillation/teacher_gap`` and what it is the difference of.
+    """Record ``self_distillation/teacher_gap``, its two sides, and of how many tasks it is.
 
     On ``probe_tasks`` training tasks the policy tries a few times. For each failed attempt that
     gets a hint, it tries once more with the hint. The gap is the mean reward of these less the
@@ -84,12 +84,15 @@ def measure_gap(source: RolloutSource, reprompter: Reprompter, config: SDPOConfi
             params=config.sampling_params,
             seed=[seed_of(f"retry {config.seed} {r.task_id} {r.sample}") for r, _ in shown],
         )
+    told = set()
     for (failed, _), retry in zip(shown, retries, strict=True):
         if retry.reward is None:
             continue
+        told.add(failed.group_id)
         siblings = rewards[failed.group_id].copy()
         siblings.remove(failed.reward or 0.0)
         without = mean(siblings)  # of equal numbers it is that number, to the last bit
         learner.record("self_distillation/probe_teacher_reward", retry.reward)
         learner.record("self_distillation/probe_student_reward", without)
         learner.record("self_distillation/teacher_gap", retry.reward - without)
+    learner.record("self_distillation/probe_tasks", len(told), how=sum)

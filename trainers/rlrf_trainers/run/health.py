@@ -16,6 +16,8 @@ topic                    lines condition
                                ``loss_aggregation=sequence_mean``: the step shrinks with them
 ``reprompt_truncated``   3     > 10 % of rollouts had their feedback or demonstration shortened
 ``teacher_gap``          1     the policy, shown the hint, is no better than without
+``few_probed``           1     it is better, but on < 5 tasks: not even if all of them agreed would
+                               that be beyond chance (one-sided sign test, 5 %)
 ``unscored``             3     > 20 % of rollouts could not be scored
 ``masked``               3     > 50 % of rollouts train nothing although they were scored (SDPO: and
                                failed)
@@ -54,6 +56,7 @@ _AVAILABLE = "self_distillation/feedback_available_fraction"
 _USED = "self_distillation/feedback_used_fraction"
 _TRUNCATED = "self_distillation/reprompt_truncated_fraction"
 _GAP = "self_distillation/teacher_gap"
+_PROBED = "self_distillation/probe_tasks"
 _TEACHER_KL = "self_distillation/teacher_student_kl"
 _MISMATCH = "sampling/sampling_logp_difference"
 _LENGTH = "completions/mean_length"
@@ -250,6 +253,16 @@ class Monitor:
             "(arXiv 2605.30070), so expect nothing. Raise the environment's feedback level, look "
             f"at what it says (`rlrf info`), change {self._knob('feedback_kinds')}, or train "
             f"with grpo. If {self._knob('probe_tasks')} is too small to tell, raise it."
+        )
+
+    def _few_probed(self, m: dict[str, float]) -> str | None:
+        if m.get(_GAP, 0.0) <= 0 or m[_PROBED] >= 5:
+            return None
+        tasks = "one task" if m[_PROBED] == 1 else f"{m[_PROBED]:.0f} tasks"
+        return (
+            f"the teacher gap of {m[_GAP]:+.3g} is that of {tasks}, which promises nothing: so few "
+            "may agree by chance. Only tasks count on which an attempt failed and was given a "
+            f"hint. Raise {self._knob('probe_tasks')}."
         )
 
     def _unscored(self, m: dict[str, float]) -> str | None:
@@ -488,6 +501,7 @@ _CHECKS = (
     _Check("low_active", _REPROMPTED, 5, Monitor._low_active),
     _Check("reprompt_truncated", _TRUNCATED, 3, Monitor._reprompt_truncated),
     _Check("teacher_gap", _GAP, 1, Monitor._teacher_gap),
+    _Check("few_probed", _PROBED, 1, Monitor._few_probed),
     _Check("unscored", "unscored_fraction", 3, Monitor._unscored),
     _Check("masked", "masked_fraction", 3, Monitor._masked),
     _Check("clipped", _CLIPPED, 3, Monitor._clipped),
