@@ -35,6 +35,7 @@ def every_class(module):
 def test_no_class_of_knobs_is_forgotten():
     own = every_class(trainer_config) | every_class(config)
     looked_at = {*CLASSES, trainer_config.TrainerConfig, config.TrainConfig, config.EnvSection}
+    looked_at.add(trainer_config.RepromptConfig)  # all of its are SDPOConfig's
     assert own - {BaseModel} == looked_at | {config.TrainerSection, config.RunSection}
 
 

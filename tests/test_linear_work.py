@@ -56,6 +56,7 @@ PACKAGES = (
 
 OURS = "trusted: source, configuration or a name that the user of the command gives"
 DATA = "trusted: a data set that the user names"
+AUTHOR = "trusted: what an environment says to the suite's attempts; tests/test_leaks.py times it"
 FILES = "trusted: a file that rlrf has written; one JSON document or line, read once"
 HOST = "trusted: the host's own Python, packages and libraries"
 
@@ -63,8 +64,19 @@ SITES: dict[str, dict[str, str]] = {
     "rlrf/_files.py": {"_holder": FILES, "parse_json": FILES},
     "rlrf/_run_folder.py": {"_STEP": OURS},
     "rlrf/_plugin_source.py": {"_tree": OURS, "plain": OURS},
-    "rlrf/config.py": {"read_config": OURS, "parse_value": OURS, "nearest": OURS},
-    "rlrf/errors.py": {"UnknownIdError.__init__": OURS},
+    "rlrf/config.py": dict.fromkeys(("read_config", "parse_value", "nearest", "_PARTS"), OURS),
+    "rlrf/errors.py": {"UnknownIdError.__init__": OURS, "close_match": OURS},
+    "rlrf/wrappers.py": {"wrap": OURS},
+    "rlrf/_report/records.py": {"_call": FILES},
+    "rlrf/testing/leaks.py": dict.fromkeys(
+        ("_CHOICE", "_LIST_AFTER", "_LIST_AROUND", "_LIST_BEFORE", "_prompt"), AUTHOR
+    ),
+    "rlrf/testing/texts.py": dict.fromkeys(
+        (
+            "PROGRAM _ANSWER _CODE _FENCE _SPLIT_WORDS _TESTS _THOUSANDS _WORDS _canonical _parsed"
+        ).split(),
+        AUTHOR,
+    ),
     "rlrf/feedback.py": {"_ANSI": "clean_text", "defuse": "defuse", "defuser": "defuse"},
     "rlrf/messages.py": {"_SURROGATE": "clean_text"},
     "rlrf/reasoning.py": dict.fromkeys(

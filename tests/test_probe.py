@@ -177,7 +177,7 @@ def test_failures_without_feedback_and_of_the_machinery_are_left_out_and_told() 
         def grade(self, task: Task, completion: str) -> Outcome:
             if task.hidden == "[3]" or (task.hidden == "[4]" and completion == "[4]"):
                 raise InfraError("gone", kind="sandbox_died", retryable=False)
-            return Rule.grade.hook(self, task, completion)
+            return super().grade(task, completion)
 
     report = probe(Broken(), ScriptedPolicy(obedient), samples=1)
     assert (report.n_unscored, report.n_failed) == (1, 19)
