@@ -448,9 +448,16 @@ def _scripted(reply: Any) -> Completion:
     try:
         message = spoken(reply)
     except UsageError:
-        told: Any = (None,) if reply is None else reply  # None would be no message, but a reply
+        told: Any = _Nothing() if reply is None else reply
         return Completion((), (), (), "", message=told)
     return Completion((), (), (), message["content"] or "", message=action_message(message))
+
+
+class _Nothing:
+    """What a function gave that forgot its return: None would mean the message of the text."""
+
+    def __repr__(self) -> str:
+        return "None (does the function return?)"
 
 
 PolicyLike = Policy | Callable[[Messages], Any]

@@ -883,6 +883,9 @@ def test_a_policy_that_never_returns_a_reply_is_told_and_not_unscored(reply):
         def generate(self, prompts, params):
             return [reply for _ in prompts]
 
+    if reply is None:
+        with pytest.raises(UsageError, match=r"got None \(does the function return\?\)"):
+            rlrf.rollout(env, lambda m: reply)
     for policy in (lambda m: reply, Bare()):
         with pytest.raises(UsageError, match="the policy gave a completion that is none"):
             rlrf.rollout(env, policy)
