@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import random
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 import rlrf
 from rlrf import Feedback, Outcome, Segment, Task, Turn
 from rlrf.testing import check_env, check_no_reference_leak, check_no_solution_leakage
-from rlrf.testing.texts import Hidden, Program, Secret, Text, words
+from rlrf.testing.texts import Hidden, Secret, Text
 from tests.environments_for_tests import INSTALLED
 
 CAPITALS = {"Norway": "Oslo", "Australia": "Canberra", "Canada": "Ottawa", "Kenya": "Nairobi"}
@@ -347,7 +345,7 @@ HONEST = {
         say=lambda q, a, r: "The program has no function `double(number)`.",
     ),
     "many hidden numbers": quiz(
-        hide=lambda q, a: {"tests": [{"args": [k], "expected": k + 1} for k in range(5000)]},
+        hide=lambda q, a: {"tests": [{"args": [k], "expected": k + 1} for k in range(1000)]},
         about=lambda q, a: {"rating": 1843, "year": 2024},
         say=lambda q, a, r: "Line 1017 is 4096 characters long.",
     ),
@@ -475,27 +473,3 @@ def test_everything_hidden_is_walked():
     for _ in range(10_000):
         deep = [deep]
     assert "Ljubljana" in {s.text for s in Hidden(deep).secrets}
-
-
-def test_work_is_linear():
-    """A megabyte takes at most a few times what half of it takes."""
-
-    def hidden(n: int) -> Any:
-        rng = random.Random(0)
-        return [{"in": str(rng.random()), "expected": [rng.random()] * 3} for _ in range(n)]
-
-    def hard(n: int) -> list[str]:
-        return ["1,222," * n, "-" * n, "a_" * n, "1" * n, "((( " * n, "e1e1" * n, "東" * n]
-
-    def cost(n: int) -> float:
-        begun = time.process_time()
-        text = Text(" ".join(str(i) for i in range(n)))
-        sum(text.holds(s) for s in Hidden(hidden(n)).secrets)
-        for wild in hard(n):
-            list(words(wild))
-            Program(wild).quoted(wild, "")
-        return time.process_time() - begun
-
-    cost(100)
-    small, large = (min(cost(n) for _ in range(2)) for n in (1000, 4000))
-    assert large < 12 * small + 0.2

@@ -35,6 +35,7 @@ from rlrf.sandbox import (
     Verdict,
     accepted,
 )
+from rlrf.testing import leaks, texts
 from rlrf_environments.code import sdpo_compat
 from rlrf_environments.code.answers import MANY_ANSWERS, AnyOrder
 from rlrf_environments.code.explain import Failure, Test, explain, value_text
@@ -56,7 +57,6 @@ PACKAGES = (
 
 OURS = "trusted: source, configuration or a name that the user of the command gives"
 DATA = "trusted: a data set that the user names"
-AUTHOR = "trusted: what an environment says to the suite's attempts; tests/test_leaks.py times it"
 FILES = "trusted: a file that rlrf has written; one JSON document or line, read once"
 HOST = "trusted: the host's own Python, packages and libraries"
 
@@ -66,17 +66,7 @@ SITES: dict[str, dict[str, str]] = {
     "rlrf/_plugin_source.py": {"_tree": OURS, "plain": OURS},
     "rlrf/config.py": dict.fromkeys(("read_config", "parse_value", "nearest", "_PARTS"), OURS),
     "rlrf/errors.py": {"UnknownIdError.__init__": OURS, "close_match": OURS},
-    "rlrf/wrappers.py": {"wrap": OURS},
     "rlrf/_report/records.py": {"_call": FILES},
-    "rlrf/testing/leaks.py": dict.fromkeys(
-        ("_CHOICE", "_LIST_AFTER", "_LIST_AROUND", "_LIST_BEFORE", "_prompt"), AUTHOR
-    ),
-    "rlrf/testing/texts.py": dict.fromkeys(
-        (
-            "PROGRAM _ANSWER _CODE _FENCE _SPLIT_WORDS _TESTS _THOUSANDS _WORDS _canonical _parsed"
-        ).split(),
-        AUTHOR,
-    ),
     "rlrf/feedback.py": {"_ANSI": "clean_text", "defuse": "defuse", "defuser": "defuse"},
     "rlrf/messages.py": {"_SURROGATE": "clean_text"},
     "rlrf/reasoning.py": dict.fromkeys(
@@ -94,6 +84,16 @@ SITES: dict[str, dict[str, str]] = {
     },
     "rlrf/runs.py": {"Run._read": FILES, "Run._lines": FILES},
     "rlrf/sandbox/checkers.py": {"_decimal": "checkers of output"},
+    "rlrf/testing/leaks.py": dict.fromkeys(
+        ("_CHOICE", "_LIST_AFTER", "_LIST_AROUND", "_LIST_BEFORE"), "leaks"
+    ),
+    "rlrf/testing/texts.py": dict.fromkeys(
+        (
+            "_ANSWER _CODE _FENCE _PROGRAM _SPLIT_WORDS _TESTS _THOUSANDS _WORDS _canonical _parsed"
+        ).split(),
+        "leaks",
+    ),
+    "rlrf/wrappers.py": {"wrap": OURS},
     "rlrf/tools/families.py": dict.fromkeys(
         (
             "Format _BRACKET _BRACKET_OF_LINE _PYTHON_BRACKET _CLOSES _FUNCTION _FUNCTION_END "
@@ -629,6 +629,21 @@ def _feedback(text: str) -> None:
     feedback.render(1000)
 
 
+def _leaks(text: str) -> None:
+    texts.is_answer(text)
+    texts.is_tests(text)
+    texts.is_program(text)
+    hidden, there = texts.Hidden({"answer": text, text: [text]}), texts.Text(f"{text} {text}")
+    found = [secret for secret in hidden.secrets if there.holds(secret)]
+    for secret in found[:2]:  # of at most so many as _ANSWERS each costs a pass
+        leaks._told("", secret, there)
+        leaks._is_cued(there, secret)
+        leaks._is_choice(there, secret)
+    program = texts.Program(text)
+    program.quoted(text, "")
+    program.is_told(text)
+
+
 PROBES: dict[str, Callable[[str], None]] = {
     "clean_text": lambda text: (clean_text(text, 1 << 30), _feedback(text))[1],
     "defuse": lambda text: (defuse(text, _Tokenizer()), None)[1],
@@ -645,6 +660,7 @@ PROBES: dict[str, Callable[[str], None]] = {
     "parse calls": _parse_calls,
     "validate": _validate,
     "chat": _turn,
+    "leaks": _leaks,
 }
 
 

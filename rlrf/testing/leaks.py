@@ -16,14 +16,23 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from rlrf.env import Task
 from rlrf.feedback import Feedback
 from rlrf.script import Script
 from rlrf.testing.play import NO_OPS, Doubt, Play, Trace, at
-from rlrf.testing.texts import PROGRAM, Hidden, Program, Secret, Text, is_answer, is_tests, names
+from rlrf.testing.texts import (
+    Hidden,
+    Program,
+    Secret,
+    Text,
+    is_answer,
+    is_program,
+    is_tests,
+    names,
+)
 
 _BITS = 12.0
 """A value of fewer may well stand in a text by chance."""
@@ -50,6 +59,10 @@ _FILLERS = frozenset(
 _COPY = frozenset(
     "say repeat copy echo write type print output reply respond spell recite quote".split()
 )
+_TELLING = 200
+"""Of more hidden values that stand in metadata, the others are not looked at one by one."""
+_ANSWERS = 8
+"""Of more answers to one task, the others are not looked at one by one."""
 _UNNAMED = 8
 """Of more values that are hidden under names that tell nothing, none is taken for the answer."""
 _FEW = 3
@@ -118,13 +131,14 @@ class _Known:
         self._telling = [s for s in self.secrets if s.bits >= (_BITS if s.answer else least)]
         self.telling: list[Secret] = self._telling
 
-    @property
+    @cached_property
     def answers(self) -> list[Secret]:
         """The values that a reply should be, as far as one can tell."""
         right = Text(self.solution)
-        return [
+        found = (
             s for s in self.secrets if s.answer and (not self.solution or s.key or right.holds(s))
-        ]
+        )
+        return list(itertools.islice(found, _ANSWERS))
 
     def leave_out(self, shared: Set[Any]) -> None:
         """Settings that all tasks share tell nothing of this one."""
@@ -234,7 +248,7 @@ def _played(play: Play, tasks: Iterable[Task]) -> Iterator[tuple[Task, Script, T
 
 def _is_program(k: _Known) -> bool:
     return "```" in k.solution or any(
-        s.text.strip() in k.solution for s in k.secrets if s.key and PROGRAM.fullmatch(s.key)
+        s.text.strip() in k.solution for s in k.secrets if is_program(s.key)
     )
 
 
@@ -276,13 +290,16 @@ def _prompt(leaks: Leaks, templates: _Templates, k: _Known, where: str) -> None:
             leaks.sure[told] = None
         else:
             templates.note(k, secret, told)
-    for secret in k.secrets:
-        test = not secret.answer and any(map(is_tests, re.findall(r"\w+", secret.path)))
-        public = k.hidden.public.holds(secret)
-        if test and not public and secret.bits >= 2 * _SURE_BITS and k.prompt.holds(secret):
-            leaks.doubtful[_told(where, secret, k.prompt)] = None
+    tests = (s for s in k.secrets if not s.answer and s.bits >= 2 * _SURE_BITS)
+    shown = (s for s in tests if k.prompt.holds(s) and not k.hidden.public.holds(s))
+    for secret in itertools.islice(filter(_is_test, shown), _TOLD + 1):
+        leaks.doubtful[_told(where, secret, k.prompt)] = None
     if k.program is not None and k.program.is_told(k.prompt.raw):
         leaks.sure[f"{where} holds the reference solution: {k.program.lines[-1][:80]!r}"] = None
+
+
+def _is_test(secret: Secret) -> bool:
+    return any(map(is_tests, secret.path.replace("[", ".").split(".")))
 
 
 def _fields(
@@ -299,20 +316,24 @@ def _fields(
         if called.holds(secret) and not own.holds(secret):
             leaks.sure[f"task {k.task.id!r}: a name in {name} holds {secret.path}"] = None
             return
-    for field_ in Hidden(data, name).secrets:
-        if field_.path == name and isinstance(data, Mapping):
-            continue  # all of it, of which each is looked at
-        value, where = Text(field_.text), f"task {k.task.id!r}: {field_.path}"
-        for secret in k.telling:
-            known = own.holds(secret) and not (is_answer(field_.key) and secret.answer)
-            published = (
-                secret.key
-                and secret.key == field_.key
-                and not (is_answer(secret.key) or is_tests(secret.key))
-            )
-            if not known and not published and value.holds(secret):
-                leaks.sure[_told(where, secret, value)] = None
-                return
+    # All of it is left out, of which each is looked at.
+    every = [
+        f for f in Hidden(data, name).secrets if f.path != name or not isinstance(data, Mapping)
+    ]
+    values = [(f, Text(f.text), f"task {k.task.id!r}: {f.path}") for f in every]
+    together = Text("\n".join(f.text for f in every))
+    told = itertools.islice((s for s in k.telling if together.holds(s)), _TELLING)
+    for secret, (field_, value, where) in itertools.product(told, values):
+        known = own.holds(secret) and not (is_answer(field_.key) and secret.answer)
+        published = (
+            secret.key
+            and secret.key == field_.key
+            and not (is_answer(secret.key) or is_tests(secret.key))
+        )
+        if not known and not published and value.holds(secret):
+            leaks.sure[_told(where, secret, value)] = None
+            return
+    for field_, value, where in values:
         if k.program is not None and k.program.is_told(field_.text):
             leaks.sure[f"{where} holds the reference solution"] = None
             return

@@ -55,6 +55,31 @@ def _canonical(word: str) -> str:
     return word.casefold() if word.isascii() else unicodedata.normalize("NFKC", word).casefold()
 
 
+class _Runs:
+    """The runs of tokens in a text: what stands there is found without a search for each."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self._tokens = tokens
+        self._found: dict[int, dict[int, int]] = {}
+
+    def of(self, length: int) -> dict[int, int]:
+        """Those of a length, by their hash, with where they begin first."""
+        if length not in self._found:
+            found = self._found[length] = {}
+            for i in range(len(self._tokens) - length + 1):
+                found.setdefault(hash(tuple(self._tokens[i : i + length])), i)
+        return self._found[length]
+
+    def hold(self, tokens: list[str]) -> bool:
+        """Whether these stand there in a row; of many, all their runs."""
+        length = min(len(tokens), _RUN)
+        runs, last = self.of(length), len(tokens) - length
+        return all(hash(tuple(tokens[i : i + length])) in runs for i in range(last + 1))
+
+
+_RUN = 10
+
+
 class Text:
     """A text to search in."""
 
@@ -66,8 +91,8 @@ class Text:
         )
 
     @functools.cached_property
-    def _first(self) -> frozenset[str]:
-        return frozenset(word for form in self.forms for word in form.split())
+    def _runs(self) -> list[_Runs]:
+        return [_Runs(form.split()) for form in self.forms]
 
     @functools.cached_property
     def _squeezed(self) -> str:
@@ -77,9 +102,7 @@ class Text:
         """Whether a hidden value stands in it, however it is written."""
         if secret.symbols:
             return secret.symbols in self._squeezed
-        return secret.first in self._first and any(
-            there in form for there in secret.forms for form in self.forms
-        )
+        return any(runs.hold(there) for there in secret.tokens for runs in self._runs)
 
     def is_only(self, secret: Secret) -> bool:
         """Whether it is a hidden value and nothing else."""
@@ -144,10 +167,10 @@ class Secret:
         bits = _bits(forms[0].split()) if forms else 4.0 * len(set(symbols))
         return cls(path, key, text, forms, symbols, bits, answer)
 
-    @property
-    def first(self) -> str:
-        """Its first word."""
-        return self.forms[0].split(" ", 2)[1]
+    @functools.cached_property
+    def tokens(self) -> list[list[str]]:
+        """Its forms, word by word."""
+        return [form.split() for form in self.forms]
 
     @property
     def same(self) -> Any:
@@ -181,17 +204,24 @@ _ANSWER = re.compile(
 _TESTS = re.compile(
     r"(?:\w*_)?(?:tests?|test_cases?|test_list|cases|asserts?|rubrics?|criteria)", re.IGNORECASE
 )
-PROGRAM = re.compile(r"(?:\w*_)?(?:solutions?|code|programs?|references?)", re.IGNORECASE)
+_PROGRAM = re.compile(r"(?:\w*_)?(?:solutions?|code|programs?|references?)", re.IGNORECASE)
+_NAME = 80
+"""What is longer names nothing."""
 
 
 def is_answer(key: str) -> bool:
     """Whether what has that name is what a reply should be."""
-    return _ANSWER.fullmatch(key) is not None
+    return len(key) <= _NAME and _ANSWER.fullmatch(key) is not None
 
 
 def is_tests(key: str) -> bool:
     """Whether what has that name is what a reply is tried with."""
-    return _TESTS.fullmatch(key) is not None
+    return len(key) <= _NAME and _TESTS.fullmatch(key) is not None
+
+
+def is_program(key: str) -> bool:
+    """Whether what has that name is a program that solves a task."""
+    return len(key) <= _NAME and _PROGRAM.fullmatch(key) is not None
 
 
 class Hidden:
@@ -347,8 +377,7 @@ def _fields(value: Any) -> dict[str, Any]:
 # --- programs -------------------------------------------------------------------------------------
 
 _CODE = re.compile(r"\w+|[^\w\s]")
-_FENCE = re.compile(r"^\s*[`~]{3,}.*$", re.MULTILINE)
-_RUN = 10
+_FENCE = re.compile(r"^[ \t]*[`~]{3,}.*$", re.MULTILINE)
 
 
 class Program:
@@ -361,7 +390,7 @@ class Program:
     def __init__(self, text: str) -> None:
         self.text = _FENCE.sub("", text).strip()
         self.lines = [line for line in map(str.strip, self.text.splitlines()) if line]
-        self._runs = _runs(_code(self.text))
+        self._runs = _Runs(_code(self.text)).of(_RUN)
 
     def quoted(self, text: str, known: str) -> tuple[float, str]:
         """How much of it another text gives away that is not known, and the longest such line.
@@ -370,13 +399,13 @@ class Program:
             text: what may quote it.
             known: what the policy has been shown, or has written itself.
         """
-        there, before = _joined(text), _joined(known)
-        lines = [x for x in self.lines if len(x) >= 20 and _joined(x) not in before]
-        found = [x for x in lines if _joined(x) in there]
+        there, before = _Runs(_code(text)), _Runs(_code(known))
+        lines = [x for x in self.lines if len(x) >= 20 and not before.hold(_code(x))]
+        found = [x for x in lines if there.hold(_code(x))]
         share = len(found) / len(lines) if lines else 0.0
-        known_runs = _runs(_code(known))
+        known_runs = before.of(_RUN)
         runs = {run: n for run, n in self._runs.items() if run not in known_runs}
-        hits = sorted(runs[run] for run in _runs(_code(text)) if run in runs)
+        hits = sorted(runs[run] for run in there.of(_RUN) if run in runs)
         if runs:
             share = max(share, len(hits) / len(runs))
         line = max(found, key=len, default="")
@@ -389,8 +418,8 @@ class Program:
 
         A prompt may well give its beginning: a signature, a docstring.
         """
-        there = _joined(text)
-        present = [_joined(line) in there for line in self.lines]
+        there = _Runs(_code(text))
+        present = [there.hold(_code(line)) for line in self.lines]
         run = len(present)
         while run and present[run - 1]:
             run -= 1
@@ -402,18 +431,6 @@ class Program:
 
 def _code(text: str) -> list[str]:
     return _CODE.findall(text.replace('"', "'"))
-
-
-def _joined(text: str) -> str:
-    return " " + "".join(token + " " for token in _code(text))
-
-
-def _runs(code: list[str]) -> dict[int, int]:
-    """The runs of tokens, by their hash, with where they begin first."""
-    found: dict[int, int] = {}
-    for i in range(len(code) - _RUN + 1):
-        found.setdefault(hash(tuple(code[i : i + _RUN])), i)
-    return found
 
 
 COMMON = frozenset(
