@@ -18,7 +18,7 @@ class Bell(rlrf.SingleTurnEnv):
 
     def grade(self, task, completion):
         right = completion == task.hidden
-        told = rlrf.Feedback() if right else rlrf.Feedback.of("wrong_answer", "Try a bell.")
+        told = rlrf.Feedback() if right else rlrf.Feedback.of("wrong_answer", "Try again.")
         return rlrf.Outcome(float(right), told)
 """
 
@@ -63,7 +63,7 @@ def site(tmp_path):
 
 
 def test_it_is_found_without_being_imported(site):
-    assert run(USE, site) == ["1.0 Try a bell.", "Bell"]
+    assert run(USE, site) == ["1.0 Try again.", "Bell"]
 
 
 def test_it_is_found_when_it_was_installed_after_the_import(site):
@@ -93,4 +93,4 @@ def test_a_project_that_pip_builds_and_installs(tmp_path):
     pip += ["--no-build-isolation", "--disable-pip-version-check", "--target", str(site)]
     done = subprocess.run([*pip, str(project)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert run(USE, site) == ["1.0 Try a bell.", "Bell"]
+    assert run(USE, site) == ["1.0 Try again.", "Bell"]

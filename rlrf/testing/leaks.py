@@ -83,6 +83,15 @@ class Leaks:
 
     sure: dict[str, None] = field(default_factory=dict)
     doubtful: dict[str, None] = field(default_factory=dict)
+    said: set[tuple[str, str, str]] = field(default_factory=set)
+
+    def first(self, k: _Known, what: str, place: str) -> bool:
+        """Whether it is the first time that this is told of a task: other attempts get it, too."""
+        key = (k.task.id, what, place)
+        if key in self.said:
+            return False
+        self.said.add(key)
+        return True
 
     def check(self) -> None:
         """Raise if there is anything.
@@ -259,7 +268,8 @@ def _prose(leaks: Leaks, k: _Known, text: Text, own: Text, where: str) -> None:
     """What the environment says to an attempt."""
     for secret in k.telling:
         if text.holds(secret) and not own.holds(secret):
-            leaks.sure[_told(where, secret, text)] = None
+            if leaks.first(k, secret.path, where.rpartition(": ")[2]):
+                leaks.sure[_told(where, secret, text)] = None
             return
     _program(leaks, k, text, own, where)
 
@@ -268,7 +278,7 @@ def _program(leaks: Leaks, k: _Known, text: Text, own: Text, where: str) -> None
     if k.program is None:
         return
     share, line = k.program.quoted(text.raw, own.raw)
-    if line:
+    if line and leaks.first(k, line, where.rpartition(": ")[2]):
         found = leaks.sure if share >= 0.5 else leaks.doubtful
         found[f"{where} {share:.0%} of the reference solution: {line[:80]!r}"] = None
 
