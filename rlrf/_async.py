@@ -9,6 +9,8 @@ Everybody's ``async def`` hooks run on one *background loop*: a hook that blocks
   were on it get a :class:`LoopLostError`, and :func:`rlrf.rollout` begins again what it had under
   way. If the hook ever comes back, what was on the loop is cancelled, and nobody hears of it;
 - what must survive that and runs no author's code (sandbox pools) lives on the *steady loop*.
+
+Why: design/blocked-loop.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The deadline of an episode, and what becomes of one that blocks the event loop beyond it."""
+"""The deadline of an episode, and what becomes of one that blocks the event loop beyond it.
+
+Why: design/blocked-loop.md.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ Two families, and the difference between them is the most important line in the 
 
 What a policy causes (its program loops, its JSON does not parse) is no error at all: it is a
 reward with feedback.
+
+Why: design/unscored.md.
 """
 
 from __future__ import annotations
@@ -176,8 +178,9 @@ def check_whole(name: str, value: Any, *, least: int = 1, most: int = MAX_COUNT)
 
 def close_match(name: Any, known: Iterable[str]) -> str:
     """The nearest of ``known``, or an empty string where none is near."""
-    found = isinstance(name, str) and difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return found[0] if found else ""
+    if not isinstance(name, str) or len(name) > 100:
+        return ""
+    return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)), "")
 
 
 def nearest(name: Any, known: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ must not show, :meth:`Feedback.tokenize` gives ids with a segment index for each
 Text in feedback may be the output of an attacker's program. It is made safe when a segment is
 built (control, ANSI and bidirectional characters go, length is capped at head and tail) and once
 more when it meets a tokenizer (special tokens are never produced).
+
+Why: design/feedback.md.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A policy owns its tokenizer. rlrf hands it chat messages once, at the start of an episode; from
 then on ids are only appended to (:attr:`Prompt.prefix_ids`), never rendered again, so what a
 trainer sees is what was sampled.
+
+Why: design/token-ids.md.
 """
 
 from __future__ import annotations

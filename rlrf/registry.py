@@ -3,6 +3,8 @@
 Every environment is an entry of Gymnasium's own registry under the namespace ``rlrf``, so
 ``gymnasium.make("rlrf/" + id)`` works too. Entry points of the group ``rlrf.environments`` are
 entered by name when :mod:`rlrf` is imported; their modules are imported by ``make``.
+
+Why: design/gymnasium.md.
 """
 
 from __future__ import annotations

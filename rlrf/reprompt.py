@@ -7,6 +7,8 @@ One pure function decides, per rollout, between a sibling's correct attempt, the
 feedback, both, or nothing; another builds the chat. The student's own failed attempt is never in
 the prompt: it is what gets scored (the paper measures -4 points and a collapse of entropy when it
 is shown).
+
+Why: design/reprompt.md.
 """
 
 from __future__ import annotations

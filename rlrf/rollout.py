@@ -6,6 +6,8 @@ What holds for every rollout that comes back:
 - its reward is what the *policy* caused, or it is unscored and :attr:`Rollout.failure` says why;
 - its feedback is there for every step, the last one included;
 - a stuck environment costs that rollout its own deadline and nobody else's.
+
+Why: design/unscored.md, design/token-ids.md.
 """
 
 from __future__ import annotations

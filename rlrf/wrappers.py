@@ -6,6 +6,8 @@ path: ``step``, ``grade`` and :func:`rlrf.rollout`. It is part of what an enviro
 
 :func:`wrap` makes wrappers by name, as ``--wrap`` and ``[env.wrap]`` do. Names are those of the
 classes here, of the entry points of the group ``rlrf.wrappers``, or ``pkg.mod:Class``.
+
+Why: design/gymnasium.md.
 """
 
 from __future__ import annotations

@@ -9,6 +9,10 @@ all fail alike, hence no gradient; one that reads the feedback has all it needs.
 
 Questions are enumerated, not sampled: the same ids and splits everywhere, without a seed. What is
 split are *facts* ("4 + 9"), not phrasings, so no fact stands in two splits.
+
+It does not judge in words or by meaning: an answer is compared with a short list, case, spaces and
+the form of a number apart. Nor does it measure what a model knows: the questions are easy, and what
+is to be learnt is the rule.
 """
 
 from __future__ import annotations

@@ -13,6 +13,11 @@ JSON and capped, nothing is unpickled or evaluated.
 
 A failure of the machinery is no verdict: it is retried and then raised as
 :class:`rlrf.InfraError`.
+
+It does not wall anything off itself. What a backend does not protect from is in its
+:attr:`SandboxInfo.guarantee` and in docs/security.md.
+
+Why: design/verdicts.md.
 """
 
 from rlrf.sandbox.checkers import (

@@ -1,4 +1,8 @@
-"""Checkers: whether an answer is right, decided on the host."""
+"""Checkers: whether an answer is right, decided on the host.
+
+They do not see how an answer was come by: output that is fitted to the inputs is right. They do not
+run anything of the program's, nor guess what was meant: what the rule does not call equal is wrong.
+"""
 
 from __future__ import annotations
 

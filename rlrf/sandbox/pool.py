@@ -1,4 +1,8 @@
-"""The pool: many sandboxes, fair turns, and no verdict from a failing machine."""
+"""The pool: many sandboxes, fair turns, and no verdict from a failing machine.
+
+It does not wall programs off (a backend does) or judge them (a checker does), and it does not try
+again what a program has brought about itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Programs, tests, limits, and what came of a run."""
+"""Programs, tests, limits, and what came of a run.
+
+These are values: they do not run or judge anything, and a :class:`RawRun` holds a program's own
+words, which may be forged.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,10 @@ what is wrong with arguments; :func:`check` says what becomes of a call, in the 
         outcome = rlrf.tools.check(call, tools)
         if not outcome.ok:
             print(outcome.status, outcome.message)
+
+It does not execute calls: that is the environment's.
+
+Why: design/tool-calls.md.
 """
 
 from rlrf.tools.calls import INVALID, Call, InvalidCall, InvalidStatus, Parsed, wire_calls

@@ -1,4 +1,8 @@
-"""What a text holds of calls: those that are, and those that cannot be read."""
+"""What a text holds of calls: those that are, and those that cannot be read.
+
+A :class:`Call` has been read and not checked: it does not say whether there is such a tool, or
+whether the arguments fit.
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,9 @@ Where a call cannot be read, the hard question is where it ends: too late, and t
 in it; too early, and a call that it quotes in an argument is executed. So what was read before the
 fault belongs to it, and what follows up to where its brackets or parameters close. Where they never
 do, the next mark of a call is taken for one only if nothing that is open could quote it.
+
+A reader does not guess the family, which is the caller's to say, and does not check names or
+arguments.
 """
 
 from __future__ import annotations

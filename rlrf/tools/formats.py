@@ -12,6 +12,11 @@ What holds in every format:
 4. Work and memory are linear in the text; at most :data:`MAX_CALLS` are read of one.
 
 How each family writes its calls is told by its reader in :mod:`rlrf.tools.families`.
+
+It does not find out which format a text is in, does not say whether a call fits its tool
+(:func:`rlrf.tools.check` does), and executes nothing.
+
+Why: design/tool-calls.md.
 """
 
 from __future__ import annotations

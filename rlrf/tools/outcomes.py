@@ -1,4 +1,8 @@
-"""What becomes of a call: one vocabulary, and :func:`check`, which gives its first part."""
+"""What becomes of a call: one vocabulary, and :func:`check`, which gives its first part.
+
+It does not execute a call, and does not know the world: what a tool or the rules of a task make of
+a call, its environment says, in these words.
+"""
 
 from __future__ import annotations
 

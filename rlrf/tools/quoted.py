@@ -5,6 +5,8 @@ never closed shows nothing, as in :mod:`rlrf.reasoning`: a stray backtick must n
 Blocks are looked for from left to right, so a fence in the argument of a call opens none.
 
 Work is linear: every fence and every line is looked at once.
+
+It does not read the rest of Markdown: indented code, quotes and HTML are text.
 """
 
 from __future__ import annotations

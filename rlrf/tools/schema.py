@@ -10,6 +10,9 @@ on, or would fetch, is done otherwise:
   followed is bounded by the size of the arguments;
 - ``unevaluatedProperties``, ``unevaluatedItems`` and ``$dynamicRef`` are refused;
 - of what a branch of ``anyOf`` or ``oneOf`` finds wrong, no more than is told is kept.
+
+It does not change arguments (no default is filled in, no type converted), and does not say whether
+a schema is the one that its author meant.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Tools as the OpenAI wire describes them, and values for a schema out of bare text."""
+"""Tools as the OpenAI wire describes them, and values for a schema out of bare text.
+
+It does not check arguments, nor whether a schema is one: :mod:`rlrf.tools.schema` does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Values and names as messages tell them: short, whatever they are."""
+"""Values and names as messages tell them: short, whatever they are.
+
+It does not make a text safe for a prompt: a feedback segment does so when it is built.
+"""
 
 from __future__ import annotations
 

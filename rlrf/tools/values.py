@@ -6,6 +6,8 @@ object that has a key twice, a number of more than 308 digits or beyond a float,
 pair, more than :data:`MAX_DEPTH` arrays and objects within each other.
 
 One pass, as long as the value; recursion no deeper than :data:`MAX_DEPTH`; nothing is evaluated.
+
+It does not know schemas: what is well formed may still be of the wrong type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Programs in bubblewrap: unprivileged namespaces, no network, a read-only system."""
+"""Programs in bubblewrap: unprivileged namespaces, no network, a read-only system.
+
+It does not limit the memory of all processes of a program together, and does not defend against
+holes in the kernel, which is the one that your account runs on.
+"""
 
 from __future__ import annotations
 

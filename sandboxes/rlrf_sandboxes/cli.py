@@ -1,4 +1,8 @@
-"""The commands ``rlrf sandbox doctor | build | import | gc``."""
+"""The commands ``rlrf sandbox doctor | build | import | gc``.
+
+They do not install Docker or bubblewrap, change no setting of the machine, and remove no container
+that is not rlrf's.
+"""
 
 from __future__ import annotations
 

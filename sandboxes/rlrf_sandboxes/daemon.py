@@ -2,6 +2,9 @@
 
 Every container of rlrf carries labels that say which process made it. A container whose maker is
 dead may be removed by anybody on the same host; no other container is ever touched.
+
+It does not start or set up the daemon, and does not protect it: whoever may use it is root on its
+machine.
 """
 
 from __future__ import annotations

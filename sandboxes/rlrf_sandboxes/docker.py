@@ -1,4 +1,8 @@
-"""Programs in Docker: one warm, hardened container per slot."""
+"""Programs in Docker: one warm, hardened container per slot.
+
+It does not defend against holes in the kernel (``runtime="runsc"`` puts another one between) nor
+against other users of the daemon.
+"""
 
 from __future__ import annotations
 

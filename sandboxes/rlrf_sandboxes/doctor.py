@@ -2,6 +2,9 @@
 
 Facts are gathered first (:func:`gather`), then judged (:func:`diagnose`) by rules that touch
 nothing, so that every rule can be tried with the facts of a machine that is not at hand.
+
+It does not mend anything itself, and does not attack a sandbox to find out: that it holds is what
+the tests show.
 """
 
 from __future__ import annotations

@@ -3,6 +3,9 @@
 An interpreter, its standard library, the shared libraries they need, and packages that were named.
 Never a tree that packages are installed into: rlrf's environments bring their answers along, and
 where those lie a program could read them.
+
+It does not vet the packages that are named, except that those which bring environments are refused:
+what else they hold, programs can read.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ An image is a Python with rlrf's runner at ``/rlrf/runner.py`` as entry point. I
 ``org.rlrf.runner`` name the runner by hash, so an image of another version is never used by
 mistake. :func:`import_from_host` needs no network and takes seconds: it packs this machine's own
 Python, its standard library and the shared libraries they need, and nothing else (no shell).
+
+It does not vet what a base image, a root file system or a named package holds, except that packages
+which bring environments are refused.
 """
 
 from __future__ import annotations

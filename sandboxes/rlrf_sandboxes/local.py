@@ -1,4 +1,7 @@
-"""What the backends on this machine share: a runner as a child process, on a socket."""
+"""What the backends on this machine share: a runner as a child process, on a socket.
+
+It does not wall anything off: the command that is started does.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Programs in plain processes: limits and a deadline, but no walls."""
+"""Programs in plain processes: limits and a deadline, but no walls.
+
+They do not keep a program from your files, rlrf's own answers among them, from the network, or from
+your other processes.
+"""
 
 from __future__ import annotations
 

@@ -17,6 +17,11 @@ A test reads and writes files in memory: standard input, output, error, and a ``
 it finds its arguments and leaves its result. So nobody reads along while it runs, and nothing that
 it leaves behind can hold up the end. What is on the channel may be forged by the program; all it
 can forge is its own answer. What would be right is not in this sandbox.
+
+It does not judge, and does not wall a program off alone: the container or the namespaces around it
+do, and with ``plain`` there are none.
+
+Why: design/verdicts.md.
 """
 
 from __future__ import annotations

@@ -3,6 +3,10 @@
 Every backend is this, over a link of its own (:class:`Launch`). Nothing that comes out is trusted:
 frames are JSON, checked field by field; what does not fit ends the slot as an
 :class:`rlrf.InfraError`, never as a verdict.
+
+It does not judge what comes out, and does not try again: the pool throws a slot that failed away.
+
+Why: design/verdicts.md.
 """
 
 from __future__ import annotations

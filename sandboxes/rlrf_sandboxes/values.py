@@ -4,6 +4,8 @@ All of it may be forged by a program. Two things in Python are not linear: an in
 digits, and sets and dicts whose members hash alike (numbers hash without a secret, so a program can
 choose such numbers). The first are refused, the second are filled a few members at a time, as long
 as that takes the time it takes.
+
+It does not say whether a value is right, nor whether a program came by it honestly.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@ statement defines it, and takes from the expected output only what is the same i
 
 What is checked was printed by an untrusted program: words are parsed as ASCII integers of bounded
 length, nothing else.
+
+They do not find out what the optimum is, or whether there is an answer. Questions with several
+right answers that have no checker here are left out (:mod:`.livecodebench`).
 """
 
 from __future__ import annotations

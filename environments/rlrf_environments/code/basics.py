@@ -1,4 +1,8 @@
-"""``code-basics-v0``: small Python tasks, graded by tests in a sandbox."""
+"""``code-basics-v0``: small Python tasks, graded by tests in a sandbox.
+
+It does not measure how good a policy is: the tasks are few and easy, and are published with their
+solutions. They show that everything works.
+"""
 
 from __future__ import annotations
 

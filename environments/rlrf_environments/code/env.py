@@ -1,4 +1,8 @@
-"""The base of the code environments, and ``code-v0``: your own tasks from a JSONL file."""
+"""The base of the code environments, and ``code-v0``: your own tasks from a JSONL file.
+
+It does not grade style, or speed within the limits, or how an answer was come by. A wrong program
+that the tests do not catch has reward 1.
+"""
 
 from __future__ import annotations
 

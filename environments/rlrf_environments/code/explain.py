@@ -3,6 +3,9 @@
 Nothing hardware-dependent gets into a feedback (no timings, no addresses), so the same attempt
 always gets the same words. The faulty line is located and blamed by its characters, but not
 quoted unless asked: a teacher that reads a wrong line again finds it likelier.
+
+It does not judge: the verdict is the checker's. Nor does it run anything, or look further for the
+cause than the failed tests and the source tell.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The program in a completion: found, located, and complained about when it is not there."""
+"""The program in a completion: found, located, and complained about when it is not there.
+
+It does not mend a program (what is chosen runs as it stands, the indentation of its fence apart),
+and runs none.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""From a completion to a reward and the reasons: extract, run, judge, explain, remember."""
+"""From a completion to a reward and the reasons: extract, run, judge, explain, remember.
+
+It does not give a part of the reward for a part of the tests; that share is a metric. Nor does it
+see how a program comes by its answers: one that is fitted to the tests passes.
+"""
 
 from __future__ import annotations
 

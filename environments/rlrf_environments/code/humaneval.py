@@ -5,6 +5,9 @@ that compares a call on literals with a literal becomes a test with arguments an
 result, so that feedback can say what came out; any other one runs as it is, in a sandbox of its
 own that the program cannot enter. EvalPlus comes as inputs and a canonical solution, which is run
 once (in the sandbox, then remembered) for the expected results.
+
+They do not grade what the published tests leave untested, nor see what a program changes in place,
+as arguments are copied. Whether a model was trained on the tasks they do not know.
 """
 
 from __future__ import annotations

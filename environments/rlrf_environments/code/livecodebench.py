@@ -3,6 +3,9 @@
 The data set (``livecodebench/code_generation_lite`` on the hub) is some gigabytes of JSONL, nearly
 all of it hidden tests. So a file is read once to learn where each question stands, and the hidden
 tests of a question are read when its first program is graded.
+
+It does not have interactive questions, nor measure wall time as the official harness does (CPU time
+here). It does not leave out what a model may have been trained on: ``contest_start`` does.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ The format is described in the SDPO paper (arXiv 2601.20802, appendix) and its c
 text in the manner of LeetCode, about the failing tests only, at most :data:`MAX_CHARS` characters.
 A runtime error goes before a time-out, both before wrong answers, of which the two shortest are
 shown. It always shows expected outputs, and quotes the faulty line.
+
+It does not reproduce the official verdicts, only the words: programs are run and judged as in every
+code environment.
 """
 
 from __future__ import annotations

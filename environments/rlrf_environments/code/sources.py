@@ -3,6 +3,9 @@
 In this order: the file a caller names, the file an environment variable names, rlrf's cache, an
 installed package, another tool's cache, the network. What is fetched is checked against its
 published SHA-256 where one is known, and kept in rlrf's cache.
+
+It does not check a file that a caller names or that is here already, and does not read what is in
+one.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@
 ``{"args": [...], "expected": ...}`` for a task with an ``entry_point``; ``"public": true`` lets
 feedback show it. ``entry_point``, ``starter_code``, ``solution``, ``checker``, ``limits``,
 ``split`` and ``metadata`` are optional.
+
+It does not try whether a solution passes the tests, or whether these fit the prompt: ``rlrf check``
+runs the solutions.
 """
 
 from __future__ import annotations

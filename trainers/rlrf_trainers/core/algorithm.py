@@ -11,6 +11,8 @@
 
 A trainer is a subclass. With ``prepare`` and ``objective`` alone it has evaluation, the best
 weights, checkpoints, resumption, export and several processes; docs/tutorials/trainer.md has two.
+
+Why: design/algorithm.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """What goes on around a trainer's steps: the run, evaluations, checkpoints, how it ends.
 
 Started on several processes it sees that they were started alike, and gives each its share.
+
+Why: design/algorithm.md.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ Only trainable parameters differ between student and teacher, so a teacher is on
 them, swapped in for the teacher's forward. With LoRA that copy is a second adapter of a few
 megabytes (a frozen one: the adapter switched off); with full fine-tuning it is the model once
 more. fp32 because an update of rate 0.01 rounds away in bf16.
+
+Why: design/teacher.md.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ The one place that knows what versions of transformers differ in. What cannot be
 (what an argument is called, that the rows of a cache can be chosen, that padding on the left is
 harmless), and a guess is compared once per model with the plain forward pass, numerically:
 :func:`fault`. Where it is wrong the plain pass is taken, and :func:`rlrf.notices.notice` says so.
+
+Why: design/forward.md.
 """
 
 from __future__ import annotations

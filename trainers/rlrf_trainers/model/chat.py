@@ -5,6 +5,8 @@ What a policy with its own tokenizer needs around a sampler. Three things hold:
 - text that comes from an environment never becomes a control token;
 - a later turn is *appended* to the ids of the earlier ones; nothing sampled is tokenized again;
 - decoding knows which characters each sampled token stands for.
+
+Why: design/token-ids.md.
 """
 
 from __future__ import annotations

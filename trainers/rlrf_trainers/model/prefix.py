@@ -1,4 +1,7 @@
-"""Hidden states of given completions after given prompts, with shared prompts computed once."""
+"""Hidden states of given completions after given prompts, with shared prompts computed once.
+
+Why: design/forward.md.
+"""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ sampled several times and the log-probabilities matter as much as the tokens:
 
 :func:`score` is its counterpart: log-probabilities of given completions. There is no text here;
 see :mod:`rlrf_trainers.model.chat` for that.
+
+Why: design/forward.md.
 """
 
 from __future__ import annotations
