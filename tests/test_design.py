@@ -1,4 +1,4 @@
-"""What is said about the code, in design/ and module headers, is true of it."""
+"""What is said about the code, in design/, docs/papers.md and module headers, is true of it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DESIGN = ROOT / "design"
 DECISIONS = sorted(p for p in DESIGN.glob("*.md") if p.name != "README.md")
+PAPERS = ROOT / "docs" / "papers.md"
 WINGS = ("rlrf", "environments", "sandboxes", "trainers")
 HEADINGS = ["Question", "Alternatives", "Decision", "What would change it"]
+ARXIV = re.compile(r"(?<![\d.])\d{2}(?:0[1-9]|1[0-2])\.\d{5}(?!\d)")
 FILE = re.compile(r"[\w./-]*\w\.(?:py|md)\b")
 
 
@@ -45,7 +47,7 @@ def test_a_decision_is_a_page_with_its_alternatives(page):
         assert re.findall(r"^## (.+)$", text, re.MULTILINE) == HEADINGS
 
 
-@pytest.mark.parametrize("page", DECISIONS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("page", [*DECISIONS, PAPERS], ids=lambda p: p.stem)
 def test_what_a_page_names_exists(page):
     text = page.read_text()
     known = [*sources(), *(p.relative_to(ROOT).as_posix() for p in ROOT.glob("*/*.md"))]
@@ -56,6 +58,31 @@ def test_what_a_page_names_exists(page):
     every = {name for path, code in sources().items() for name in functions_of(code)}
     named = set(re.findall(r"\btest_\w+\b(?!\.py|\*)", text))
     assert named <= every, f"{page.name}: {named - every}"
+
+
+def rows():
+    for line in PAPERS.read_text().splitlines():
+        if ARXIV.search(line):
+            _, method, _, file, tests, _ = line.split("|")
+            yield pytest.param(file.strip(" `"), tests, id=method.strip())
+
+
+@pytest.mark.parametrize(("file", "tests"), list(rows()))
+def test_a_method_is_where_the_index_says_and_pinned_by_its_tests(file, tests):
+    assert file in sources()
+    pins = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
+    assert pins
+    for path, name in pins:
+        assert name in functions_of(sources()[path]), f"{path} has no {name}"
+
+
+def test_every_paper_that_is_cited_is_in_the_index():
+    pages = {p.name: p.read_text() for p in (ROOT / "docs").rglob("*.md")}
+    index = set(ARXIV.findall(pages.pop("papers.md")))
+    assert "2601.20802" in index
+    code = {path: text for path, text in sources().items() if not path.startswith("tests/")}
+    for path, text in {**code, **pages}.items():
+        assert set(ARXIV.findall(text)) <= index, path
 
 
 GRADERS = [

@@ -7,6 +7,13 @@
 
 A group whose rewards are all equal has no advantage, hence no gradient: where a model always
 fails, GRPO has nothing to learn from.
+
+GRPO's own knobs have TRL's defaults. Differs from the paper in: no KL (``beta`` is 0, 0.04 there);
+the loss is a mean over all tokens of the step, not of each reply and then of replies
+(``loss_type="grpo"`` is that); tokens are weighted for a sampler that is not quite the trainer
+(``rollout_is``); the deviation is the unbiased one plus 1e-4, and rewards that only rounding sets
+apart are equal; rollouts without a reward are in no mean; the rewards of an episode's steps are
+added up, not told apart as in its process supervision.
 """
 
 from __future__ import annotations

@@ -12,6 +12,13 @@ correct one), it scores the same tokens again, and the student moves towards wha
 
 No reward enters the loss: it only decides whose attempt may serve as a demonstration. Unless
 ``distillation_weight`` or ``route_to_grpo`` mixes GRPO in.
+
+Defaults are those of the paper's section 4, the experiments with feedback. Differs from the paper
+in: a correct attempt is shown a sibling's, never its own (table 2's caption; the released scripts
+do as we do); correct is what the environment calls solved; one optimizer step a batch instead of
+one a question, and smaller batches and replies; a prompt that is too long loses some of its hint,
+not its end; rollouts without a reward are left out; several turns. What is in other papers is off
+unless asked for: docs/papers.md.
 """
 
 from __future__ import annotations
