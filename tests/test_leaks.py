@@ -412,7 +412,8 @@ def test_where_a_value_stands_is_told():
         "task 't0', attempt '': step 1 says (wrong_answer), at level 'explained', holds hidden, "
         "'Oslo' (written 'oslo'), at characters 6 to 10"
     )
-    assert len(leak.detail.splitlines()) == 3  # a task each: every attempt hears it
+    assert len(leak.detail.splitlines()) == 3 + 1  # a task each: every attempt hears it
+    assert leak.detail.splitlines()[-1].startswith("give a segment that says it reveals='expected'")
 
 
 # --- texts ----------------------------------------------------------------------------------------

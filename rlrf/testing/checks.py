@@ -329,7 +329,9 @@ def check_no_solution_leakage(play: Play) -> None:
         handed = play.env.tasks(split)
         for i in range(min(3, len(handed))):
             assert handed[i].hidden is None, f"tasks() hands out {handed[i].id!r} whole"
-    public_leaks(play).check()
+    public_leaks(play).check(
+        "keep it in Task.hidden alone; if it is public on purpose, let secrets(task) leave it out"
+    )
 
 
 # --- feedback -------------------------------------------------------------------------------------
@@ -338,7 +340,9 @@ def check_no_solution_leakage(play: Play) -> None:
 @_check("feedback.no_reference_leak")
 def check_no_reference_leak(play: Play) -> None:
     """At every level, feedback says no more of what is hidden than that level may."""
-    feedback_leaks(play).check()
+    feedback_leaks(play).check(
+        "give a segment that says it reveals='expected', or 'reference' if it solves the task"
+    )
 
 
 @_check("feedback.present_on_failure")

@@ -93,8 +93,8 @@ class Leaks:
         self.said.add(key)
         return True
 
-    def check(self) -> None:
-        """Raise if there is anything.
+    def check(self, remedy: str) -> None:
+        """Raise if there is anything, and say what to do about it.
 
         Raises:
             AssertionError: a leak; a :class:`Doubt` if none is sure.
@@ -103,7 +103,7 @@ class Leaks:
             if found:
                 more = len(found) - _TOLD
                 told = list(found)[:_TOLD] + [f"and {more} more"] * (more > 0)
-                raise kind("\n".join(told))
+                raise kind("\n".join([*told, remedy]))
 
 
 class _Known:
