@@ -12,9 +12,8 @@ import pytest
 
 import rlrf
 from rlrf import Feedback, Outcome, Segment, Task, Turn
-from rlrf.testing import check_env, check_no_reference_leak, check_no_solution_leakage
+from rlrf.testing import check_env
 from rlrf.testing.texts import Hidden, Secret, Text
-from tests.environments_for_tests import INSTALLED
 
 CAPITALS = {"Norway": "Oslo", "Australia": "Canberra", "Canada": "Ottawa", "Kenya": "Nairobi"}
 SUMS = {"3 + 4": 7, "2 + 9": 11, "20 - 8": 12, "5 * 5": 25}
@@ -368,19 +367,6 @@ def test_honest_environments_are_left_alone(name):
     found = [r for r in report.results if r.id in leaks]
     assert {r.status for r in found} <= {"pass", "skip"}, str(report)
     assert report.ok, str(report)
-
-
-@pytest.mark.parametrize("name", INSTALLED)
-def test_nothing_installed_warns(name, published_code_data):
-    env = rlrf.make(name)
-    try:
-        if name == "format-rules-v0":
-            assert check_no_reference_leak(env).status == "pass"
-        assert check_no_solution_leakage.function is not None
-        report = [r for r in check_env(env, tasks=1).results if "leak" in r.id]
-    finally:
-        env.close()
-    assert {r.status for r in report} <= {"pass", "skip"}, report
 
 
 def test_an_author_says_what_must_stay_hidden():
