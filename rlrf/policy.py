@@ -147,6 +147,8 @@ class Completion:
         offsets: characters of ``text`` that each token stands for, or empty if unknown.
         ranges: characters of ``text`` that the content of ``message`` is made of, in order; None
             to have them found.
+        weight_version: of the weights it was sampled with, as ``update_weights`` was told; None
+            where the policy does not know.
     """
 
     prompt_ids: tuple[int, ...]
@@ -157,6 +159,7 @@ class Completion:
     message: Message | None = None
     offsets: tuple[tuple[int, int], ...] = ()
     ranges: tuple[tuple[int, int], ...] | None = None
+    weight_version: int | None = None
 
     @property
     def assistant_message(self) -> Message:

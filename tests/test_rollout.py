@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import multiprocessing
 import threading
@@ -914,3 +915,34 @@ def test_what_is_no_environment():
         rlrf.evaluate(Echo, lambda m: "x")
     with pytest.raises(UsageError, match=r"give its \.unwrapped"):
         rlrf.rollout(gymnasium.Wrapper(Echo()), lambda m: "x")
+
+
+def test_a_rollout_says_how_old_the_weights_were_that_sampled_it():
+    versions = iter((5, 3, 4))
+
+    class Versioned(Recorder):
+        def generate(self, prompts, params):
+            return [
+                dataclasses.replace(c, weight_version=next(versions))
+                for c in super().generate(prompts, params)
+            ]
+
+    class Three(rlrf.MultiTurnEnv):
+        def load_tasks(self, split):
+            return [Task("t", "Go.")]
+
+        def start(self, task):
+            return []
+
+        def respond(self, state, action):
+            state.append(action)
+            return rlrf.Turn(rlrf.user("More."), terminated=len(state) == 3)
+
+    (rollout,) = rlrf.rollout(Three(), Versioned())
+    assert rollout.weight_version == 3  # the oldest of three turns
+    assert rlrf.Rollout.from_dict(rollout.to_dict()).weight_version == 3
+    (rollout,) = rlrf.rollout(Three(), ScriptedPolicy("x"))
+    assert rollout.weight_version is None
+    old = rollout.to_dict()
+    del old["weight_version"]  # of a file that an earlier version has written
+    assert rlrf.Rollout.from_dict(old) == rollout

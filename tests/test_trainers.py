@@ -245,6 +245,17 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(cls, config):
         torch.testing.assert_close(gradient / scale, pieces[name] / scale, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("make", [sdpo, grpo])
+def test_the_sampler_is_told_of_every_batch_that_was_learnt_from(make):
+    trainer = make()
+    versions = []
+    for _ in range(3):
+        rollouts = trainer.source.next()
+        versions.append({r.weight_version for r in rollouts})
+        trainer.learn(rollouts)
+    assert versions == [{0}, {1}, {2}]
+
+
 def test_the_same_seed_gives_the_same_run():
     first, second = sdpo().train().history, sdpo().train().history
     third = sdpo(seed=2).train().history

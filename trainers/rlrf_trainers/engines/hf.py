@@ -324,6 +324,7 @@ class HFPolicy:
             finish_reason=out.finish_reason,
             message=message,
             offsets=offsets,
+            weight_version=self.weight_version,
             ranges=ranges,
         )
 
