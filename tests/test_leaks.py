@@ -460,3 +460,10 @@ def test_everything_hidden_is_walked():
     for _ in range(10_000):
         deep = [deep]
     assert "Ljubljana" in {s.text for s in Hidden(deep).secrets}
+
+
+def test_a_sign_that_stands_for_several_words_is_one_of_them():
+    from rlrf.testing.texts import Hidden, Text
+
+    (secret,) = (s for s in Hidden({"answer": "\ufdfa\ufdfa"}).secrets if s.key)
+    assert Text("say \ufdfa\ufdfa now").where(secret) == (4, 6)

@@ -83,6 +83,7 @@ def test_a_disk_without_room_is_said_and_gone_on_from(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some hundred commands
 def test_a_kill_at_every_file_operation_loses_nothing(tmp_path):
     cases = drive(
         tmp_path,
@@ -96,6 +97,7 @@ def test_a_kill_at_every_file_operation_loses_nothing(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # some hundred commands
 def test_an_operation_that_fails_ends_the_run_with_one_line(tmp_path):
     drive(
         tmp_path,
@@ -107,6 +109,7 @@ def test_an_operation_that_fails_ends_the_run_with_one_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # some hundred commands
 def test_disks_of_many_sizes(tmp_path):
     if not can_mount(tmp_path):
         pytest.skip("mounting a small disk needs root")

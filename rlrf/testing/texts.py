@@ -52,7 +52,10 @@ def _canonical(word: str) -> str:
             return digits
         number = decimal.Decimal(digits).normalize()
         return str(number if number else abs(number))
-    return word.casefold() if word.isascii() else unicodedata.normalize("NFKC", word).casefold()
+    if word.isascii():
+        return word.casefold()
+    # One sign may stand for several words; a word here has no space in it.
+    return "".join(unicodedata.normalize("NFKC", word).casefold().split())
 
 
 class _Runs:
@@ -160,7 +163,7 @@ class Secret:
     @classmethod
     def of(cls, path: str, key: str, text: str, answer: bool) -> Secret | None:
         """The value of that text; None if there is nothing to find."""
-        forms = tuple(dict.fromkeys(f for f in Text(text).forms if f != " "))
+        forms = tuple(dict.fromkeys(f for f in Text(text).forms if f.strip()))
         symbols = "" if forms else "".join(text.split())
         if not forms and len(symbols) < 4:
             return None
