@@ -72,8 +72,11 @@ test: $(VENV)/.ready
 coverage: $(VENV)/.ready
 	$(BIN)/python -m $(FAST) --cov=rlrf --cov-report=term --cov-fail-under=90
 
+# What measures how time grows has the machine to itself.
+TIMED := tests/test_linear_work.py tests/test_untrusted_values.py tests/test_reasoning.py
 test-slow: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n auto --dist worksteal -m slow $(addprefix --ignore=,$(TIMED))
+	$(BIN)/python -m pytest -m slow $(TIMED)
 
 # Newest: made anew each time, since what is newest changes.
 test-newest:
