@@ -54,8 +54,7 @@ setup: $(VENV)/.ready
 DEMO := --set trainer.eval_steps=6 --set trainer.eval_tasks=64 --overwrite
 demo: $(VENV)/.ready
 	@echo "the demo: fetches $(MODEL) if it is not here (0.5 GB), trains it with SDPO on"
-	@echo "format-rules-v0, and writes a report to runs/demo-sdpo-$(SEED); about 10 minutes on 2 cores"
-	@echo "with AVX-512, twice that without"
+	@echo "format-rules-v0, and writes a report to runs/demo-sdpo-$(SEED); 10 to 15 minutes on 2 cores"
 	$(BIN)/rlrf train docs/examples/demo_sdpo.toml --model $(MODEL) \
 	  --run-dir runs/demo-sdpo-$(SEED) --set trainer.seed=$(SEED) $(DEMO)
 ifdef COMPARE
