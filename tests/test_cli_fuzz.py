@@ -153,6 +153,7 @@ def is_clear(code: int, error: str, arguments: tuple[str, ...]) -> None:
 HOW_MANY = [pytest.param(1, id="few"), pytest.param(8, id="many", marks=pytest.mark.slow)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("many", HOW_MANY)
 @pytest.mark.parametrize("name", TAKES_A_PLACE)
 def test_odd_places(name: str, many: int, typed: Invoke) -> None:

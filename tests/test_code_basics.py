@@ -48,6 +48,7 @@ def test_there_are_enough_tasks_and_all_are_well_formed():
         ast.parse(task.hidden.solution)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS, ids=lambda t: t.id)
 def test_the_reference_passes_and_doing_nothing_fails(env, task):
     entry = task.hidden.entry

@@ -342,6 +342,7 @@ def test_only_the_single_key_obeys(value: dict[str, object], space: str) -> None
 # --- the questions ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_reference_of_every_task_passes(rule: str, split: str) -> None:
@@ -475,6 +476,7 @@ def test_wrong_options_are_named(options: dict[str, object], message: str) -> No
 # --- conformance ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 def test_conformance(rule: str) -> None:
     report = rlrf.testing.check_env(

@@ -201,6 +201,7 @@ def test_unscored_rollouts_are_in_no_mean_and_in_no_loss(rollouts, scale, loss_t
 # --- the ratio --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "knobs",
     [
@@ -249,6 +250,7 @@ def test_metrics_tell_how_much_was_clipped(rollouts):
 MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", MODES)
 def test_the_samplers_own_probabilities_are_corrected_for(rollouts, mode, level):

@@ -140,6 +140,7 @@ def generate_greedily(model, prompt, n):
     return out[0, len(prompt) :].tolist()
 
 
+@pytest.mark.slow
 @few
 @given(prompts=prompt_lists)
 def test_greedy_equals_transformers_generate(prompts):

@@ -276,6 +276,7 @@ def test_exactly_the_bad_item_is_unscored(server, kind, data):
     assert len(done["flood"].feedback[0]) == MAX_SEGMENTS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", POLICIES)
 def test_every_fault_of_a_turn_is_that_episodes(server, kind):
     ids = ["good-1", *TURNS, "surrogate_prompt", "good-2"]

@@ -719,7 +719,7 @@ def offenders(name: str, longest: int, texts: Iterable[str] = TEXTS) -> dict[str
     return found
 
 
-DEAR = ("chat", "explain result", "explain output")
+DEAR = ("chat", "explain result", "explain output", "leaks")
 
 
 @pytest.mark.parametrize("name", PROBES)

@@ -128,6 +128,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path):
     assert lines(run_dir, "metrics.jsonl") == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [

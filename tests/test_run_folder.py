@@ -387,6 +387,7 @@ def test_a_resumed_run_that_ends_well_has_not_failed(tmp_path, monkeypatch):
 # --- a folder that is not as it should be ---------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["status.json", "metrics.jsonl", "model", "checkpoints", "checkpoints/best", "config.toml"],

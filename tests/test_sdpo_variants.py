@@ -222,6 +222,7 @@ def assert_honoured(rollouts, config, *unlike):
 TWICE = {"num_iterations": 2, "learning_rate": 1e-4}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mode", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none"]
 )
@@ -280,6 +281,7 @@ def mean_of(a, b, share):
     return {n: (1 - share) * a[n] + share * b[n] for n in a}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["live", "frozen", "ema", "trust_region"])
 @pytest.mark.parametrize("lora", [{}, {"lora_r": 2, "lora_alpha": 6}], ids=["full", "lora"])
 def test_a_teacher_is_what_it_is_said_to_be_after_two_steps(rollouts, kind, lora):
