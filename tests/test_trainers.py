@@ -254,6 +254,9 @@ def test_the_sampler_is_told_of_every_batch_that_was_learnt_from(make):
         versions.append({r.weight_version for r in rollouts})
         trainer.learn(rollouts)
     assert versions == [{0}, {1}, {2}]
+    again = make()
+    again.load_state_dict(trainer.state_dict())
+    assert {r.weight_version for r in again.source.next()} == {3}  # as if it had gone on
 
 
 def test_the_same_seed_gives_the_same_run():

@@ -116,13 +116,19 @@ class RolloutSource:
         self.engine.update_weights(weights, self.version)
 
     def state_dict(self) -> dict[str, Any]:
-        """The order of the tasks; JSON data."""
-        return {"rng": self.rng.getstate(), "order": list(self._order)}
+        """The order of the tasks, and how often weights were published; JSON data."""
+        return {
+            "rng": self.rng.getstate(),
+            "order": list(self._order),
+            "weight_version": self.version,
+        }
 
     def load_state_dict(self, data: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` gave."""
         self.rng.setstate(as_rng_state(data["rng"]))
         self._order = list(data["order"])
+        self.version = data.get("weight_version", data["step"])
+        self.engine.update_weights((), self.version)
 
 
 def seed_of(text: str) -> int:
