@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,8 @@ from rich.console import Console
 import rlrf
 from rlrf.config import parse_assignment, parse_wrapper
 from rlrf.env import Env
+from rlrf.errors import ConfigError
+from rlrf.policy import make_policy, policy_class
 from rlrf.wrappers import Wrap, wrap
 
 EnvOptions = Annotated[
@@ -87,3 +90,31 @@ def import_from_here() -> None:
 def assignments(texts: list[str] | None) -> dict[str, Any]:
     """Of ``name=value``, the names and the values, read as TOML where they can be."""
     return dict(parse_assignment(text) for text in texts or ())
+
+
+def named_policy(name: str, options: dict[str, Any]) -> Any:
+    """The policy a command names.
+
+    Raises:
+        ConfigError: it lacks an option, or does not know one.
+    """
+    check_options(name, inspect.signature(policy_class(name)), options)
+    return make_policy(name, **options)
+
+
+def check_options(name: str, signature: inspect.Signature, options: dict[str, Any]) -> None:
+    """See that a policy takes its options.
+
+    Raises:
+        ConfigError: it lacks one, or does not know one.
+    """
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        parameters = [p for p in signature.parameters if p not in ("args", "kwargs")]
+        remedy = (
+            "give --model"
+            if "'model'" in str(error) and "model" not in options
+            else ("its options are " + (", ".join(parameters) or "none"))
+        )
+        raise ConfigError(f"policy {name!r}: {error}; {remedy}") from None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,16 +19,18 @@ from rlrf.commands.common import (
     EnvOptions,
     Wraps,
     assignments,
+    check_options,
     import_from_here,
     make_env,
+    named_policy,
     new_console,
 )
 from rlrf.config import check_output, in_range
 from rlrf.console import RolloutProgress
 from rlrf.env import Env
-from rlrf.errors import ConfigError, UsageError
+from rlrf.errors import UsageError
 from rlrf.evaluate import EvalReport, evaluate
-from rlrf.policy import SCRIPTED, SamplingParams, make_policy, policies, policy_class
+from rlrf.policy import SCRIPTED, SamplingParams, policies
 from rlrf.progress import phase
 from rlrf.results import ResultsFile
 from rlrf.rollout import MAX_AT_ONCE, Rollout
@@ -97,7 +98,7 @@ def eval_(
     else:
         signature = read_signature(policies.target(policy))
     if signature is not None:  # before anything is imported
-        _check_call(policy, signature, policy_options)
+        check_options(policy, signature, policy_options)
     progress = context.with_resource(RolloutProgress())
     with phase(f"loading the environment {env!r}"):
         found = make_env(env, option, given, held_out=True, wraps=wrap)
@@ -134,7 +135,7 @@ def eval_(
         if results.done:
             print(f"continuing {results.partial}: {len(results.done)} done", file=sys.stderr)
         with phase(f"loading the policy {policy!r}"):  # once the results are ours
-            player = _make_policy(policy, policy_options)
+            player = named_policy(policy, policy_options)
         stack.callback(getattr(player, "close", lambda: None))
         n_rollouts = n_tasks * samples
         progress.begin(n_rollouts, results.done)
@@ -226,26 +227,3 @@ def _print_eval(console: Console, report: EvalReport, env: Env) -> None:
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in counts.items())
-
-
-def _make_policy(name: str, options: dict[str, Any]) -> Any:
-    _check_call(name, inspect.signature(policy_class(name)), options)
-    return make_policy(name, **options)
-
-
-def _check_call(name: str, signature: inspect.Signature, options: dict[str, Any]) -> None:
-    """See that a policy takes its options.
-
-    Raises:
-        ConfigError: it lacks one, or does not know one.
-    """
-    try:
-        signature.bind(**options)
-    except TypeError as error:
-        parameters = [p for p in signature.parameters if p not in ("args", "kwargs")]
-        remedy = (
-            "give --model"
-            if "'model'" in str(error) and "model" not in options
-            else ("its options are " + (", ".join(parameters) or "none"))
-        )
-        raise ConfigError(f"policy {name!r}: {error}; {remedy}") from None

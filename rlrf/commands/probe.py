@@ -13,8 +13,7 @@ from rich.table import Table
 
 from rlrf._files import refused, write_whole
 from rlrf._run_folder import check_output_of
-from rlrf.commands.common import EnvId, EnvOptions, assignments, make_env, new_console
-from rlrf.commands.eval import _make_policy
+from rlrf.commands.common import EnvId, EnvOptions, assignments, make_env, named_policy, new_console
 from rlrf.config import check_output, in_range
 from rlrf.console import Display
 from rlrf.paired import Comparison
@@ -81,7 +80,7 @@ def probe(
     named = (("model", model), ("base_url", base_url))
     options = assignments(policy_option) | {name: value for name, value in named if value}
     with phase(f"loading the policy {policy!r}"):
-        player = _make_policy(policy, options)
+        player = named_policy(policy, options)
     context.call_on_close(getattr(player, "close", lambda: None))
     report = ask(
         found,
